@@ -1,0 +1,57 @@
+"""Waveforms to codes and back, through the package's own 12 Hz speech tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from finetuning.audio import SAMPLE_RATE_HZ, pad_to_whole_frames
+from finetuning.errors import UserError
+
+NUM_CODEBOOKS = 16
+CODEBOOK_SIZE = 2048
+FRAMES_PER_SECOND = 12.5
+
+
+class Codec:
+    """The speech tokenizer of one base.
+
+    Args:
+        folder: a ``speech_tokenizer`` folder (config.json, model.safetensors, preprocessor_config.json).
+        device: where to run it; always in fp32, so that codes do not depend on the precision of training.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        check_codec_folder(folder)
+        import torch
+        from qwen_tts import Qwen3TTSTokenizer
+
+        self.folder = folder
+        self._tokenizer = Qwen3TTSTokenizer.from_pretrained(str(folder), dtype=torch.float32, device_map=device)
+
+    def encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """(num_samples,) float32 clips at 24 kHz to their codes, each (T, 16) int16 with T = ceil(samples / 1920).
+
+        Each clip's codes are independent of its neighbours in the batch (see ``pad_to_whole_frames``).
+        """
+        padded = [pad_to_whole_frames(waveform) for waveform in waveforms]
+        codes = self._tokenizer.encode(padded, sr=SAMPLE_RATE_HZ).audio_codes
+        return [clip.cpu().numpy().astype(np.int16) for clip in codes]
+
+    def decode(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """(T, 16) codes to (T * 1920,) float32 waveforms at 24 kHz."""
+        waveforms, _ = self._tokenizer.decode([{"audio_codes": np.asarray(clip, dtype=np.int64)} for clip in codes])
+        return waveforms
+
+
+def check_codec_folder(folder: Path) -> None:
+    """Raises UserError when the folder is not a 12 Hz speech tokenizer."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"no speech tokenizer in {folder} (config.json is missing); check TOKENIZER_PATH or the base")
+    kind = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    if kind != "qwen3_tts_tokenizer_12hz":
+        raise UserError(f"{folder} is {kind!r}, not the 12 Hz speech tokenizer (qwen3_tts_tokenizer_12hz)")

@@ -1,0 +1,228 @@
+"""Raw rows to rows with codes: one engine for ``data_processing.py --mode encode`` and for ``train.py``.
+
+Codes are reused as long as they belong to the same audio file (path, size, modification time) and the same codec; each
+encoded row says so under ``codes_source``. Work in progress is journalled, so an interrupted run goes on where it
+stopped, and the finished file appears under its name in one step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from finetuning.audio import SAMPLE_RATE_HZ, AudioError, audio_duration_seconds, load_audio
+from finetuning.codec import Codec
+from finetuning.errors import UserError
+from finetuning.manifest import Rejections, Row, RowError, RowFormat, check_speaker_names, parse_row, read_lines
+
+#: Seconds of audio in one batch of the codec; on a GPU of 16 GB this stays far below its memory.
+MAX_SECONDS_PER_BATCH = 120.0
+
+
+def encoded_path(raw_jsonl: Path) -> Path:
+    """Where the rows with codes of a raw file are kept: beside it."""
+    return raw_jsonl.with_name(f"{raw_jsonl.stem.removesuffix('_raw')}.encoded.jsonl")
+
+
+def rejected_path(output_jsonl: Path) -> Path:
+    """Where the rows that could not be encoded are listed."""
+    return output_jsonl.with_name(f"{output_jsonl.stem}.rejected.jsonl")
+
+
+def has_rows_without_codes(jsonl: Path, setting: str) -> bool:
+    """Whether any row of the file still needs encoding; unreadable lines do not count."""
+    for _, line in read_lines(jsonl, setting):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and row.get("audio_codes") is None:
+            return True
+    return False
+
+
+def encode_jsonl(
+    input_jsonl: Path,
+    output_jsonl: Path,
+    codec_folder: Path,
+    row_format: RowFormat,
+    *,
+    device: str = "cpu",
+    setting: str = "TRAIN_JSONL",
+    max_rows: int | None = None,
+    force: bool = False,
+) -> Path:
+    """Writes ``output_jsonl``: the rows of ``input_jsonl`` in their order, each with ``audio_codes``.
+
+    Args:
+        force: encode again what has codes from an earlier run.
+
+    Raises:
+        UserError: no rows, too many bad rows, clashing speakers, or an output that cannot be written.
+    """
+    codec_id = codec_fingerprint(codec_folder)
+    journal = output_jsonl.with_name(output_jsonl.name + ".partial")
+    rejections, rows = Rejections(input_jsonl), []
+    speakers: dict[str, tuple[Path, int]] = {}
+    for number, line in read_lines(input_jsonl, setting):
+        if max_rows is not None and len(rows) >= max_rows:
+            break
+        try:
+            row = parse_row(line, number, input_jsonl.parent, row_format, needs_codes=False)
+        except RowError as error:
+            rejections.add(number, str(error), line)
+            continue
+        speakers.setdefault(row.speaker, (input_jsonl, number))
+        rows.append(row)
+    check_speaker_names(speakers)
+    if force:
+        journal.unlink(missing_ok=True)
+    known = {} if force else _known_codes((output_jsonl, journal), codec_id)
+    missing = [row for row in rows if row.codes is None and _source(row, codec_id).key not in known]
+    num_stale = 0 if force else _count_stale(rows, output_jsonl, codec_id, known)
+    if num_stale:
+        print(f"{num_stale} clips or their codec changed since they were encoded; they are encoded again", flush=True)
+    try:
+        if missing:
+            known |= _encode_missing(missing, journal, codec_folder, codec_id, device, rejections)
+        good = [row for row in rows if row.codes is not None or _source(row, codec_id).key in known]
+        rejections.num_good = len(good)
+        rejections.check(rejected_path(output_jsonl))
+        _write_rows(good, output_jsonl, codec_id, known, row_format)
+    except OSError as error:
+        raise UserError(f"cannot write {output_jsonl}: {error.strerror}; use another --output_jsonl or folder") from None
+    journal.unlink(missing_ok=True)
+    return output_jsonl
+
+
+# --------------------------------------------------------------------------------------------- what codes belong to
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a clip's codes were made of."""
+
+    audio: str
+    num_bytes: int
+    modified_ns: int
+    codec: str
+
+    @property
+    def key(self) -> tuple:
+        return (self.audio, self.num_bytes, self.modified_ns, self.codec)
+
+
+def codec_fingerprint(folder: Path) -> str:
+    """A short hash of the codec's configuration and weights."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) + [folder / "config.json"]:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _source(row: Row, codec_id: str) -> Source:
+    status = row.audio.stat()
+    return Source(str(row.audio.resolve()), status.st_size, status.st_mtime_ns, codec_id)
+
+
+def _known_codes(files: tuple[Path, ...], codec_id: str) -> dict[tuple, np.ndarray]:
+    """Codes of earlier runs by source. A line cut off by a kill is skipped: its clip is encoded again."""
+    known = {}
+    for record in _records(files):
+        source = Source(**record["codes_source"])
+        if source.codec == codec_id:
+            known[source.key] = np.asarray(record["audio_codes"], dtype=np.int16)
+    return known
+
+
+def _records(files: tuple[Path, ...]) -> Iterator[dict]:
+    for file in files:
+        if not file.is_file():
+            continue
+        with file.open(encoding="utf-8") as stream:
+            for line in stream:
+                try:
+                    record = json.loads(line)
+                    Source(**record["codes_source"])
+                except (ValueError, TypeError, KeyError):
+                    continue
+                yield record
+
+
+def _count_stale(rows: list[Row], output_jsonl: Path, codec_id: str, known: dict) -> int:
+    before = {record["codes_source"]["audio"] for record in _records((output_jsonl,))}
+    sources = [_source(row, codec_id) for row in rows if row.codes is None]
+    return sum(source.audio in before and source.key not in known for source in sources)
+
+
+# --------------------------------------------------------------------------------------------------------- encoding
+
+
+def _encode_missing(
+    rows: list[Row], journal: Path, codec_folder: Path, codec_id: str, device: str, rejections: Rejections
+) -> dict[tuple, np.ndarray]:
+    """Encodes rows in batches of similar length, journalling each batch; unusable clips become rejections."""
+    codec = Codec(codec_folder, device)
+    rows = sorted(rows, key=lambda row: audio_duration_seconds(row.audio) or 0.0)
+    encoded: dict[tuple, np.ndarray] = {}
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with journal.open("a", encoding="utf-8") as stream, tqdm(total=len(rows), desc="encode", unit="clip") as progress:
+        for batch, waveforms in _batches(rows, rejections, progress):
+            sources = [_source(row, codec_id) for row in batch]
+            for source, codes in zip(sources, codec.encode(waveforms), strict=True):
+                encoded[source.key] = codes
+                record = {"audio_codes": codes.tolist(), "codes_source": vars(source)}
+                stream.write(json.dumps(record) + "\n")
+            stream.flush()
+            progress.update(len(batch))
+    return encoded
+
+
+def _batches(
+    rows: list[Row], rejections: Rejections, progress: tqdm
+) -> Iterator[tuple[list[Row], list[np.ndarray]]]:
+    batch: list[Row] = []
+    waveforms: list[np.ndarray] = []
+    for row in rows:
+        try:
+            waveform = load_audio(row.audio)
+        except AudioError as error:
+            rejections.add(row.line, f"{row.audio}: {error}", json.dumps(row.raw, ensure_ascii=False))
+            progress.update(1)
+            continue
+        longest = max([len(waveform), *map(len, waveforms)]) / SAMPLE_RATE_HZ
+        if batch and longest * (len(batch) + 1) > MAX_SECONDS_PER_BATCH:
+            yield batch, waveforms
+            batch, waveforms = [], []
+        batch.append(row)
+        waveforms.append(waveform)
+    if batch:
+        yield batch, waveforms
+
+
+def _write_rows(rows: list[Row], output_jsonl: Path, codec_id: str, known: dict, row_format: RowFormat) -> None:
+    """Rows in their order; paths become absolute so that they hold wherever the file is read from."""
+    output_jsonl.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output_jsonl.with_name(output_jsonl.name + ".tmp")
+    try:
+        with unfinished.open("w", encoding="utf-8") as stream:
+            for row in rows:
+                record = dict(row.raw)
+                for key, path in ((row_format.audio_key, row.audio), ("ref_audio", row.ref_audio)):
+                    if path is not None:
+                        record[key] = str(path.resolve())
+                if row.codes is None:
+                    source = _source(row, codec_id)
+                    record |= {"audio_codes": known[source.key].tolist(), "codes_source": vars(source)}
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        unfinished.rename(output_jsonl)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,416 @@
+"""Every setting: its name, aliases, default, meaning and check. Read once; nothing else reads the environment.
+
+Sources, strongest first: the process environment, the file named by ENV_FILE (default ``.env``), the default. An empty
+value means unset. All problems are reported together as one ``UserError``, with file and line and never with a value:
+the value of a misspelt name may be a secret.
+
+This room imports nothing heavy, so that a mistake is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from dotenv.main import resolve_variables
+from dotenv.parser import parse_stream
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from finetuning.errors import UserError
+
+#: Variables of other tools that may stand in the file; they are exported before those tools are imported.
+PASS_THROUGH_PREFIXES = (
+    "WANDB_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "NCCL_", "CUDA_", "TORCH_", "PYTORCH_", "OMP_",
+    "MKL_", "ACCELERATE_", "XDG_",
+)  # fmt: skip
+
+#: Names of transformers' get_scheduler that need nothing but the number of steps.
+LR_SCHEDULERS = (
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
+    "inverse_sqrt", "warmup_stable_decay",
+)  # fmt: skip
+
+
+def _all_is_none(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() == "all" else value
+
+
+Count = Annotated[int, Field(ge=1)]
+OptionalCount = Annotated[Count | None, BeforeValidator(_all_is_none)]
+ColumnName = Annotated[str, Field(min_length=1)]
+
+
+def _setting(default: Any, help: str, *aliases: str, group: str, **constraints: Any) -> Any:
+    extra = {"aliases": list(aliases), "group": group}
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
+
+
+def _group(name: str) -> Callable[..., Any]:
+    def setting(default: Any, help: str, *aliases: str, **constraints: Any) -> Any:
+        return _setting(default, help, *aliases, group=name, **constraints)
+
+    return setting
+
+
+_hardware, _model, _data, _voice = map(_group, ("Hardware", "Model", "Data", "Voice"))
+_training, _layers, _running, _sharing = map(_group, ("Training", "Layers", "Running", "Tracking and sharing"))
+
+
+class Settings(BaseSettings):
+    """All settings; the field ``batch_size`` is the setting BATCH_SIZE. Made by ``load_settings`` alone."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    device: Literal["auto", "cuda", "cpu", "mps"] = _hardware("auto", "where to train: auto, cuda, cpu, mps")
+    mixed_precision: Literal["bf16", "fp16", "no"] = _hardware(
+        "bf16", "precision of the computation: bf16, fp16, no; master weights are fp32 in each case"
+    )
+    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = _hardware(
+        "auto", "attention: auto (FlashAttention 2 where it works, else sdpa), flash_attention_2, sdpa, eager"
+    )
+    num_workers: int = _hardware(0, "data loading workers per process", ge=0, le=64)
+
+    init_model_path: str = _model(
+        "Qwen/Qwen3-TTS-12Hz-1.7B-Base",
+        "base: Hub id, folder, or tiny / tiny-random / tiny-random-0.6b for an embedded model",
+        "MODEL_PATH",
+        min_length=1,
+    )
+    tokenizer_path: str | None = _model(None, "12 Hz speech tokenizer, Hub id or folder; default the base's own")
+    output_dir: Path = _model(Path("./output"), "where checkpoints and logs go", "OUTPUT_MODEL_PATH")
+    overwrite_output: bool = _model(False, "replace the run that OUTPUT_DIR already holds")
+
+    data_mode: Literal["jsonl", "direct", "none"] = _data(
+        "jsonl", "jsonl (encodes rows without codes), direct (stream a dataset), none (never encodes or downloads)"
+    )
+    train_jsonl: Path = _data(Path("./data/train.jsonl"), "training rows")
+    validation_jsonl: Path = _data(Path("./data/validation.jsonl"), "validation rows; may be missing")
+    validation_fraction: float = _data(
+        0.05, "share held out for validation where there is no validation file; 0 = none", ge=0, le=0.5
+    )
+    max_train_samples: OptionalCount = _data(None, "use only the first so many training rows; default all")
+    max_eval_samples: OptionalCount = _data(None, "use only the first so many validation rows; default all")
+    text_column: ColumnName = _data("text", "row key or column of the transcript")
+    audio_column: ColumnName = _data("audio", "row key or column of the audio file")
+    speaker_column: ColumnName | None = _data(None, "row key or column of the speaker; default the key speaker")
+    language_column: ColumnName | None = _data(None, "row key or column of the language; default the key language")
+    dataset_name: str = _data("vaghawan/hausa-tts-22k", "Hugging Face speech dataset, Hub id or local folder")
+    dataset_config: str | None = _data(None, "configuration name of the dataset")
+    train_split: str = _data("train", "split to train on", min_length=1)
+    validation_split: str = _data("validation", "split to validate on", min_length=1)
+    prepare_only: bool = _data(False, "prepare the data, walk the loader once, print shapes and stop")
+
+    speaker_name: str = _voice("reference_speaker", "speaker of rows that name none; the name to speak with later")
+    ref_audio_path: Path | None = _voice(None, "reference clip for rows that name none; default one is chosen")
+    ref_text: str | None = _voice(None, "transcript of REF_AUDIO_PATH")
+    freeze_speaker_encoder: bool = _voice(True, "the encoder is only read before training; false is accepted and says so")
+
+    num_epochs: int = _training(3, "passes over the training rows", ge=1, le=100_000)
+    max_steps: OptionalCount = _training(None, "stop after so many optimizer steps; default NUM_EPOCHS decides")
+    batch_size: int = _training(2, "utterances per process and micro-batch", ge=1, le=4096)
+    gradient_accumulation_steps: int = _training(4, "micro-batches per optimizer step", ge=1, le=65536)
+    effective_batch_size: OptionalCount = _training(
+        None, "a check: must equal BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS x processes"
+    )
+    learning_rate: float = _training(2e-5, "peak learning rate", "LR", gt=0, le=1)
+    lr_scheduler: str = _training("cosine", "a name of transformers' get_scheduler")
+    lr_min: float = _training(0.0, "final learning rate of the cosine schedule", ge=0, le=1)
+    lr_num_cycles: OptionalCount = _training(None, "warm restarts of the cosine schedule; default none")
+    warmup_steps: int = _training(100, "optimizer steps of linear warm-up; at most a tenth of the run", ge=0)
+    weight_decay: float = _training(0.01, "AdamW weight decay; none on embeddings, norms and biases", ge=0, le=1)
+    max_grad_norm: float = _training(1.0, "gradient norm is clipped to this", gt=0)
+    sub_talker_loss_weight: float = _training(0.3, "weight of codebooks 1-15 beside codebook 0", ge=0, le=100)
+    seed: int = _training(42, "seed of new weights, held-out rows and row order", ge=0, le=2**32 - 1)
+
+    replace_last_n_layers: int = _layers(2, "how many of the talker's last layers are made anew", ge=0)
+    add_new_layers: int = _layers(4, "how many layers are added on top", ge=0, le=128)
+    freeze_original_layers: bool = _layers(
+        True, "train only new layers, final norm, codec head and sub-talker; 0, 0 and false = full fine-tuning"
+    )
+    layer_init: Literal["preserve", "xavier"] = _layers(
+        "preserve", "preserve (the model starts as the base) or xavier (new layers start from random weights)"
+    )
+
+    logging_steps: Count = _running(10, "log every so many optimizer steps")
+    save_steps: Count = _running(500, "checkpoint-N/ every so many optimizer steps")
+    eval_steps: Count = _running(500, "validate every so many optimizer steps, besides every epoch's end")
+    save_total_limit: Count = _running(3, "how many checkpoint-N/ to keep")
+    save_epochs: bool = _running(False, "keep epoch-N/ as well, outside the rotation")
+    verify_roundtrip: int = _running(
+        0, "after training, generate this many training clips with stock qwen-tts and count codes; 0 = off", ge=0
+    )
+
+    use_wandb: bool = _sharing(True, "log to Weights & Biases; without a key and a terminal it logs offline")
+    wandb_project: str = _sharing("qwen3-tts-hausa", "W&B project", min_length=1)
+    wandb_run_name: str | None = _sharing(None, "W&B run name")
+    wandb_entity: str | None = _sharing(None, "W&B user or team")
+    upload_to_hub: bool = _sharing(False, "upload best/ and last/ (not built yet: true is refused)", "UPLOAD_TO_HF")
+    hub_model_id_best: str | None = _sharing(None, "repository for best/", "HF_BEST_MODEL_REPO")
+    hub_model_id_last: str | None = _sharing(None, "repository for last/", "HF_LAST_MODEL_REPO")
+    hf_token: SecretStr | None = _sharing(None, "Hugging Face token; never printed, logged or saved")
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls: type[BaseSettings], init_settings: Any, **_: Any) -> tuple:
+        """Only what ``load_settings`` passes: it has resolved file, environment and aliases, with their conflicts."""
+        return (init_settings,)
+
+    def is_set(self, field: str) -> bool:
+        """Whether the user set this field, as opposed to its default."""
+        return field in self.model_fields_set
+
+    def public(self) -> dict[str, Any]:
+        """Name -> JSON value of every setting, secrets left out."""
+        values = self.model_dump(mode="json")
+        secret = {name for name, value in self if isinstance(value, SecretStr) or name == "hf_token"}
+        return {name.upper(): value for name, value in values.items() if name not in secret}
+
+    def describe(self) -> str:
+        """The resolved settings as aligned lines; what the user set is marked with ``*``."""
+        lines = []
+        for name, value in self.public().items():
+            mark = "*" if self.is_set(name.lower()) else " "
+            shown = "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+            lines.append(f"  {mark} {name:<28} {shown}")
+        return "\n".join(["Settings (* set by you):", *lines])
+
+    def save(self, path: Path) -> None:
+        """Writes ``public()`` as JSON."""
+        path.write_text(json.dumps(self.public(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _Given:
+    """One assignment that the user made."""
+
+    name: str
+    value: str
+    origin: str  # "environment", or "<file> line <n>"
+
+
+def canonical_names() -> dict[str, str]:
+    """Every name that users may type -> the field it sets."""
+    names = {}
+    for field, info in Settings.model_fields.items():
+        for name in (field.upper(), *info.json_schema_extra["aliases"]):
+            names[name] = field
+    return names
+
+
+def load_settings(overrides: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None) -> Settings:
+    """Reads, resolves and checks all settings.
+
+    Args:
+        overrides: field -> value, stronger than every other source (for command-line forms).
+        environment: default ``os.environ``.
+
+    Raises:
+        UserError: with all problems of all sources.
+    """
+    environment = os.environ if environment is None else environment
+    problems: list[str] = []
+    in_file = _read_env_file(environment, problems)
+    names = canonical_names()
+    in_environment = [_Given(name, environment[name], "environment") for name in names if environment.get(name, "")]
+    given: dict[str, _Given] = {}
+    for source in (in_file, in_environment):  # later sources are stronger
+        given |= _resolve_aliases(source, names, problems)
+    values = {field: assignment.value for field, assignment in given.items()} | dict(overrides or {})
+    settings = _validate(values, given, int(environment.get("WORLD_SIZE") or 1), problems)
+    if problems:
+        heading = "1 problem in the settings" if len(problems) == 1 else f"{len(problems)} problems in the settings"
+        raise UserError("\n  - ".join([f"{heading}:", *problems]))
+    _export_pass_through(in_file, settings)
+    return settings
+
+
+def _read_env_file(environment: Mapping[str, str], problems: list[str]) -> list[_Given]:
+    path = Path(environment.get("ENV_FILE") or ".env")
+    if not path.is_file():
+        if environment.get("ENV_FILE"):
+            problems.append(f"ENV_FILE: {path} does not exist")
+        return []
+    try:
+        with path.open(encoding="utf-8") as stream:
+            bindings = list(parse_stream(stream))
+    except (OSError, UnicodeDecodeError):
+        problems.append(f"ENV_FILE: {path} cannot be read as UTF-8 text")
+        return []
+    pairs = [(binding.key, binding.value) for binding in bindings if binding.key]
+    values = resolve_variables(pairs, override=True)
+    given: dict[str, _Given] = {}
+    for binding in bindings:
+        origin = f"{path} line {binding.original.line + _leading_newlines(binding.original.string)}"
+        if binding.error:
+            problems.append(f"{origin}: not of the form NAME=value")
+        elif binding.key and binding.key in given:
+            problems.append(f"{origin}: {binding.key} stands twice (first: {given[binding.key].origin}); keep one")
+        elif binding.key:
+            given[binding.key] = _Given(binding.key, values[binding.key] or "", origin)
+    _check_names(given.values(), problems)
+    return [assignment for assignment in given.values() if assignment.value]
+
+
+def _leading_newlines(text: str) -> int:
+    return len(text) - len(text.lstrip("\n"))
+
+
+def _check_names(given: Iterable[_Given], problems: list[str]) -> None:
+    """Unknown names of the file are errors: a misspelt setting must not be ignored. Values are never shown."""
+    known = canonical_names()
+    for assignment in given:
+        if assignment.name in known:
+            continue
+        nearest = difflib.get_close_matches(assignment.name.upper(), known, n=1, cutoff=0.6)
+        if assignment.name.startswith(PASS_THROUGH_PREFIXES):
+            # HF_TOKNE would pass for a variable of the hub's; a near-miss of one of our names is taken for a mistake.
+            nearest = difflib.get_close_matches(assignment.name, known, n=1, cutoff=0.85)
+            if not nearest:
+                continue
+        hint = f"; did you mean {nearest[0]}?" if nearest else "; .env.training.example lists all settings"
+        problems.append(f"{assignment.origin}: unknown setting {assignment.name}{hint}")
+
+
+def _resolve_aliases(source: list[_Given], names: Mapping[str, str], problems: list[str]) -> dict[str, _Given]:
+    resolved: dict[str, _Given] = {}
+    for assignment in source:
+        field = names.get(assignment.name)
+        if field is None:
+            continue
+        other = resolved.get(field)
+        if other and other.value != assignment.value:
+            places = f"{other.name} ({other.origin}) and {assignment.name} ({assignment.origin})"
+            problems.append(f"{places} are the same setting with different values; keep one")
+        resolved[field] = assignment
+    return resolved
+
+
+def _export_pass_through(in_file: list[_Given], settings: Settings) -> None:
+    """Makes the file's variables of other tools visible to them; HF_ENDPOINT, say, is read at the hub's import."""
+    names = canonical_names()
+    for assignment in in_file:
+        if assignment.name not in names:
+            os.environ.setdefault(assignment.name, assignment.value)
+    if settings.hf_token:
+        os.environ.setdefault("HF_TOKEN", settings.hf_token.get_secret_value())
+
+
+# ------------------------------------------------------------------------------------------------------- checking
+
+
+def _validate(
+    values: dict[str, Any], given: Mapping[str, _Given], num_processes: int, problems: list[str]
+) -> Settings | None:
+    def where(field: str) -> str:
+        return f"{given[field].name} ({given[field].origin})" if field in given else field.upper()
+
+    failed: set[str] = set()
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False, include_input=False):
+            field = str(detail["loc"][0])
+            if field not in failed:
+                problems.append(f"{where(field)}: {detail['msg'].replace('Input should be', 'must be')}")
+            failed.add(field)
+        settings = Settings(**{field: value for field, value in values.items() if field not in failed})
+    for fields, check in _CROSS_CHECKS:
+        if failed.isdisjoint(fields) and (message := check(settings, num_processes)):
+            problems.append(f"{where(fields[0])}: {message}")
+    return settings
+
+
+def _check_effective_batch(settings: Settings, num_processes: int) -> str | None:
+    product = settings.batch_size * settings.gradient_accumulation_steps * num_processes
+    if settings.effective_batch_size in (None, product):
+        return None
+    return (
+        f"is {settings.effective_batch_size}, but BATCH_SIZE {settings.batch_size} x GRADIENT_ACCUMULATION_STEPS "
+        f"{settings.gradient_accumulation_steps} x {num_processes} process(es) = {product}; change one of them"
+    )
+
+
+def _check_scheduler(settings: Settings, _: int) -> str | None:
+    if settings.lr_scheduler not in LR_SCHEDULERS:
+        return f"must be one of {', '.join(LR_SCHEDULERS)}"
+    return None
+
+
+def _check_lr_min(settings: Settings, _: int) -> str | None:
+    if settings.lr_min and settings.lr_scheduler not in ("cosine", "cosine_with_min_lr"):
+        return "is for LR_SCHEDULER=cosine only"
+    if settings.lr_min and settings.lr_min >= settings.learning_rate:
+        return "must be below LEARNING_RATE"
+    return None
+
+
+def _check_cycles(settings: Settings, _: int) -> str | None:
+    if settings.lr_num_cycles and settings.lr_scheduler not in ("cosine", "cosine_with_restarts"):
+        return "is for LR_SCHEDULER=cosine or cosine_with_restarts only"
+    if settings.lr_num_cycles and settings.lr_min:
+        return "cannot be combined with LR_MIN; unset one of them"
+    return None
+
+
+def _check_files(settings: Settings, _: int) -> str | None:
+    if settings.train_jsonl.resolve() == settings.validation_jsonl.resolve():
+        return "is the same file as VALIDATION_JSONL; unset one, VALIDATION_FRACTION holds rows out"
+    return None
+
+
+def _check_output(settings: Settings, _: int) -> str | None:
+    base, output = Path(settings.init_model_path), settings.output_dir
+    if output.exists() and not output.is_dir():
+        return f"{output} is a file, a folder is needed"
+    if base.is_dir() and (base.resolve() == output.resolve() or output.resolve() in base.resolve().parents):
+        return "holds the base (INIT_MODEL_PATH); choose another folder, so that the base is never overwritten"
+    return None
+
+
+def _check_speaker(settings: Settings, _: int) -> str | None:
+    return speaker_name_problem(settings.speaker_name)
+
+
+def _check_unbuilt_upload(settings: Settings, _: int) -> str | None:
+    return "uploading is not built yet; set it to false and upload the finished folder" if settings.upload_to_hub else None
+
+
+def _check_unbuilt_direct(settings: Settings, _: int) -> str | None:
+    if settings.data_mode == "direct":
+        return "streaming a dataset (direct) is not built yet; use jsonl"
+    return None
+
+
+#: (fields that the check reads, the blamed one first; check). A check is skipped when one of its fields is bad itself.
+_CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None]], ...] = (
+    (("effective_batch_size", "batch_size", "gradient_accumulation_steps"), _check_effective_batch),
+    (("lr_scheduler",), _check_scheduler),
+    (("lr_min", "lr_scheduler", "learning_rate"), _check_lr_min),
+    (("lr_num_cycles", "lr_scheduler", "lr_min"), _check_cycles),
+    (("train_jsonl", "validation_jsonl"), _check_files),
+    (("output_dir", "init_model_path"), _check_output),
+    (("speaker_name",), _check_speaker),
+    (("upload_to_hub",), _check_unbuilt_upload),
+    (("data_mode",), _check_unbuilt_direct),
+)
+
+
+def speaker_name_problem(name: str) -> str | None:
+    """Why a speaker name cannot be used, or None.
+
+    Inference looks names up in lower case in a JSON table, and people type them: so they are printable, of at most 100
+    characters, and without white space at the ends.
+    """
+    if not name.strip():
+        return "a speaker name must not be empty"
+    if name != name.strip() or not name.isprintable() or len(name) > 100:
+        return "a speaker name must be printable, at most 100 characters, without white space at the ends"
+    return None
