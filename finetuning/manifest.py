@@ -9,6 +9,7 @@ A bad row among many is skipped and listed; when more than a tenth is bad, nothi
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -280,7 +281,7 @@ class Manifest:
         from datasets import Dataset
 
         self.arrow_file = arrow_file
-        self._table = Dataset.from_file(str(arrow_file)).with_format("numpy")
+        self._table = Dataset.from_file(str(arrow_file)).with_format("arrow")
         self.indices = np.arange(len(self._table)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -288,8 +289,10 @@ class Manifest:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The columns of one row; ``codes`` as (T, 16) int16."""
-        row = self._table[int(self.indices[index])]
-        return row | {"codes": np.asarray(row["codes"], dtype=np.int16).reshape(-1, NUM_CODEBOOKS)}
+        record = self._table[int(self.indices[index])]
+        row = {name: record.column(name)[0].as_py() for name in record.column_names if name != "codes"}
+        codes = record.column("codes")[0].values.to_numpy().reshape(-1, NUM_CODEBOOKS)
+        return row | {"codes": codes}
 
     def column(self, name: str) -> np.ndarray:
         """One column (any but codes) of all rows."""
@@ -353,7 +356,15 @@ def build_manifest(
         unfinished.rename(arrow_file)
     finally:
         unfinished.unlink(missing_ok=True)
+        remove_empty_folders(arrow_file.parent, arrow_file.parent.parent)
     return Manifest(arrow_file)
+
+
+def remove_empty_folders(*folders: Path) -> None:
+    """Removes those folders that are empty, in the given order: nothing is left behind by a refused run."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _optional_text(value: str | Path | None) -> str | None:

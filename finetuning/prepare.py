@@ -17,9 +17,23 @@ import numpy as np
 from tqdm import tqdm
 
 from finetuning.audio import SAMPLE_RATE_HZ, AudioError, audio_duration_seconds, load_audio
+from finetuning.base_model import Base
 from finetuning.codec import Codec
 from finetuning.errors import UserError
-from finetuning.manifest import Rejections, Row, RowError, RowFormat, check_speaker_names, parse_row, read_lines
+from finetuning.manifest import (
+    Manifest,
+    Rejections,
+    Row,
+    RowError,
+    RowFormat,
+    build_manifest,
+    check_speaker_names,
+    hold_out,
+    parse_row,
+    read_lines,
+    resolve_path,
+)
+from finetuning.settings import Settings
 
 #: Seconds of audio in one batch of the codec; on a GPU of 16 GB this stays far below its memory.
 MAX_SECONDS_PER_BATCH = 120.0
@@ -33,6 +47,83 @@ def encoded_path(raw_jsonl: Path) -> Path:
 def rejected_path(output_jsonl: Path) -> Path:
     """Where the rows that could not be encoded are listed."""
     return output_jsonl.with_name(f"{output_jsonl.stem}.rejected.jsonl")
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The rows of a run; ``validation`` is None where there are none."""
+
+    train: Manifest
+    validation: Manifest | None
+
+
+def open_training_rows(settings: Settings, base: Base, device: str, build: bool = True) -> TrainingRows:
+    """Training and validation rows as the settings name them, encoded first where codes are missing.
+
+    Args:
+        build: encode and index (the main process); else open what the main process has indexed.
+
+    Raises:
+        UserError: see ``encode_jsonl`` and ``build_manifest``.
+    """
+    has_validation_file = settings.validation_jsonl.is_file() or settings.is_set("validation_jsonl")
+    if build:
+        check_train_jsonl(settings)
+        for setting in ["TRAIN_JSONL"] + ["VALIDATION_JSONL"] * has_validation_file:
+            _index_rows(settings, base, device, setting)
+    train = Manifest(_arrow_file(settings, "TRAIN_JSONL"))
+    if has_validation_file:
+        validation = _of_known_speakers(Manifest(_arrow_file(settings, "VALIDATION_JSONL")), train)
+    else:
+        train, validation = hold_out(train, settings.validation_fraction, settings.seed)
+    if validation is not None and settings.max_eval_samples:
+        validation = validation.select(np.arange(min(len(validation), settings.max_eval_samples)))
+    return TrainingRows(train, validation)
+
+
+def check_train_jsonl(settings: Settings) -> None:
+    """Raises UserError when TRAIN_JSONL is missing; where the user set DATASET_NAME the message names both."""
+    if settings.train_jsonl.is_file():
+        return
+    if settings.is_set("dataset_name"):
+        raise UserError(
+            f"TRAIN_JSONL: {settings.train_jsonl} does not exist, and DATASET_NAME {settings.dataset_name} cannot be "
+            "prepared by this version; write the rows to a JSONL (audio and text a line) and name it in TRAIN_JSONL"
+        )
+    raise UserError(
+        f"TRAIN_JSONL: {settings.train_jsonl} does not exist; "
+        'write one JSON object a line, such as {"audio": "clips/1.wav", "text": "What is said."}'
+    )
+
+
+def _index_rows(settings: Settings, base: Base, device: str, setting: str) -> None:
+    """Encodes one file where needed, and writes its Arrow file."""
+    row_format = RowFormat.from_settings(settings, base.special_tokens())
+    is_train = setting == "TRAIN_JSONL"
+    jsonl = settings.train_jsonl if is_train else settings.validation_jsonl
+    max_rows = settings.max_train_samples if is_train else settings.max_eval_samples
+    if settings.data_mode != "none" and has_rows_without_codes(jsonl, setting):
+        output = encoded_path(jsonl)
+        jsonl = encode_jsonl(
+            jsonl, output, base.codec_folder, row_format, device=device, setting=setting, max_rows=max_rows
+        )
+        print(f"codes of {setting} are kept in {jsonl}", flush=True)
+    arrow_file = _arrow_file(settings, setting)
+    rejected = settings.output_dir / f"rejected.{arrow_file.stem}.jsonl"
+    build_manifest(jsonl, arrow_file, row_format, setting, max_rows, rejected)
+
+
+def _arrow_file(settings: Settings, setting: str) -> Path:
+    return settings.output_dir / "rows" / ("train.arrow" if setting == "TRAIN_JSONL" else "validation.arrow")
+
+
+def _of_known_speakers(validation: Manifest, train: Manifest) -> Manifest | None:
+    """Validation rows whose speaker is trained; a voice that nothing is learnt of would only blur the figure."""
+    known = {speaker.lower() for speaker in train.column("speaker")}
+    keep = np.array([speaker.lower() in known for speaker in validation.column("speaker")])
+    if not keep.all():
+        print(f"{(~keep).sum()} validation rows are left out: their speakers have no training rows", flush=True)
+    return validation.select(np.flatnonzero(keep)) if keep.any() else None
 
 
 def has_rows_without_codes(jsonl: Path, setting: str) -> bool:
@@ -175,6 +266,7 @@ def _encode_missing(
     encoded: dict[tuple, np.ndarray] = {}
     journal.parent.mkdir(parents=True, exist_ok=True)
     with journal.open("a", encoding="utf-8") as stream, tqdm(total=len(rows), desc="encode", unit="clip") as progress:
+        stream.write("\n")  # closes a line that a kill may have cut off
         for batch, waveforms in _batches(rows, rejections, progress):
             sources = [_source(row, codec_id) for row in batch]
             for source, codes in zip(sources, codec.encode(waveforms), strict=True):
@@ -209,7 +301,7 @@ def _batches(
 
 
 def _write_rows(rows: list[Row], output_jsonl: Path, codec_id: str, known: dict, row_format: RowFormat) -> None:
-    """Rows in their order; paths become absolute so that they hold wherever the file is read from."""
+    """Rows in their order; a path that would not be found from the output's folder becomes absolute."""
     output_jsonl.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output_jsonl.with_name(output_jsonl.name + ".tmp")
     try:
@@ -217,7 +309,7 @@ def _write_rows(rows: list[Row], output_jsonl: Path, codec_id: str, known: dict,
             for row in rows:
                 record = dict(row.raw)
                 for key, path in ((row_format.audio_key, row.audio), ("ref_audio", row.ref_audio)):
-                    if path is not None:
+                    if path is not None and resolve_path(record[key], output_jsonl.parent) != path:
                         record[key] = str(path.resolve())
                 if row.codes is None:
                     source = _source(row, codec_id)

@@ -1,0 +1,267 @@
+"""The base checkpoint: finding its folder, checking what it is, choosing device and attention, loading it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetuning.codec import check_codec_folder
+from finetuning.errors import UserError
+from finetuning.prompt import NUM_CLOSING_TOKENS, NUM_ROLE_TOKENS, assistant_turn
+from finetuning.settings import Settings
+from finetuning.tiny_model import NAMES as EMBEDDED_NAMES
+from finetuning.tiny_model import embedded_model_folder
+
+#: What transformers 4.57.3 must read in a config.json to leave Qwen's regex alone when it loads from a path. It swaps
+#: the tokenizer's regex for local folders of 4.57.3 or without a version (``_patch_mistral_regex``).
+UNPATCHED_TRANSFORMERS_VERSION = "4.57.2"
+
+TOKENIZER_FILES = ("tokenizer_config.json", "vocab.json", "merges.txt", "preprocessor_config.json")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base checkpoint on disk.
+
+    Attributes:
+        name: as the user named it.
+        folder: resolved local folder.
+        config: config.json, unedited.
+        codec_folder: its speech tokenizer, or the one that TOKENIZER_PATH names.
+    """
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    codec_folder: Path
+
+    @property
+    def talker_config(self) -> Mapping[str, Any]:
+        return self.config["talker_config"]
+
+    @property
+    def has_speaker_encoder(self) -> bool:
+        return self.config["tts_model_type"] == "base"
+
+    @property
+    def model_size(self) -> str:
+        """Either "1b7" or "0b6"; stock treats an empty string as 0.6B and fails without one."""
+        size = self.config.get("tts_model_size")
+        return size if size in ("1b7", "0b6") else ("0b6" if self.talker_config["hidden_size"] <= 1024 else "1b7")
+
+    def weight_files(self) -> list[Path]:
+        return sorted(self.folder.glob("model*.safetensors"))
+
+    def weight_dtypes(self) -> dict[str, torch.dtype]:
+        """Name -> dtype of every saved tensor, from the files' headers."""
+        from safetensors import safe_open
+
+        dtypes = {}
+        for file in self.weight_files():
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - safe_open is no dict
+                    dtypes[name] = _SAFETENSORS_DTYPES[weights.get_slice(name).get_dtype()]
+        return dtypes
+
+    def special_tokens(self) -> tuple[str, ...]:
+        """Every added token of the text tokenizer; none may stand in a transcript."""
+        config = json.loads((self.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return tuple(token["content"] for token in config.get("added_tokens_decoder", {}).values())
+
+
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+# --------------------------------------------------------------------------------------------------------- finding
+
+
+def resolve_base(settings: Settings) -> Base:
+    """Finds the base and its codec (downloading a Hub snapshot where DATA_MODE allows) and checks both.
+
+    Raises:
+        UserError: out of reach, or no 12 Hz Qwen3-TTS base.
+    """
+    may_download = settings.data_mode != "none"
+    folder = resolve_folder(settings.init_model_path, "INIT_MODEL_PATH", may_download)
+    config = read_base_config(folder)
+    codec_folder = folder / "speech_tokenizer"
+    if settings.tokenizer_path:
+        codec_folder = resolve_folder(settings.tokenizer_path, "TOKENIZER_PATH", may_download)
+    check_codec_folder(codec_folder)
+    return Base(settings.init_model_path, folder, config, codec_folder)
+
+
+def resolve_folder(name: str, setting: str, may_download: bool = True) -> Path:
+    """A local folder for an embedded model's name, a path, or a Hub id.
+
+    Always a folder: stock loading by Hub id asks the network even for what is cached, and tokenizes differently.
+    """
+    if name in EMBEDDED_NAMES:
+        return embedded_model_folder(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    looks_like_path = path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_like_path:
+        raise UserError(f"{setting}: {name} is not a folder (nor a Hub id of the form owner/name)")
+    return _download_snapshot(name, setting, may_download)
+
+
+def _download_snapshot(repository: str, setting: str, may_download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    advice = "check the name and the network, set HF_TOKEN for a gated one, or give a local folder"
+    try:
+        return Path(snapshot_download(repository, local_files_only=not may_download))
+    except LocalEntryNotFoundError:
+        reason = "the Hub cannot be reached" if may_download else "DATA_MODE=none downloads nothing"
+        raise UserError(f"{setting}: {repository} is not in the local cache and {reason}; {advice}") from None
+    except HFValidationError:
+        raise UserError(f"{setting}: {repository} is not a valid Hub id; {advice}") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{setting}: {repository} cannot be fetched from the Hub ({reason}); {advice}") from None
+
+
+def read_base_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder that holds a Qwen3-TTS 12 Hz base or custom_voice checkpoint.
+
+    Raises:
+        UserError: anything else, with what it is.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"INIT_MODEL_PATH: {folder} holds no model (config.json is missing)")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"INIT_MODEL_PATH: {file} is not valid JSON") from None
+    if config.get("model_type") != "qwen3_tts":
+        raise UserError(f"INIT_MODEL_PATH: {folder} is no Qwen3-TTS model (model_type {config.get('model_type')!r})")
+    if config.get("tokenizer_type") != "qwen3_tts_tokenizer_12hz":
+        raise UserError(
+            f"INIT_MODEL_PATH: {folder} works at another frame rate ({config.get('tokenizer_type')!r}); "
+            "qwen-tts 0.1.1 has a talker for the 12 Hz models only"
+        )
+    if config.get("tts_model_type") not in ("base", "custom_voice"):
+        raise UserError(
+            f"INIT_MODEL_PATH: {folder} is a {config.get('tts_model_type')!r} model; "
+            "start from a Base or a CustomVoice model"
+        )
+    missing = [name for name in ("generation_config.json", *TOKENIZER_FILES) if not (folder / name).is_file()]
+    if not list(folder.glob("model*.safetensors")):
+        missing.append("model.safetensors")
+    if missing:
+        raise UserError(f"INIT_MODEL_PATH: {folder} is incomplete: no {', '.join(missing)}")
+    return config
+
+
+# --------------------------------------------------------------------------------------------------------- loading
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The text tokenizer exactly as stock qwen-tts will load it from our export.
+
+    Loads through the same call as ``Qwen3TTSModel.from_pretrained``, from a folder that has an export's
+    ``transformers_version``: the unpatched Qwen regex, whatever the base's config.json says.
+    """
+    from qwen_tts.core.models import Qwen3TTSConfig, Qwen3TTSProcessor
+    from transformers import AutoConfig, AutoProcessor
+
+    AutoConfig.register("qwen3_tts", Qwen3TTSConfig, exist_ok=True)
+    AutoProcessor.register(Qwen3TTSConfig, Qwen3TTSProcessor, exist_ok=True)
+    with tempfile.TemporaryDirectory() as export_like:
+        for name in TOKENIZER_FILES:
+            shutil.copy(folder / name, export_like)
+        config = {"model_type": "qwen3_tts", "transformers_version": UNPATCHED_TRANSFORMERS_VERSION}
+        (Path(export_like) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        processor = AutoProcessor.from_pretrained(export_like, fix_mistral_regex=True)
+    role_and_closing = len(processor.tokenizer(assistant_turn(""))["input_ids"])
+    if role_and_closing != NUM_ROLE_TOKENS + NUM_CLOSING_TOKENS:
+        raise UserError(
+            f"INIT_MODEL_PATH: the text tokenizer of {folder} splits the role into {role_and_closing} tokens instead "
+            "of 8; its vocab.json or merges.txt does not belong to Qwen3-TTS"
+        )
+    return processor.tokenizer
+
+
+def load_model(base: Base, attention: str, device: str = "cpu") -> Any:
+    """The model with fp32 weights (the masters of training), without its codec."""
+    from qwen_tts.core.models import Qwen3TTSConfig, Qwen3TTSForConditionalGeneration
+    from transformers import AutoConfig, PreTrainedModel
+
+    AutoConfig.register("qwen3_tts", Qwen3TTSConfig, exist_ok=True)
+    # The class's own from_pretrained would load the codec as well, which training does not need.
+    load = PreTrainedModel.from_pretrained.__func__
+    return load(
+        Qwen3TTSForConditionalGeneration,
+        str(base.folder),
+        dtype=torch.float32,
+        attn_implementation=attention,
+        device_map=device,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- hardware
+
+
+def choose_device(settings: Settings) -> str:
+    """The device type that DEVICE asks for.
+
+    Raises:
+        UserError: it is not there, or MIXED_PRECISION does not work on it.
+    """
+    mps = torch.backends.mps.is_available()
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("DEVICE: cuda is not available on this machine; set DEVICE=cpu or auto, or install a driver")
+    if device == "mps" and not mps:
+        raise UserError("DEVICE: mps is not available on this machine; set DEVICE=cpu or auto")
+    if settings.mixed_precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("MIXED_PRECISION: this GPU has no bf16; set MIXED_PRECISION=fp16 or no")
+    if settings.mixed_precision == "fp16" and device != "cuda":
+        raise UserError(f"MIXED_PRECISION: fp16 needs a CUDA GPU, not {device}; set MIXED_PRECISION=bf16 or no")
+    return device
+
+
+def choose_attention(settings: Settings, device: str) -> str:
+    """The attention implementation, resolved from ATTN_IMPLEMENTATION; says which when it had to choose.
+
+    Raises:
+        UserError: FlashAttention 2 was asked for and cannot run.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    works = (
+        device == "cuda"
+        and settings.mixed_precision != "no"
+        and torch.cuda.get_device_capability()[0] >= 8
+        and is_flash_attn_2_available()
+    )
+    wanted = settings.attn_implementation
+    if wanted == "flash_attention_2" and not works:
+        raise UserError(
+            "ATTN_IMPLEMENTATION: flash_attention_2 needs the package flash-attn, an Ampere or newer GPU and "
+            "MIXED_PRECISION=bf16 or fp16; set auto or sdpa"
+        )
+    if wanted != "auto":
+        return wanted
+    return "flash_attention_2" if works else "sdpa"
+
+
+def free_memory_bytes(device: str) -> int:
+    """Free memory of the device that trains: of the GPU, else of the machine."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

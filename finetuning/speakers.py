@@ -1,0 +1,190 @@
+"""One fp32 vector per speaker, computed before training and exported bit for bit.
+
+Each distinct reference goes through the base's speaker encoder once and alone: references of different lengths cannot
+be batched, and padding would change the vector. A speaker's vector is the mean over its distinct references, rounded to
+the dtype that the export stores, so that what training inserts is what inference looks up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from finetuning.audio import SAMPLE_RATE_HZ, AudioError, load_audio
+from finetuning.base_model import Base
+from finetuning.codec import FRAMES_PER_SECOND
+from finetuning.errors import UserError
+from finetuning.manifest import Manifest
+from finetuning.quality import cleanliness_db
+from finetuning.settings import Settings
+
+#: New speakers take free rows of the codec table from here up; the presets of the CustomVoice release lie below.
+FIRST_SPEAKER_ROW = 3000
+#: A reference is chosen among clips of this length …
+REFERENCE_SECONDS = (3.0, 30.0)
+#: … and among these, if there are any.
+BEST_REFERENCE_SECONDS = (5.0, 10.0)
+#: At most so many candidates are read, those nearest to 7.5 s first.
+MAX_REFERENCE_CANDIDATES = 32
+
+
+@dataclass(frozen=True)
+class Speakers:
+    """The speakers of a run.
+
+    Attributes:
+        names: as the rows spell them; keys of the export are the lower-case forms.
+        vectors: (num_speakers, H) float32, already rounded to the export's dtype.
+        codec_rows: each speaker's row of the codec table.
+        references: the distinct reference files of each; empty for a preset of the base.
+    """
+
+    names: Sequence[str]
+    vectors: torch.Tensor
+    codec_rows: Sequence[int]
+    references: Sequence[Sequence[str]]
+
+    @property
+    def index(self) -> dict[str, int]:
+        """Lower-case name -> row of ``vectors``."""
+        return {name.lower(): index for index, name in enumerate(self.names)}
+
+
+def prepare_speakers(manifest: Manifest, model: Any, base: Base, settings: Settings) -> Speakers:
+    """Finds every speaker's references, computes the vectors and gives out rows of the codec table.
+
+    Raises:
+        UserError: no reference can be had, a name is a preset's, or the table is full.
+    """
+    names = list(dict.fromkeys(manifest.column("speaker")))
+    presets = base.talker_config.get("spk_id") or {}
+    if not base.has_speaker_encoder:
+        return _preset_speakers(names, presets, model, base)
+    taken = [name for name in names if name.lower() in presets]
+    if taken:
+        raise UserError(f'speaker "{taken[0]}" is a preset of the base; use another name, so that the preset stays')
+    codec_rows = allocate_codec_rows(base.config, len(names))
+    references = find_references(manifest, names, settings)
+    dtype = base.weight_dtypes()["talker.model.codec_embedding.weight"]
+    vectors = [_mean_vector(model, references[name]) for name in tqdm(names, desc="speakers", disable=len(names) < 4)]
+    stored = torch.stack(vectors).to(dtype).float()
+    return Speakers(names, stored, codec_rows, [references[name] for name in names])
+
+
+def _preset_speakers(names: list[str], presets: Mapping[str, int], model: Any, base: Base) -> Speakers:
+    """A custom_voice base has no speaker encoder; its own speakers can be trained further, with their stored rows."""
+    unknown = [name for name in names if name.lower() not in presets]
+    if unknown:
+        raise UserError(
+            f'INIT_MODEL_PATH: {base.name} is a custom_voice checkpoint without a speaker encoder, so speaker '
+            f'"{unknown[0]}" cannot get a vector; start from a Base model, or name one of its own speakers '
+            f"(SPEAKER_NAME or the rows' speaker): {', '.join(sorted(presets)) or 'it has none'}"
+        )
+    rows = [presets[name.lower()] for name in names]
+    table = model.talker.model.codec_embedding.weight.detach()
+    return Speakers(names, table[rows].float().cpu().clone(), rows, [[] for _ in names])
+
+
+def allocate_codec_rows(config: Mapping[str, Any], count: int) -> list[int]:
+    """Free rows of the codec table for new speakers: from 3000 up, none that the configuration names.
+
+    Raises:
+        UserError: fewer rows are free.
+    """
+    talker = config["talker_config"]
+    used = {value for key, value in talker.items() if key.startswith("codec_") and isinstance(value, int)}
+    used |= set((talker.get("codec_language_id") or {}).values()) | set((talker.get("spk_id") or {}).values())
+    free = [row for row in range(FIRST_SPEAKER_ROW, talker["vocab_size"]) if row not in used]
+    if count > len(free):
+        raise UserError(f"{count} speakers, but the codec table has only {len(free)} free rows for new ones")
+    return free[:count]
+
+
+# ------------------------------------------------------------------------------------------------------ references
+
+
+def find_references(manifest: Manifest, names: Sequence[str], settings: Settings) -> dict[str, list[str]]:
+    """Each speaker's distinct reference files, in the order of first use.
+
+    A row's own ``ref_audio`` comes first, then REF_AUDIO_PATH, then one clip of the speaker, which is said.
+
+    Raises:
+        UserError: REF_AUDIO_PATH does not exist, or a speaker has neither a reference nor a clip to choose.
+    """
+    if settings.ref_audio_path and not settings.ref_audio_path.is_file():
+        raise UserError(f"REF_AUDIO_PATH: {settings.ref_audio_path} does not exist")
+    speakers, references = manifest.column("speaker"), manifest.column("ref_audio")
+    found: dict[str, list[str]] = {}
+    for name in names:
+        own = [reference or None for reference in references[speakers == name]]
+        distinct = dict.fromkeys(str(Path(path).resolve()) for path in own if path)
+        if any(path is None for path in own):
+            default = settings.ref_audio_path or choose_reference(manifest, name)
+            distinct[str(Path(default).resolve())] = None
+        found[name] = list(distinct)
+    return found
+
+
+def choose_reference(manifest: Manifest, speaker: str) -> str:
+    """The cleanest clip of a speaker: of 5–10 s if there is one, else of 3–30 s, else the longest."""
+    mine = np.flatnonzero(manifest.column("speaker") == speaker)
+    seconds = manifest.column("num_codec_frames")[mine] / FRAMES_PER_SECOND
+    audio = manifest.column("audio")[mine]
+    clips = [(path, length) for path, length in zip(audio, seconds, strict=True) if path and Path(path).is_file()]
+    if not clips:
+        raise UserError(
+            f'speaker "{speaker}": its rows name no ref_audio and have no audio file to choose from; '
+            "set REF_AUDIO_PATH or give the rows a ref_audio"
+        )
+    for shortest, longest in (BEST_REFERENCE_SECONDS, REFERENCE_SECONDS):
+        fitting = [clip for clip in clips if shortest <= clip[1] <= longest]
+        if chosen := _cleanest(fitting):
+            print(f'reference of speaker "{speaker}": {chosen} (chosen among {len(fitting)} clips)', flush=True)
+            return chosen
+    chosen = max(clips, key=lambda clip: clip[1])[0]
+    print(
+        f'reference of speaker "{speaker}": {chosen}, the longest clip, because none is between '
+        f"{REFERENCE_SECONDS[0]:g} and {REFERENCE_SECONDS[1]:g} s; a clean 5-10 s REF_AUDIO_PATH would be better",
+        flush=True,
+    )
+    return chosen
+
+
+def _cleanest(clips: list[tuple[str, float]]) -> str | None:
+    middle = sum(BEST_REFERENCE_SECONDS) / 2
+    candidates = sorted(clips, key=lambda clip: abs(clip[1] - middle))[:MAX_REFERENCE_CANDIDATES]
+    scored = []
+    for path, _ in candidates:
+        try:
+            scored.append((cleanliness_db(load_audio(path)), path))
+        except AudioError:
+            continue
+    return max(scored)[1] if scored else None
+
+
+# --------------------------------------------------------------------------------------------------------- vectors
+
+
+def _mean_vector(model: Any, references: Sequence[str]) -> torch.Tensor:
+    return torch.stack([speaker_vector(model, path) for path in references]).mean(0)
+
+
+@torch.no_grad()
+def speaker_vector(model: Any, reference: str | Path) -> torch.Tensor:
+    """(H,) float32 on the CPU: the base's speaker encoder on one reference, as stock's extract_speaker_embedding.
+
+    Raises:
+        UserError: the reference cannot be used.
+    """
+    try:
+        waveform = load_audio(reference)
+    except AudioError as error:
+        raise UserError(f"reference {reference}: {error}") from None
+    vector = model.extract_speaker_embedding(waveform, SAMPLE_RATE_HZ)
+    return vector.detach().float().cpu().clone()

@@ -1,0 +1,302 @@
+"""The training loop.
+
+An optimizer step is fetched whole before its first backward, because the loss is the mean over all tokens of the step:
+over its micro-batches and over all processes. Accelerate therefore accumulates nothing itself (accumulation 1, gradients
+synchronised at the last micro-batch), and the learning-rate scheduler is not prepared by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from finetuning.checkpoint import Exporter
+from finetuning.codec import NUM_CODEBOOKS
+from finetuning.dataset import StepDataset, StepSampler, count_tokens, sequential_plan, step_loader
+from finetuning.errors import Stopped, UserError
+from finetuning.layer_utils import optimizer_groups
+from finetuning.objective import Batch, TrainingObjective, step_loss
+from finetuning.settings import Settings
+from finetuning.tracking import Tracker
+from finetuning.validation import evaluate, to_device
+
+
+def make_accelerator(settings: Settings, device: str) -> Accelerator:
+    """One process's Accelerator; see the module's docstring for what it must not do."""
+    return Accelerator(mixed_precision=settings.mixed_precision, cpu=device == "cpu", gradient_accumulation_steps=1)
+
+
+def make_sampler(settings: Settings, dataset: StepDataset, num_processes: int) -> StepSampler:
+    """The order of the training rows."""
+    return StepSampler(
+        lengths=dataset.manifest.column("num_codec_frames"),
+        batch_size=settings.batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        num_processes=num_processes,
+        seed=settings.seed,
+    )
+
+
+def total_steps(settings: Settings, sampler: StepSampler) -> int:
+    """Optimizer steps of the run."""
+    steps = settings.num_epochs * sampler.steps_per_epoch
+    return min(steps, settings.max_steps) if settings.max_steps else steps
+
+
+def make_scheduler(settings: Settings, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+    """transformers' schedule of that name, with LR_MIN, LR_NUM_CYCLES, and a warm-up of at most a tenth of the run."""
+    from transformers import get_scheduler
+
+    warmup = min(settings.warmup_steps, num_steps // 10)
+    if warmup < settings.warmup_steps:
+        print(f"warm-up cut from {settings.warmup_steps} to {warmup} steps, a tenth of the run", flush=True)
+    name, extra = settings.lr_scheduler, {}
+    if settings.lr_num_cycles:
+        name, extra = "cosine_with_restarts", {"num_cycles": settings.lr_num_cycles}
+    elif settings.lr_min or name == "cosine_with_min_lr":
+        name, extra = "cosine_with_min_lr", {"min_lr": settings.lr_min}
+    elif name == "warmup_stable_decay":
+        extra = {"num_decay_steps": max(1, num_steps // 10)}
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps, scheduler_specific_kwargs=extra
+    )
+
+
+class Trainer:
+    """Trains an objective and leaves checkpoints and logs in OUTPUT_DIR.
+
+    Args:
+        objective: not yet prepared by Accelerate, on any device.
+        validation: None where no row was held out; then ``best/`` follows the mean training loss of an epoch.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        accelerator: Accelerator,
+        objective: TrainingObjective,
+        train: StepDataset,
+        validation: StepDataset | None,
+        exporter: Exporter,
+        tracker: Tracker,
+    ) -> None:
+        self.settings, self.accelerator, self.exporter, self.tracker = settings, accelerator, exporter, tracker
+        self.train_dataset, self.validation_dataset = train, validation
+        self.sampler = make_sampler(settings, train, accelerator.num_processes)
+        self.num_steps = total_steps(settings, self.sampler)
+        optimizer = torch.optim.AdamW(
+            optimizer_groups(objective, settings.weight_decay),
+            lr=settings.learning_rate,
+            fused=accelerator.device.type == "cuda",
+        )
+        self.scheduler = make_scheduler(settings, optimizer, self.num_steps)
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.step = self.epoch = 0
+        self.best_loss = math.inf
+        self._evaluated_at = self._stop_signal = None
+        self._last_train_loss = math.nan
+        self._window = _Window()
+
+    # -------------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> None:
+        """Trains to the end.
+
+        Raises:
+            UserError: the loss became NaN or infinite.
+            Stopped: SIGINT or SIGTERM arrived; ``last/`` was saved.
+        """
+        self.objective.train()
+        with self._signals_noted():
+            for self.epoch in range(self.settings.num_epochs):
+                epoch = _Window()
+                for batches in self._steps():
+                    self._optimizer_step(batches, epoch)
+                    self._after_step()
+                    if self.step == self.num_steps:
+                        break
+                self._after_epoch(epoch.mean_loss(self.settings.sub_talker_loss_weight))
+                if self.step == self.num_steps:
+                    break
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        plans = self.sampler.epoch_plan(self.epoch, self.accelerator.process_index)
+        return iter(step_loader(self.train_dataset, plans, self.settings.num_workers))
+
+    def _optimizer_step(self, batches: list[Batch], epoch: _Window) -> None:
+        """Forward and backward of all micro-batches, then one clipped optimizer step."""
+        num_talker, num_sub_talker = self._count_over_processes(batches)
+        totals = torch.zeros(2, device=self.accelerator.device)
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.objective):
+                batch = to_device(batch, self.accelerator.device)
+                sums = self.objective(batch)
+                weight = self.settings.sub_talker_loss_weight
+                loss = step_loss(sums, num_talker, num_sub_talker, weight) * batch["weight"]
+                # DDP averages gradients over processes; the loss is already a share of the whole step's mean.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+                totals += torch.stack([sums["talker_loss"], sums["sub_talker_loss"]]).detach() * batch["weight"]
+        totals = self.accelerator.reduce(totals, reduction="sum")
+        if not torch.isfinite(totals).all():
+            self._stop_at_bad_loss(batches)
+        gradient_norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        if not self.optimizer.step_was_skipped:  # an fp16 scaler that is still finding its scale
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        for window in (self._window, epoch):
+            window.add(totals, num_talker, num_sub_talker, gradient_norm)
+
+    def _count_over_processes(self, batches: list[Batch]) -> tuple[int, int]:
+        counts = count_tokens(batches)
+        if self.accelerator.num_processes == 1:
+            return counts
+        counts = torch.tensor(counts, device=self.accelerator.device)
+        return tuple(self.accelerator.reduce(counts, reduction="sum").tolist())
+
+    def _stop_at_bad_loss(self, batches: list[Batch]) -> None:
+        lines = sorted({line for batch in batches for line in batch["lines"].tolist()})
+        raise UserError(
+            f"the loss of step {self.step + 1} is not a finite number; nothing was learnt from it. Rows of the step: "
+            f"lines {', '.join(map(str, lines))} of the training rows. Lower LEARNING_RATE, or set MIXED_PRECISION=bf16 "
+            "or no; if it happens at the first step, check these rows and the base's weights"
+        )
+
+    # ---------------------------------------------------------------------------------------- between the steps
+
+    def _after_step(self) -> None:
+        self.tracker.advance()
+        settings = self.settings
+        if self.step % settings.logging_steps == 0 or self.step == self.num_steps:
+            self._log_training()
+        names = [f"checkpoint-{self.step}"] if self.step % settings.save_steps == 0 else []
+        if self.step % settings.eval_steps == 0 and self._evaluate():
+            names.append("best")
+        if self._stop_signal is not None:
+            self._save([*names, "last"])
+            raise Stopped(self._stop_signal)
+        self._save(names)
+
+    def _after_epoch(self, mean_loss: float) -> None:
+        """Evaluation and ``last/``, at the end of every epoch and so of the run."""
+        if self.validation_dataset is None:
+            is_best = mean_loss < self.best_loss
+            self.best_loss = min(mean_loss, self.best_loss)
+        else:
+            is_best = self._evaluate()
+        names = ["last"] + (["best"] if is_best else [])
+        self._save(names + ([f"epoch-{self.epoch}"] if self.settings.save_epochs else []))
+
+    def _evaluate(self) -> bool:
+        """Logs the validation figures; whether they are the best so far. Not twice at the same step."""
+        if self.validation_dataset is None or self._evaluated_at == self.step:
+            return False
+        self._evaluated_at = self.step
+        start = time.perf_counter()
+        plan = sequential_plan(
+            len(self.validation_dataset),
+            self.settings.batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        batches = (step[0] for step in step_loader(self.validation_dataset, plan, self.settings.num_workers))
+        objective = self.accelerator.unwrap_model(self.objective)
+        metrics = evaluate(objective, batches, self.accelerator, self.settings.sub_talker_loss_weight)
+        self.tracker.log_validation(self.step, self.epoch, metrics)
+        self._window.pause(time.perf_counter() - start)
+        is_best = metrics["loss"] < self.best_loss
+        self.best_loss = min(metrics["loss"], self.best_loss)
+        return is_best
+
+    def _save(self, names: list[str]) -> None:
+        if not names:
+            return
+        start = time.perf_counter()
+        if self.accelerator.is_main_process:
+            best = None if math.isinf(self.best_loss) else self.best_loss
+            state = {"step": self.step, "epoch": self.epoch, "best_loss": best, "train_loss": self._last_train_loss}
+            state["best_by"] = "validation loss" if self.validation_dataset else "mean training loss of an epoch"
+            self.exporter.save(names, state)
+        self.accelerator.wait_for_everyone()
+        self._window.pause(time.perf_counter() - start)
+
+    def _log_training(self) -> None:
+        window, weight = self._window, self.settings.sub_talker_loss_weight
+        figures = window.figures(weight)
+        self._last_train_loss = figures["loss"]
+        seconds_left = window.seconds_per_step() * (self.num_steps - self.step)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        record = {"step": self.step, "epoch": self.epoch, "loss": figures.pop("loss"), "learning_rate": learning_rate}
+        self.tracker.log_training({**record, **figures, "seconds_left": seconds_left})
+        self._window = _Window()
+
+    @contextlib.contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM lets the step finish and saves; the second acts at once."""
+
+        def note(number: int, _: Any) -> None:
+            self._stop_signal = number
+            self.tracker.say(f"signal {number}: finishing the step and saving last/; once more stops at once")
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Window:
+    """Sums over some steps: of an epoch, or since the last logged line. Losses stay on the device until read."""
+
+    def __init__(self) -> None:
+        self._totals: torch.Tensor | float = 0.0
+        self._gradient_norm: torch.Tensor | float = 0.0
+        self._num_talker = self._num_sub_talker = self._num_steps = 0
+        self._start, self._paused = time.perf_counter(), 0.0
+
+    def add(self, totals: torch.Tensor, num_talker: int, num_sub_talker: int, gradient_norm: Any) -> None:
+        self._totals = self._totals + totals
+        self._gradient_norm = gradient_norm
+        self._num_talker += num_talker
+        self._num_sub_talker += num_sub_talker
+        self._num_steps += 1
+
+    def pause(self, seconds: float) -> None:
+        """Time that was not spent on stepping."""
+        self._paused += seconds
+
+    def _seconds(self) -> float:
+        return max(time.perf_counter() - self._start - self._paused, 1e-9)
+
+    def seconds_per_step(self) -> float:
+        return self._seconds() / max(self._num_steps, 1)
+
+    def _losses(self) -> tuple[float, float]:
+        talker, sub_talker = self._totals.tolist()
+        return talker / max(self._num_talker, 1), sub_talker / max(self._num_sub_talker, 1)
+
+    def mean_loss(self, sub_talker_weight: float) -> float:
+        talker, sub_talker = self._losses()
+        return talker + sub_talker_weight * sub_talker
+
+    def figures(self, sub_talker_weight: float) -> dict[str, float]:
+        """loss, talker_loss, sub_talker_loss, grad_norm (of the last step, before clipping), frames_per_second."""
+        talker, sub_talker = self._losses()
+        return {
+            "loss": talker + sub_talker_weight * sub_talker,
+            "talker_loss": talker,
+            "sub_talker_loss": sub_talker,
+            "grad_norm": float(self._gradient_norm),
+            "frames_per_second": self._num_sub_talker / (NUM_CODEBOOKS - 1) / self._seconds(),
+        }

@@ -1,0 +1,35 @@
+"""Fine-tunes Qwen3-TTS as `.env` says.
+
+    ./uv_train.sh .env.demo                             # install and run everything on the embedded tiny model (CPU)
+    python train.py                                     # one process
+    accelerate launch --num_processes=4 train.py        # four
+    ENV_FILE=my_voice.env BATCH_SIZE=4 python train.py  # another file; the environment is stronger than the file
+"""
+
+from finetuning.errors import run_main
+from finetuning.settings import Settings, load_settings
+
+
+def main() -> None:
+    settings = load_settings()
+    print(settings.describe(), flush=True)
+    train(settings)
+
+
+def train(settings: Settings) -> None:
+    """The run from settings to checkpoints; heavy imports come after the settings were checked."""
+    from finetuning import session
+
+    base, device = session.check_inputs(settings)
+    accelerator = session.start(settings, device)
+    rows = session.open_rows(settings, base, accelerator)
+    run = session.build_run(settings, base, rows, accelerator)
+    if settings.prepare_only:
+        session.walk_once(run)
+        return
+    session.claim_output_folder(run)
+    session.train(run)
+
+
+if __name__ == "__main__":
+    run_main(main)
