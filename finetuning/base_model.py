@@ -132,7 +132,7 @@ def _download_snapshot(repository: str, setting: str, may_download: bool) -> Pat
         raise UserError(f"{setting}: {repository} cannot be fetched from the Hub ({reason}); {advice}") from None
 
 
-def read_base_config(folder: Path) -> dict[str, Any]:
+def read_base_config(folder: Path, setting: str = "INIT_MODEL_PATH") -> dict[str, Any]:
     """config.json of a folder that holds a Qwen3-TTS 12 Hz base or custom_voice checkpoint.
 
     Raises:
@@ -140,28 +140,27 @@ def read_base_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"INIT_MODEL_PATH: {folder} holds no model (config.json is missing)")
+        raise UserError(f"{setting}: {folder} holds no model (config.json is missing)")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"INIT_MODEL_PATH: {file} is not valid JSON") from None
+        raise UserError(f"{setting}: {file} is not valid JSON") from None
     if config.get("model_type") != "qwen3_tts":
-        raise UserError(f"INIT_MODEL_PATH: {folder} is no Qwen3-TTS model (model_type {config.get('model_type')!r})")
+        raise UserError(f"{setting}: {folder} is no Qwen3-TTS model (model_type {config.get('model_type')!r})")
     if config.get("tokenizer_type") != "qwen3_tts_tokenizer_12hz":
         raise UserError(
-            f"INIT_MODEL_PATH: {folder} works at another frame rate ({config.get('tokenizer_type')!r}); "
+            f"{setting}: {folder} works at another frame rate ({config.get('tokenizer_type')!r}); "
             "qwen-tts 0.1.1 has a talker for the 12 Hz models only"
         )
     if config.get("tts_model_type") not in ("base", "custom_voice"):
         raise UserError(
-            f"INIT_MODEL_PATH: {folder} is a {config.get('tts_model_type')!r} model; "
-            "start from a Base or a CustomVoice model"
+            f"{setting}: {folder} is a {config.get('tts_model_type')!r} model; start from a Base or a CustomVoice model"
         )
     missing = [name for name in ("generation_config.json", *TOKENIZER_FILES) if not (folder / name).is_file()]
     if not list(folder.glob("model*.safetensors")):
         missing.append("model.safetensors")
     if missing:
-        raise UserError(f"INIT_MODEL_PATH: {folder} is incomplete: no {', '.join(missing)}")
+        raise UserError(f"{setting}: {folder} is incomplete: no {', '.join(missing)}")
     return config
 
 

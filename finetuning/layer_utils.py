@@ -155,4 +155,3 @@ def optimizer_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     stays = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
     groups = [{"params": decays, "weight_decay": weight_decay}, {"params": stays, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-

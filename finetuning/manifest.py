@@ -392,4 +392,3 @@ def hold_out(manifest: Manifest, fraction: float, seed: int, min_rows: int = 20)
     mask = np.zeros(len(manifest), dtype=bool)
     mask[held] = True
     return manifest.select(np.flatnonzero(~mask)), manifest.select(np.flatnonzero(mask))
-

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from finetuning.audio import SAMPLE_RATE_HZ, AudioError, audio_duration_seconds, load_audio
 from finetuning.base_model import Base
-from finetuning.codec import Codec
+from finetuning.codec import FRAMES_PER_SECOND, Codec
 from finetuning.errors import UserError
 from finetuning.manifest import (
     Manifest,
@@ -39,9 +41,10 @@ from finetuning.settings import Settings
 MAX_SECONDS_PER_BATCH = 120.0
 
 
-def encoded_path(raw_jsonl: Path) -> Path:
-    """Where the rows with codes of a raw file are kept: beside it."""
-    return raw_jsonl.with_name(f"{raw_jsonl.stem.removesuffix('_raw')}.encoded.jsonl")
+def encoded_path(raw_jsonl: Path, max_rows: int | None = None) -> Path:
+    """Where the rows with codes of a raw file are kept: beside it. A part of the file has a name of its own."""
+    part = f".first-{max_rows}" if max_rows else ""
+    return raw_jsonl.with_name(f"{raw_jsonl.stem}{part}.encoded.jsonl")
 
 
 def rejected_path(output_jsonl: Path) -> Path:
@@ -103,7 +106,7 @@ def _index_rows(settings: Settings, base: Base, device: str, setting: str) -> No
     jsonl = settings.train_jsonl if is_train else settings.validation_jsonl
     max_rows = settings.max_train_samples if is_train else settings.max_eval_samples
     if settings.data_mode != "none" and has_rows_without_codes(jsonl, setting):
-        output = encoded_path(jsonl)
+        output = encoded_path(jsonl, max_rows)
         jsonl = encode_jsonl(
             jsonl, output, base.codec_folder, row_format, device=device, setting=setting, max_rows=max_rows
         )
@@ -147,6 +150,7 @@ def encode_jsonl(
     device: str = "cpu",
     setting: str = "TRAIN_JSONL",
     max_rows: int | None = None,
+    max_clips_per_batch: int = 32,
     force: bool = False,
 ) -> Path:
     """Writes ``output_jsonl``: the rows of ``input_jsonl`` in their order, each with ``audio_codes``.
@@ -174,20 +178,25 @@ def encode_jsonl(
     check_speaker_names(speakers)
     if force:
         journal.unlink(missing_ok=True)
-    known = {} if force else _known_codes((output_jsonl, journal), codec_id)
+    earlier = (encoded_path(input_jsonl), output_jsonl, journal)
+    known = {} if force else _known_codes(earlier, codec_id)
     missing = [row for row in rows if row.codes is None and _source(row, codec_id).key not in known]
     num_stale = 0 if force else _count_stale(rows, output_jsonl, codec_id, known)
     if num_stale:
         print(f"{num_stale} clips or their codec changed since they were encoded; they are encoded again", flush=True)
     try:
         if missing:
-            known |= _encode_missing(missing, journal, codec_folder, codec_id, device, rejections)
+            known |= _encode_missing(
+                missing, journal, Codec(codec_folder, device), codec_id, rejections, max_clips_per_batch
+            )
         good = [row for row in rows if row.codes is not None or _source(row, codec_id).key in known]
         rejections.num_good = len(good)
         rejections.check(rejected_path(output_jsonl))
         _write_rows(good, output_jsonl, codec_id, known, row_format)
     except OSError as error:
-        raise UserError(f"cannot write {output_jsonl}: {error.strerror}; use another --output_jsonl or folder") from None
+        raise UserError(
+            f"cannot write {output_jsonl}: {error.strerror}; use another --output_jsonl or folder"
+        ) from None
     journal.unlink(missing_ok=True)
     return output_jsonl
 
@@ -258,16 +267,15 @@ def _count_stale(rows: list[Row], output_jsonl: Path, codec_id: str, known: dict
 
 
 def _encode_missing(
-    rows: list[Row], journal: Path, codec_folder: Path, codec_id: str, device: str, rejections: Rejections
+    rows: list[Row], journal: Path, codec: Codec, codec_id: str, rejections: Rejections, max_clips: int
 ) -> dict[tuple, np.ndarray]:
     """Encodes rows in batches of similar length, journalling each batch; unusable clips become rejections."""
-    codec = Codec(codec_folder, device)
     rows = sorted(rows, key=lambda row: audio_duration_seconds(row.audio) or 0.0)
     encoded: dict[tuple, np.ndarray] = {}
     journal.parent.mkdir(parents=True, exist_ok=True)
     with journal.open("a", encoding="utf-8") as stream, tqdm(total=len(rows), desc="encode", unit="clip") as progress:
         stream.write("\n")  # closes a line that a kill may have cut off
-        for batch, waveforms in _batches(rows, rejections, progress):
+        for batch, waveforms in _batches(rows, rejections, progress, max_clips):
             sources = [_source(row, codec_id) for row in batch]
             for source, codes in zip(sources, codec.encode(waveforms), strict=True):
                 encoded[source.key] = codes
@@ -279,7 +287,7 @@ def _encode_missing(
 
 
 def _batches(
-    rows: list[Row], rejections: Rejections, progress: tqdm
+    rows: list[Row], rejections: Rejections, progress: tqdm, max_clips: int
 ) -> Iterator[tuple[list[Row], list[np.ndarray]]]:
     batch: list[Row] = []
     waveforms: list[np.ndarray] = []
@@ -291,7 +299,7 @@ def _batches(
             progress.update(1)
             continue
         longest = max([len(waveform), *map(len, waveforms)]) / SAMPLE_RATE_HZ
-        if batch and longest * (len(batch) + 1) > MAX_SECONDS_PER_BATCH:
+        if len(batch) == max_clips or (batch and longest * (len(batch) + 1) > MAX_SECONDS_PER_BATCH):
             yield batch, waveforms
             batch, waveforms = [], []
         batch.append(row)
@@ -318,3 +326,57 @@ def _write_rows(rows: list[Row], output_jsonl: Path, codec_id: str, known: dict,
         unfinished.rename(output_jsonl)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- info
+
+
+def dataset_info(jsonl: Path, row_format: RowFormat) -> dict[str, Any]:
+    """What a JSONL holds: num_samples, num_with_codes, num_bad, hours, seconds (min, median, max), languages, speakers.
+
+    ``languages`` and ``speakers`` map names to numbers of rows; lengths come from codes, else from the audio's header.
+    """
+    info: dict[str, Any] = {"file": str(jsonl), "num_samples": 0, "num_with_codes": 0, "num_bad": 0}
+    languages: Counter[str] = Counter()
+    speakers: Counter[str] = Counter()
+    seconds = []
+    for number, line in read_lines(jsonl, "--input_jsonl"):
+        try:
+            row = parse_row(line, number, jsonl.parent, row_format, needs_codes=False)
+        except RowError as error:
+            info["num_bad"] += 1
+            info.setdefault("first_bad", f"line {number}: {error}")
+            continue
+        info["num_samples"] += 1
+        info["num_with_codes"] += row.codes is not None
+        languages[row.language] += 1
+        speakers[row.speaker] += 1
+        length = audio_duration_seconds(row.audio) if row.codes is None else len(row.codes) / FRAMES_PER_SECOND
+        seconds.append(length or 0.0)
+    lengths = {"min": min(seconds), "median": float(np.median(seconds)), "max": max(seconds)} if seconds else {}
+    return info | {
+        "hours": sum(seconds) / 3600,
+        "seconds": lengths,
+        "languages": dict(languages.most_common()),
+        "speakers": dict(speakers.most_common()),
+    }
+
+
+def format_info(info: dict[str, Any]) -> str:
+    """``dataset_info`` as lines for a terminal."""
+    lines = [
+        f"{info['file']}: {info['num_samples']} rows ({info['num_with_codes']} with codes), "
+        f"{info['hours'] * 60:.1f} minutes"
+    ]
+    if info["seconds"]:
+        lengths = info["seconds"]
+        lines.append(
+            f"  length: {lengths['min']:.1f} to {lengths['max']:.1f} s, half of them under {lengths['median']:.1f} s"
+        )
+    for name in ("speakers", "languages"):
+        shown = [f"{key} ({count})" for key, count in list(info[name].items())[:10]]
+        more = ", …" if len(info[name]) > 10 else ""
+        lines.append(f"  {name}: {', '.join(shown)}{more}")
+    if info["num_bad"]:
+        lines.append(f"  {info['num_bad']} bad rows, the first in {info['first_bad']}")
+    return "\n".join(lines)

@@ -92,8 +92,11 @@ def open_rows(settings: Settings, base: Base, accelerator: Accelerator) -> Train
         return open_training_rows(settings, base, str(accelerator.device), build=accelerator.is_main_process)
 
 
-def build_run(settings: Settings, base: Base, rows: TrainingRows, accelerator: Accelerator) -> Run:
-    """Loads the model, computes speaker vectors, changes layers, and says what is about to happen."""
+def build_run(
+    settings: Settings, base: Base, rows: TrainingRows, accelerator: Accelerator, verbose: bool = True
+) -> Run:
+    """Loads the model, computes speaker vectors, changes layers, and (verbose) says what is about to happen."""
+    verbose = verbose and accelerator.is_main_process
     attention = choose_attention(settings, accelerator.device.type)
     model = load_model(base, attention, device=str(accelerator.device))
     speakers = prepare_speakers(rows.train, model, base, settings)
@@ -102,7 +105,7 @@ def build_run(settings: Settings, base: Base, rows: TrainingRows, accelerator: A
         settings.replace_last_n_layers,
         settings.add_new_layers,
         settings.freeze_original_layers,
-        verbose=accelerator.is_main_process,
+        verbose=verbose,
         layer_init=settings.layer_init,
     )
     encoder = make_row_encoder(base, speakers)
@@ -111,7 +114,7 @@ def build_run(settings: Settings, base: Base, rows: TrainingRows, accelerator: A
     validation = StepDataset(rows.validation, encoder) if rows.validation else None
     exporter = Exporter(settings, base, model, speakers)
     run = Run(settings, base, accelerator, model, speakers, objective, train, validation, exporter)
-    if run.is_main:
+    if verbose:
         say_row_notes(rows.train, base)
         print(describe_run(run, attention), flush=True)
     return run
@@ -153,8 +156,7 @@ def describe_run(run: Run, attention: str) -> str:
             f"Speakers: {speakers}",
             f"Device: {accelerator.device} x {accelerator.num_processes}, precision {settings.mixed_precision}, "
             f"attention {attention}",
-            f"Steps: {run.num_steps} ({sampler.steps_per_epoch} an epoch, "
-            f"{sampler.rows_per_step} rows each)",
+            f"Steps: {run.num_steps} ({sampler.steps_per_epoch} an epoch, {sampler.rows_per_step} rows each)",
         ]
         + ([] if run.validation else ["No validation rows: best/ follows the mean training loss of an epoch"])
     )

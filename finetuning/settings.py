@@ -109,7 +109,9 @@ class Settings(BaseSettings):
     speaker_name: str = _voice("reference_speaker", "speaker of rows that name none; the name to speak with later")
     ref_audio_path: Path | None = _voice(None, "reference clip for rows that name none; default one is chosen")
     ref_text: str | None = _voice(None, "transcript of REF_AUDIO_PATH")
-    freeze_speaker_encoder: bool = _voice(True, "the encoder is only read before training; false is accepted and says so")
+    freeze_speaker_encoder: bool = _voice(
+        True, "the encoder is only read before training; false is accepted and says so"
+    )
 
     num_epochs: int = _training(3, "passes over the training rows", ge=1, le=100_000)
     max_steps: OptionalCount = _training(None, "stop after so many optimizer steps; default NUM_EPOCHS decides")
@@ -380,7 +382,9 @@ def _check_speaker(settings: Settings, _: int) -> str | None:
 
 
 def _check_unbuilt_upload(settings: Settings, _: int) -> str | None:
-    return "uploading is not built yet; set it to false and upload the finished folder" if settings.upload_to_hub else None
+    return (
+        "uploading is not built yet; set it to false and upload the finished folder" if settings.upload_to_hub else None
+    )
 
 
 def _check_unbuilt_direct(settings: Settings, _: int) -> str | None:

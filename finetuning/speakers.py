@@ -82,7 +82,7 @@ def _preset_speakers(names: list[str], presets: Mapping[str, int], model: Any, b
     unknown = [name for name in names if name.lower() not in presets]
     if unknown:
         raise UserError(
-            f'INIT_MODEL_PATH: {base.name} is a custom_voice checkpoint without a speaker encoder, so speaker '
+            f"INIT_MODEL_PATH: {base.name} is a custom_voice checkpoint without a speaker encoder, so speaker "
             f'"{unknown[0]}" cannot get a vector; start from a Base model, or name one of its own speakers '
             f"(SPEAKER_NAME or the rows' speaker): {', '.join(sorted(presets)) or 'it has none'}"
         )

@@ -29,11 +29,63 @@ CODEC_TABLE_SIZE = 3072
 #: Words that become one token each. The first two must: stock qwen-tts cuts the role off as exactly three tokens.
 #: "iPhone", "McDonald", NFD "Yorùbá" and Hindi are split differently by the regex that transformers 4.57.3 swaps in for
 #: local folders with a large vocabulary, so they show whether training and inference use the same one.
-WHOLE_WORDS = (
-    "assistant|user|iPhone|McDonald|Yoru\u0300ba\u0301|नमस्ते|"
-    "the|and|ing|tion|er|re|on|at|en|ed|or|es|is|it|an|in|ou|th|ea|st|ar|nd|to|ve|ll|ay|"
-    " the| and| of| to| a| in| is| it| you| that| he| was| for| on| are| with| they| be| at| one| have| this| from"
-).split("|")
+WHOLE_WORDS = [
+    "assistant",
+    "user",
+    "iPhone",
+    "McDonald",
+    "Yorùbá",
+    "नमस्ते",
+    "the",
+    "and",
+    "ing",
+    "tion",
+    "er",
+    "re",
+    "on",
+    "at",
+    "en",
+    "ed",
+    "or",
+    "es",
+    "is",
+    "it",
+    "an",
+    "in",
+    "ou",
+    "th",
+    "ea",
+    "st",
+    "ar",
+    "nd",
+    "to",
+    "ve",
+    "ll",
+    "ay",
+    " the",
+    " and",
+    " of",
+    " to",
+    " a",
+    " in",
+    " is",
+    " it",
+    " you",
+    " that",
+    " he",
+    " was",
+    " for",
+    " on",
+    " are",
+    " with",
+    " they",
+    " be",
+    " at",
+    " one",
+    " have",
+    " this",
+    " from",
+]
 
 #: Order of the added tokens behind the byte-level vocabulary; the same order as in the real release.
 SPECIAL_TOKENS = (

@@ -1,0 +1,34 @@
+# Sourced by uv_train.sh and uv_test.sh: finds or installs uv, and installs the project into .venv.
+# Needs Python 3.10-3.12 with pip; nothing else.
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# Sets the array UV to the command that runs uv, installing it with pip when it is missing.
+find_uv() {
+  if command -v uv >/dev/null 2>&1; then
+    UV=(uv)
+    return
+  fi
+  local python
+  python=$(command -v python3 || command -v python) || fail "Python 3 is not installed; install Python 3.10-3.12 with pip"
+  if ! "$python" -m uv --version >/dev/null 2>&1; then
+    echo "installing uv with pip …"
+    if ! "$python" -m pip install --quiet uv 2>/dev/null; then
+      # A Python that its distribution manages refuses pip; a virtual environment of its own does not.
+      "$python" -m venv .venv-uv && .venv-uv/bin/python -m pip install --quiet uv ||
+        fail "uv could not be installed with pip; install it by hand (pip install uv) and run this again"
+      python=.venv-uv/bin/python
+    fi
+  fi
+  UV=("$python" -m uv)
+}
+
+# install_project [uv sync options]: installs the pinned packages into .venv (about 7 GB with CUDA on Linux).
+install_project() {
+  find_uv
+  echo "installing packages into .venv …"
+  "${UV[@]}" sync --quiet "$@" || fail "the packages could not be installed; the lines above say why (network? disk space?)"
+}

@@ -1,0 +1,252 @@
+"""Preflight: checks everything that a run needs, before the GPU hour is spent. Exit code 2 when a check fails.
+
+    python test_setup.py                                  # as .env says
+    ENV_FILE=.env.demo python test_setup.py               # the demo, on CPU
+    accelerate launch --num_processes=4 test_setup.py     # also: can the processes talk?
+
+Nothing is written but to a temporary folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from finetuning.errors import UserError, run_main
+from finetuning.settings import Settings, load_settings
+
+PROJECT = Path(__file__).parent
+#: fp32 master, gradient and two Adam moments.
+BYTES_PER_TRAINED_WEIGHT, BYTES_PER_FROZEN_WEIGHT = 16, 4
+
+
+class Preflight:
+    """Numbered checks; later ones use what earlier ones found and are skipped when that is missing."""
+
+    def __init__(self) -> None:
+        self.num_failed = self._number = 0
+        self._is_main = int(os.environ.get("RANK") or 0) == 0
+        self.settings: Settings | None = None
+        self.base = self.device = self.accelerator = None
+
+    def check(self, title: str, function: Callable[[], str], needs: object = True) -> None:
+        """Runs one check; ``function`` returns a line about what it found or raises UserError."""
+        self._number += 1
+        if needs is None:
+            self._print(f"{self._number:>2}. – {title}: skipped, an earlier check failed")
+            return
+        try:
+            self._print(f"{self._number:>2}. ✓ {title}: {function()}")
+        except UserError as error:
+            self.num_failed += 1
+            self._print(f"{self._number:>2}. ✗ {title}: {error}")
+
+    def _print(self, line: str) -> None:
+        if self._is_main:
+            print(line, flush=True)
+
+    # ------------------------------------------------------------------------------------------------ the checks
+
+    def python(self) -> str:
+        if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+            raise UserError(f"Python {platform.python_version()}; 3.10 to 3.12 is needed")
+        return f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+
+    def packages(self) -> str:
+        wrong = []
+        pins = re.findall(r'^  "([\w-]+)==([\w.]+)( ;[^"]*)?"', (PROJECT / "pyproject.toml").read_text(), re.MULTILINE)
+        main_packages = ("torch", "torchaudio", "qwen-tts", "transformers", "accelerate", "datasets", "safetensors")
+        for name, wanted, _ in pins:
+            if name in main_packages and (found := _installed_version(name)) != wanted:
+                wrong.append(f"{name} is {found or 'missing'}, {wanted} is needed")
+        if wrong:
+            raise UserError("; ".join(wrong) + " (./uv_train.sh installs the right ones)")
+        return ", ".join(f"{name} {_installed_version(name)}" for name in ("torch", "qwen-tts", "transformers"))
+
+    def read_settings(self) -> str:
+        self.settings = load_settings()
+        return f"{len(self.settings.model_fields_set)} set by you ({os.environ.get('ENV_FILE') or '.env'})"
+
+    def hardware(self) -> str:
+        import torch
+
+        from finetuning.base_model import choose_attention, choose_device
+
+        self.device = choose_device(self.settings)
+        attention = choose_attention(self.settings, self.device)
+        name = torch.cuda.get_device_name() if self.device == "cuda" else f"{os.cpu_count()} cores"
+        return f"{self.device} ({name}), precision {self.settings.mixed_precision}, attention {attention}"
+
+    def processes(self) -> str:
+        import torch
+
+        from finetuning.session import start
+
+        self.accelerator = start(self.settings, self.device)
+        count = self.accelerator.num_processes
+        total = self.accelerator.reduce(torch.ones(1, device=self.accelerator.device), reduction="sum").item()
+        if total != count:
+            raise UserError(f"{count} processes were started, but only {total:g} answered")
+        return "one process" if count == 1 else f"{count} processes can talk"
+
+    def model(self) -> str:
+        from finetuning.base_model import load_tokenizer, resolve_base
+
+        self.base = resolve_base(self.settings)
+        load_tokenizer(self.base.folder)
+        talker = self.base.talker_config
+        return (
+            f"{self.base.name}, {talker['num_hidden_layers']} talker layers of width {talker['hidden_size']}, "
+            f"type {self.base.config['tts_model_type']}"
+        )
+
+    def output_folder(self) -> str:
+        from finetuning.checkpoint import check_output_folder
+
+        check_output_folder(self.settings)
+        return str(self.settings.output_dir)
+
+    def data(self) -> str:
+        from finetuning.manifest import Rejections, RowError, RowFormat, parse_row, read_lines
+        from finetuning.prepare import check_train_jsonl
+
+        settings = self.settings
+        check_train_jsonl(settings)
+        row_format = RowFormat.from_settings(settings, self.base.special_tokens())
+        files = [("TRAIN_JSONL", settings.train_jsonl)]
+        if settings.is_set("validation_jsonl") or settings.validation_jsonl.is_file():
+            files.append(("VALIDATION_JSONL", settings.validation_jsonl))
+        found = []
+        for setting, file in files:
+            rejections = Rejections(file)
+            for number, line in read_lines(file, setting):
+                try:
+                    parse_row(line, number, file.parent, row_format, needs_codes=settings.data_mode == "none")
+                    rejections.num_good += 1
+                except RowError as error:
+                    rejections.add(number, str(error), line)
+            with tempfile.TemporaryDirectory() as folder:
+                rejections.check(Path(folder) / "rejected.jsonl")
+            found.append(f"{rejections.num_good} rows in {file}")
+        return ", ".join(found)
+
+    def references(self) -> str:
+        from finetuning.audio import AudioError, load_audio
+        from finetuning.manifest import resolve_path
+
+        path = self.settings.ref_audio_path
+        if path is not None and not path.is_file():
+            raise UserError(f"REF_AUDIO_PATH: {path} does not exist")
+        distinct = {path} if path else set()
+        for line in self.settings.train_jsonl.read_text(encoding="utf-8-sig").splitlines():
+            if '"ref_audio"' in line and (reference := json.loads(line).get("ref_audio")):
+                distinct.add(resolve_path(reference, self.settings.train_jsonl.parent))
+        for reference in sorted(distinct)[:20]:
+            try:
+                load_audio(reference)
+            except AudioError as error:
+                raise UserError(f"reference {reference}: {error}") from None
+        return f"{len(distinct)} named" if distinct else "none named; a clip of each speaker will be chosen"
+
+    def one_step(self) -> str:
+        """Forward and backward on two rows, with the real settings; then disk and memory against the whole run."""
+        from finetuning import session
+        from finetuning.checkpoint import check_disk_space
+        from finetuning.objective import step_loss
+
+        with tempfile.TemporaryDirectory() as folder:
+            settings = _two_row_settings(self.settings, Path(folder))
+            rows = session.open_rows(settings, self.base, self.accelerator)
+            run = session.build_run(settings, self.base, rows, self.accelerator, verbose=False)
+            batch = run.train.batch([0, 1] if len(run.train) > 1 else [0])
+            batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+            with self.accelerator.autocast():
+                sums = run.objective.train()(batch)
+            loss = step_loss(sums, 1, 1, settings.sub_talker_loss_weight)
+            loss.backward()
+        self._trained_bytes = _training_bytes(run.model)
+        self._export_bytes = run.exporter.required_bytes()
+        check_disk_space(self.settings.output_dir, self._export_bytes)
+        return f"two rows, talker loss sum {sums['talker_loss'].item():.1f}"
+
+    def memory(self) -> str:
+        from finetuning.base_model import free_memory_bytes
+
+        free = free_memory_bytes(self.device) + self._trained_bytes  # this process holds a part of it already
+        needed = f"weights, gradients and Adam states {self._trained_bytes / 1e9:.2f} GB, activations besides"
+        if self._trained_bytes > free:
+            raise UserError(f"{needed}; only {free / 1e9:.2f} GB are there. Train fewer layers or use a larger card")
+        return (
+            f"{needed}; {free / 1e9:.1f} GB are there. One checkpoint takes {self._export_bytes / 1e9:.2f} GB of disk"
+        )
+
+
+def main() -> None:
+    preflight = Preflight()
+    check = preflight.check
+    check("Python", preflight.python)
+    check("packages", preflight.packages)
+    check("settings", preflight.read_settings)
+    check("hardware", preflight.hardware, needs=preflight.settings)
+    check("processes", preflight.processes, needs=preflight.device)
+    check("output folder", preflight.output_folder, needs=preflight.settings)
+    check("model", preflight.model, needs=preflight.device)
+    check("data", preflight.data, needs=preflight.base)
+    ready = preflight.accelerator if preflight.num_failed == 0 else None
+    check("references", preflight.references, needs=ready)
+    ready = preflight.accelerator if preflight.num_failed == 0 else None
+    check("one training step and disk space", preflight.one_step, needs=ready)
+    ready = preflight.accelerator if preflight.num_failed == 0 else None
+    check("memory", preflight.memory, needs=ready)
+    if preflight.num_failed:
+        raise UserError(f"{preflight.num_failed} check(s) failed; see the lines marked ✗")
+    print("Everything is ready: python train.py")
+
+
+def _installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _two_row_settings(settings: Settings, folder: Path) -> Settings:
+    """The settings with the first two usable rows in a folder of their own, so that no real file is touched."""
+    from finetuning.manifest import RowError, RowFormat, parse_row, read_lines
+
+    jsonl = folder / "two_rows.jsonl"
+    row_format = RowFormat.from_settings(settings)
+    lines = []
+    for number, line in read_lines(settings.train_jsonl, "TRAIN_JSONL"):
+        try:
+            row = parse_row(line, number, settings.train_jsonl.parent, row_format, needs_codes=False)
+        except RowError:
+            continue
+        paths = {settings.audio_column: row.audio, "ref_audio": row.ref_audio}
+        lines.append(json.dumps(row.raw | {key: str(path.resolve()) for key, path in paths.items() if path}))
+        if len(lines) == 2:
+            break
+    jsonl.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return settings.model_copy(
+        update={
+            "train_jsonl": jsonl,
+            "validation_jsonl": jsonl,
+            "output_dir": folder / "output",
+        }
+    )
+
+
+def _training_bytes(model) -> int:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(n * (BYTES_PER_TRAINED_WEIGHT if trains else BYTES_PER_FROZEN_WEIGHT) for n, trains in sizes)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The one command: installs what is missing, then trains as the settings file says.
+#
+#   ./uv_train.sh .env.demo        the whole pipeline on the embedded tiny model, on CPU, offline, in minutes
+#   ./uv_train.sh                  your own run, as .env says
+#
+# Further arguments go to train.py; settings in the environment are stronger than the file: BATCH_SIZE=4 ./uv_train.sh
+set -euo pipefail
+called_from=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/install.sh
+
+if [[ $# -gt 0 && $1 != -* ]]; then
+  if [[ -f "$called_from/$1" ]]; then
+    ENV_FILE=$(realpath "$called_from/$1")
+  elif [[ -f $1 ]]; then
+    ENV_FILE=$1
+  else
+    fail "settings file $1 does not exist (looked in $called_from and $PWD)"
+  fi
+  export ENV_FILE
+  shift
+elif [[ -z ${ENV_FILE:-} && ! -f .env ]]; then
+  fail "there is no .env here; copy .env.training.example to .env and edit it, or try ./uv_train.sh .env.demo"
+fi
+
+install_project
+exec .venv/bin/python train.py "$@"
