@@ -1,6 +1,6 @@
 """Audio files to training rows.
 
-    python data_processing.py --mode encode                       # TRAIN_JSONL of .env: adds the codes, keeps them beside it
+    python data_processing.py --mode encode                   # TRAIN_JSONL of .env; the result stands beside it
     python data_processing.py --mode encode --input_jsonl raw.jsonl --output_jsonl train.jsonl
     python data_processing.py --mode info --input_jsonl train.jsonl
     ENV_FILE=.env.demo python data_processing.py --mode encode    # a tiny one, on CPU

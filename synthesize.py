@@ -53,11 +53,12 @@ def load(arguments: argparse.Namespace) -> Any:
     arguments.speaker = choose_speaker(arguments, config)
     arguments.language = choose_language(arguments, config)
     import torch
-    from qwen_tts import Qwen3TTSModel
+
+    from finetuning.stock import import_qwen_tts
 
     on_gpu = torch.cuda.is_available() and arguments.device != "cpu"
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    return Qwen3TTSModel.from_pretrained(
+    return import_qwen_tts().Qwen3TTSModel.from_pretrained(
         str(folder), dtype=dtype, device_map="cuda:0" if on_gpu else "cpu", attn_implementation="sdpa"
     )
 

@@ -17,6 +17,7 @@ from finetuning.codec import check_codec_folder
 from finetuning.errors import UserError
 from finetuning.prompt import NUM_CLOSING_TOKENS, NUM_ROLE_TOKENS, assistant_turn
 from finetuning.settings import Settings
+from finetuning.stock import import_qwen_tts
 from finetuning.tiny_model import NAMES as EMBEDDED_NAMES
 from finetuning.tiny_model import embedded_model_folder
 
@@ -173,6 +174,7 @@ def load_tokenizer(folder: Path) -> Any:
     Loads through the same call as ``Qwen3TTSModel.from_pretrained``, from a folder that has an export's
     ``transformers_version``: the unpatched Qwen regex, whatever the base's config.json says.
     """
+    import_qwen_tts()
     from qwen_tts.core.models import Qwen3TTSConfig, Qwen3TTSProcessor
     from transformers import AutoConfig, AutoProcessor
 
@@ -195,6 +197,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def load_model(base: Base, attention: str, device: str = "cpu") -> Any:
     """The model with fp32 weights (the masters of training), without its codec."""
+    import_qwen_tts()
     from qwen_tts.core.models import Qwen3TTSConfig, Qwen3TTSForConditionalGeneration
     from transformers import AutoConfig, PreTrainedModel
 

@@ -191,8 +191,9 @@ def check_output_folder(settings: Settings) -> None:
     entries = run_entries(settings.output_dir)
     if entries and not settings.overwrite_output:
         raise UserError(
-            f"OUTPUT_DIR: {settings.output_dir} already holds a run ({', '.join(entry.name for entry in entries[:4])}); "
-            "choose another folder, or set OVERWRITE_OUTPUT=true to replace it (RESUME is not built yet)"
+            f"OUTPUT_DIR: {settings.output_dir} already holds a run "
+            f"({', '.join(entry.name for entry in entries[:4])}); choose another folder, or set "
+            "OVERWRITE_OUTPUT=true to replace it (going on with a run, RESUME, is not built yet)"
         )
     parent = nearest_existing(settings.output_dir)
     if not os.access(parent, os.W_OK):
@@ -219,8 +220,8 @@ def check_disk_space(output_dir: Path, required_bytes: int) -> None:
     free = shutil.disk_usage(nearest_existing(output_dir)).free
     if free < required_bytes:
         raise UserError(
-            f"OUTPUT_DIR: {output_dir} has {free / 1e9:.1f} GB free, one checkpoint needs {required_bytes / 1e9:.1f} GB; "
-            "free some space or choose another disk"
+            f"OUTPUT_DIR: {output_dir} has {free / 1e9:.1f} GB free, one checkpoint needs "
+            f"{required_bytes / 1e9:.1f} GB; free some space or choose another disk"
         )
 
 

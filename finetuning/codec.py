@@ -10,6 +10,7 @@ import numpy as np
 
 from finetuning.audio import SAMPLE_RATE_HZ, pad_to_whole_frames
 from finetuning.errors import UserError
+from finetuning.stock import import_qwen_tts
 
 NUM_CODEBOOKS = 16
 CODEBOOK_SIZE = 2048
@@ -27,10 +28,11 @@ class Codec:
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         check_codec_folder(folder)
         import torch
-        from qwen_tts import Qwen3TTSTokenizer
 
         self.folder = folder
-        self._tokenizer = Qwen3TTSTokenizer.from_pretrained(str(folder), dtype=torch.float32, device_map=device)
+        self._tokenizer = import_qwen_tts().Qwen3TTSTokenizer.from_pretrained(
+            str(folder), dtype=torch.float32, device_map=device
+        )
 
     def encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         """(num_samples,) float32 clips at 24 kHz to their codes, each (T, 16) int16 with T = ceil(samples / 1920).

@@ -1,8 +1,8 @@
 """The row: one JSON object a line, read, checked, and served from a memory map.
 
 Keys: ``audio`` (path), ``text``, ``audio_codes`` (T lists of 16 ints; absent in a raw file), ``ref_audio``,
-``ref_text``, ``language`` (default "Auto"), ``speaker`` (default SPEAKER_NAME), ``instruct``; others are kept. Paths are
-taken from the working directory, then from the JSONL's folder.
+``ref_text``, ``language`` (default "Auto"), ``speaker`` (default SPEAKER_NAME), ``instruct``; others are kept. Paths
+are taken from the working directory, then from the JSONL's folder.
 
 A bad row among many is skipped and listed; when more than a tenth is bad, nothing goes on.
 """

@@ -221,7 +221,7 @@ class Source:
 def codec_fingerprint(folder: Path) -> str:
     """A short hash of the codec's configuration and weights."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) + [folder / "config.json"]:
+    for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)

@@ -34,7 +34,9 @@ def judge(
     """
     import torch
     from qwen_tts import Qwen3TTSModel
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # each call of generate would warn about the pad token that stock leaves unset
     stock = Qwen3TTSModel.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="sdpa", device_map=device
     )

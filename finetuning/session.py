@@ -72,7 +72,8 @@ def check_inputs(settings: Settings) -> tuple[Base, str]:
     num_layers = base.talker_config["num_hidden_layers"]
     if settings.replace_last_n_layers > num_layers:
         raise UserError(
-            f"REPLACE_LAST_N_LAYERS: {settings.replace_last_n_layers} is more than the base's {num_layers} talker layers"
+            f"REPLACE_LAST_N_LAYERS: {settings.replace_last_n_layers} is more than the base's "
+            f"{num_layers} talker layers"
         )
     return base, device
 
@@ -203,10 +204,11 @@ def verify_roundtrip(run: Run, tracker: Tracker) -> None:
     run.model.to("cpu")  # makes room on a GPU for the second copy
     if run.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
-    result = judge(str(settings.output_dir / "last"), spec, str(settings.output_dir / "roundtrip"), device)
+    wav_folder = settings.output_dir / "roundtrip"
+    result = judge(str(settings.output_dir / "last"), spec, str(wav_folder), device)
     tracker.say(
         f"Round trip: stock qwen-tts gave back {result['reproduced']:.1%} of the codes of {count} training clips; "
-        f"{result['right_length']:.0%} stopped at the right frame. Their speech is in {settings.output_dir / 'roundtrip'}"
+        f"{result['right_length']:.0%} stopped at the right frame. Their speech is in {wav_folder}"
     )
     state = json.loads((settings.output_dir / "last" / "training_state.json").read_text(encoding="utf-8"))
     metrics = {"roundtrip_reproduced": result["reproduced"], "roundtrip_right_length": result["right_length"]}

@@ -24,6 +24,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from finetuning.errors import UserError
 
+DEFAULT_ENV_FILE = ".env"
 #: Variables of other tools that may stand in the file; they are exported before those tools are imported.
 PASS_THROUGH_PREFIXES = (
     "WANDB_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "NCCL_", "CUDA_", "TORCH_", "PYTORCH_", "OMP_",
@@ -235,7 +236,7 @@ def load_settings(overrides: Mapping[str, Any] | None = None, environment: Mappi
 
 
 def _read_env_file(environment: Mapping[str, str], problems: list[str]) -> list[_Given]:
-    path = Path(environment.get("ENV_FILE") or ".env")
+    path = Path(environment.get("ENV_FILE") or DEFAULT_ENV_FILE)
     if not path.is_file():
         if environment.get("ENV_FILE"):
             problems.append(f"ENV_FILE: {path} does not exist")

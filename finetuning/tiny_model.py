@@ -21,6 +21,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetuning.stock import import_qwen_tts
+
 SAMPLE_RATE_HZ = 24_000
 NUM_CODEBOOKS = 16
 CODEBOOK_SIZE = 2048
@@ -29,63 +31,12 @@ CODEC_TABLE_SIZE = 3072
 #: Words that become one token each. The first two must: stock qwen-tts cuts the role off as exactly three tokens.
 #: "iPhone", "McDonald", NFD "Yorùbá" and Hindi are split differently by the regex that transformers 4.57.3 swaps in for
 #: local folders with a large vocabulary, so they show whether training and inference use the same one.
-WHOLE_WORDS = [
-    "assistant",
-    "user",
-    "iPhone",
-    "McDonald",
-    "Yorùbá",
-    "नमस्ते",
-    "the",
-    "and",
-    "ing",
-    "tion",
-    "er",
-    "re",
-    "on",
-    "at",
-    "en",
-    "ed",
-    "or",
-    "es",
-    "is",
-    "it",
-    "an",
-    "in",
-    "ou",
-    "th",
-    "ea",
-    "st",
-    "ar",
-    "nd",
-    "to",
-    "ve",
-    "ll",
-    "ay",
-    " the",
-    " and",
-    " of",
-    " to",
-    " a",
-    " in",
-    " is",
-    " it",
-    " you",
-    " that",
-    " he",
-    " was",
-    " for",
-    " on",
-    " are",
-    " with",
-    " they",
-    " be",
-    " at",
-    " one",
-    " have",
-    " this",
-    " from",
-]
+WHOLE_WORDS = (
+    "assistant", "user", "iPhone", "McDonald", "Yoru\u0300ba\u0301", "नमस्ते",
+    "the", "and", "ing", "tion", "er", "re", "on", "at", "en", "ed", "or", "es", "is", "it", "an", "in", "ou", "th",
+    " the", " and", " of", " to", " a", " in", " is", " it", " you", " that", " he", " was", " for", " on", " are",
+    " with", " they", " be", " at", " one", " have", " this", " from",
+)  # fmt: skip
 
 #: Order of the added tokens behind the byte-level vocabulary; the same order as in the real release.
 SPECIAL_TOKENS = (
@@ -142,7 +93,7 @@ def embedded_model_folder(name: str, dtype: str = "float32", cache_folder: Path 
         dtype: dtype of the saved weights, "float32" or "bfloat16".
         cache_folder: where built models live; default ``$XDG_CACHE_HOME/qwen3-tts-finetuning``.
 
-    The folder's name carries a hash of this file and of the torch and qwen-tts versions, so a stale build is never used.
+    The folder's name carries a hash of this file and of the torch and qwen-tts versions: a stale build is never used.
     """
     from importlib.metadata import version
 
@@ -170,6 +121,7 @@ def build_tiny_model(folder: Path, shape: TinyShape, dtype: str = "float32", see
     """Writes a complete base checkpoint into ``folder``; the same bytes for the same arguments."""
     import torch
 
+    import_qwen_tts()
     special_ids = write_text_tokenizer(folder, shape.min_vocabulary)
     config = model_config(shape, special_ids)
     _write_json(folder / "config.json", config)

@@ -1,8 +1,8 @@
 """The training loop.
 
-An optimizer step is fetched whole before its first backward, because the loss is the mean over all tokens of the step:
-over its micro-batches and over all processes. Accelerate therefore accumulates nothing itself (accumulation 1, gradients
-synchronised at the last micro-batch), and the learning-rate scheduler is not prepared by it.
+An optimizer step is fetched whole before its first backward, because the loss is the mean over all tokens of the
+step: over its micro-batches and over all processes. Accelerate therefore accumulates nothing itself (accumulation 1,
+gradients synchronised at the last micro-batch), and the learning-rate scheduler is not prepared by it.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class Trainer:
         """
         self.objective.train()
         with self._signals_noted():
-            for self.epoch in range(self.settings.num_epochs):
-                epoch = _Window()
+            for number in range(self.settings.num_epochs):
+                self.epoch, epoch = number, _Window()
                 for batches in self._steps():
                     self._optimizer_step(batches, epoch)
                     self._after_step()
@@ -167,8 +167,8 @@ class Trainer:
         lines = sorted({line for batch in batches for line in batch["lines"].tolist()})
         raise UserError(
             f"the loss of step {self.step + 1} is not a finite number; nothing was learnt from it. Rows of the step: "
-            f"lines {', '.join(map(str, lines))} of the training rows. Lower LEARNING_RATE, or set MIXED_PRECISION=bf16 "
-            "or no; if it happens at the first step, check these rows and the base's weights"
+            f"lines {', '.join(map(str, lines))} of the training rows. Lower LEARNING_RATE, or set "
+            "MIXED_PRECISION=bf16 or no; if it happens at the first step, check these rows and the base's weights"
         )
 
     # ---------------------------------------------------------------------------------------- between the steps

@@ -23,8 +23,8 @@ def evaluate(
         batches: this process's share.
 
     Returns:
-        ``loss`` (talker + weight x sub-talker), ``talker_loss``, ``sub_talker_loss``, ``perplexity`` and ``accuracy`` of
-        codebook 0, ``sub_talker_accuracy`` (mean over codebooks 1-15).
+        ``loss`` (talker + weight x sub-talker), ``talker_loss``, ``sub_talker_loss``, ``perplexity`` and ``accuracy``
+        of codebook 0, ``sub_talker_accuracy`` (mean over codebooks 1-15).
     """
     was_training = objective.training
     objective.eval()
