@@ -3,7 +3,7 @@
 A falling loss proves nothing; reproduction does. This file imports nothing of the project, so that it can also judge a
 checkpoint in a process that has only qwen-tts::
 
-    python finetuning/roundtrip.py SPEC.json     # prints {"reproduced": …, "right_length": …, "rows": […]}
+    python finetuning/roundtrip.py SPEC.json …     # a line for each: {"reproduced": …, "right_length": …, "rows": […]}
 
 SPEC is {"checkpoint": folder, "rows": [{"text", "audio_codes", "speaker", optional "language", "instruct"}]}, and
 optionally "wav_folder", where the generated speech of each row is written.
@@ -84,5 +84,6 @@ def _write_wavs(stock: Any, generated: Sequence[Any], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print(json.dumps(judge(spec["checkpoint"], spec["rows"], spec.get("wav_folder"))))
+    for spec_file in sys.argv[1:]:
+        spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
+        print(json.dumps(judge(spec["checkpoint"], spec["rows"], spec.get("wav_folder"))))

@@ -29,10 +29,11 @@ CODEBOOK_SIZE = 2048
 CODEC_TABLE_SIZE = 3072
 
 #: Words that become one token each. The first two must: stock qwen-tts cuts the role off as exactly three tokens.
-#: "iPhone", "McDonald", NFD "Yorùbá" and Hindi are split differently by the regex that transformers 4.57.3 swaps in for
-#: local folders with a large vocabulary, so they show whether training and inference use the same one.
+#: "iPhone", "McDonald" and a Yorùbá word with a mark that has no precomposed letter are split differently by the regex
+#: that transformers 4.57.3 swaps in for local folders with a large vocabulary, so they show whether training and
+#: inference use the same one.
 WHOLE_WORDS = (
-    "assistant", "user", "iPhone", "McDonald", "Yoru\u0300ba\u0301", "नमस्ते",
+    "assistant", "user", "iPhone", "McDonald", "k\u1ecd\u0301",
     "the", "and", "ing", "tion", "er", "re", "on", "at", "en", "ed", "or", "es", "is", "it", "an", "in", "ou", "th",
     " the", " and", " of", " to", " a", " in", " is", " it", " you", " that", " he", " was", " for", " on", " are",
     " with", " they", " be", " at", " one", " have", " this", " from",

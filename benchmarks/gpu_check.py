@@ -1,0 +1,537 @@
+"""Checks and measures at the true size, on one GPU, what tests on a CPU cannot; random weights, nothing is downloaded.
+
+python benchmarks/gpu_check.py                                        # the 1.7B on one GPU, both recipes (40 GiB)
+python benchmarks/gpu_check.py --size 0.6b --recipe layers            # a smaller GPU
+python benchmarks/gpu_check.py --size tiny --device cpu --steps 3     # the script itself: seconds, no GPU
+
+Prints a numbered list, ✓ passed, ✗ failed, – skipped, with the figures of this run. Exit code 2 when a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.plain_loop import PlainLoop
+from benchmarks.random_base import SIZES, base_config, build_model, random_reference_mel, random_rows, to_batch
+from finetuning.codec import FRAMES_PER_SECOND
+from finetuning.dataset import count_tokens
+from finetuning.errors import UserError, run_main
+from finetuning.layer_utils import optimizer_groups, replace_and_add_layers
+from finetuning.objective import Batch, TrainingObjective, before_frames, step_loss
+from finetuning.prompt import IGNORE, AlignedIds
+from finetuning.validation import to_device
+
+#: Recipe -> (REPLACE_LAST_N_LAYERS, ADD_NEW_LAYERS, FREEZE_ORIGINAL_LAYERS).
+RECIPES = {"full": (0, 0, False), "layers": (2, 4, True)}
+
+#: The defaults of finetuning.settings.
+LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM, SUB_TALKER_WEIGHT = 2e-5, 0.01, 1.0, 0.3
+
+#: Largest relative differences of the loss. With random weights the loss depends little on the hidden states (0.9 %
+#: when all of them are wrong), so the logits are compared as well, as ‖a - b‖ / ‖b‖.
+SAME_LOSS, SAME_LOGITS = 1e-4, 1e-3
+BF16_LOSS, BF16_LOGITS = 2e-2, 5e-2
+ATTENTION_LOSS, ATTENTION_LOGITS = 1e-2, 5e-2
+
+#: A new fp16 scaler starts at 65536 and halves until nothing overflows.
+MAX_FP16_STEPS = 12
+
+T = TypeVar("T")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    bench = Bench(arguments)
+    report = Report()
+    print(bench, flush=True)
+    check_numbers(report, bench)
+    plain = measure_plain_loop(report, bench)
+    for recipe in RECIPES if arguments.recipe == "both" else [arguments.recipe]:
+        check_recipe(report, bench, recipe, plain)
+    print(report.summary())
+    if report.num_failed:
+        sys.exit(2)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="1.7b")
+    parser.add_argument("--recipe", choices=("both", *RECIPES), default="both")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a step; 2-12 s each")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps, after as many untimed ones")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    arguments = parser.parse_args()
+    if min(arguments.batch_size, arguments.steps) < 1:
+        parser.error("--batch-size and --steps start at 1")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device: no CUDA GPU here; `--size tiny --device cpu` runs the script itself")
+    return arguments
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+class CheckFailed(Exception):
+    """A figure is out of its limits; the message holds the figures."""
+
+
+class Skipped(Exception):
+    """This machine cannot run the check; the message says why."""
+
+
+class Report:
+    """Runs checks one by one and prints a numbered line for each; a check that breaks does not stop the others."""
+
+    def __init__(self) -> None:
+        self.num_passed = self.num_failed = self.num_skipped = 0
+
+    def run(self, title: str, check: Callable[[], T]) -> T | None:
+        """The check's result, whose text is its figures; None when it failed or was skipped."""
+        result = None
+        try:
+            result = check()
+            self.num_passed += 1
+            line = f"✓ {title}: {result}"
+        except Skipped as reason:
+            self.num_skipped += 1
+            line = f"– skipped: {reason} ({title})"
+        except CheckFailed as figures:
+            self.num_failed += 1
+            line = f"✗ {title}: {figures}"
+        except torch.OutOfMemoryError:
+            self.num_failed += 1
+            line = f"✗ {title}: out of memory; try a smaller --batch-size, --recipe layers or --size 0.6b"
+        except Exception as error:  # a broken check is a finding too, and the GPU hour goes on
+            self.num_failed += 1
+            traceback.print_exc()
+            line = f"✗ {title}: {type(error).__name__}: {error}"
+        print(f"{self.num_passed + self.num_failed + self.num_skipped:>2}. {line}", flush=True)
+        free_unused_memory()
+        return result
+
+    def summary(self) -> str:
+        return f"{self.num_passed} passed, {self.num_failed} failed, {self.num_skipped} skipped"
+
+
+def free_unused_memory() -> None:
+    """Gives back what a finished check held, so that the next one starts from the same memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------------------------------------- what is worked on
+
+
+class Bench:
+    """The size, the device and the rows that all checks share."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.size, self.batch_size = arguments.size, arguments.batch_size
+        self.device = torch.device(arguments.device)
+        self.config = base_config(self.size)
+        self.rows = random_rows(self.config, arguments.steps * self.batch_size)
+        starts = range(0, len(self.rows), self.batch_size)
+        self.batches = [to_batch(self.rows[at : at + self.batch_size]) for at in starts]
+        self.reference_mel = random_reference_mel(self.device)
+        self.attention = "sdpa" if why_no_flash_attention(self.device) else "flash_attention_2"
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.is_cuda else f"CPU, {torch.get_num_threads()} threads"
+        seconds = sum(len(row.codes) for row in self.rows) / FRAMES_PER_SECOND / len(self.rows)
+        return (
+            f"Qwen3-TTS {self.size}, random weights, on {name}; torch {torch.__version__}; attention {self.attention}\n"
+            f"{len(self.batches)} steps of {self.batch_size} rows, {seconds:.1f} s of speech a row on average"
+        )
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def model(self) -> Any:
+        """A new model with the bench's attention; always the same weights."""
+        model = build_model(self.config, self.device)
+        set_attention(model, self.attention)
+        return model
+
+    def objective(self, model: Any) -> TrainingObjective:
+        """The project's objective, with the reference's vector as its one speaker."""
+        with torch.no_grad():
+            vectors = model.speaker_encoder(self.reference_mel)
+        return TrainingObjective(model.talker, vectors).train()
+
+    def autocast(self, dtype: torch.dtype) -> torch.autocast:
+        """Autocast to bf16 or fp16; float32 switches it off."""
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def synchronize(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Talker and sub-talker; on the whole model transformers' own call trips over the speaker encoder's config."""
+    model.talker.set_attn_implementation(name)
+    assert {name} == {module.config._attn_implementation for module in model.talker.modules() if is_attention(module)}
+
+
+def is_attention(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Attention")
+
+
+def why_no_flash_attention(device: torch.device) -> str | None:
+    """Why FlashAttention 2 cannot run here; None where it can."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if device.type != "cuda":
+        return "needs CUDA"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "needs an Ampere or newer GPU"
+    return None if is_flash_attn_2_available() else "flash-attn is not installed"
+
+
+# -------------------------------------------------------------------------------------------- numbers that must agree
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about some rows: the mean loss, and all logits of both heads in the order of the rows."""
+
+    loss: float
+    logits: torch.Tensor
+
+
+def check_numbers(report: Report, bench: Bench) -> None:
+    """Builds the model and compares forward passes; no weight changes."""
+    model = report.run(f"builds the {bench.size} model on {bench.device.type}", partial(BuiltModel.make, bench))
+    if model is None:
+        return
+    objective = bench.objective(model.model)
+    batch = to_batch(bench.rows[: bench.batch_size])
+    report.run("fp32: the objective and the plain loop give one loss", partial(check_plain_loss, bench, model.model))
+    report.run("fp32: rows alone give the padded batch's loss", partial(check_rows_alone, bench, objective))
+    report.run("fp32: left padding gives the same loss", partial(check_left_padding, bench, objective))
+    report.run("bf16 autocast gives the fp32 loss", partial(check_bf16, bench, objective, batch))
+    for attention in ("eager", "flash_attention_2"):
+        check = partial(check_attention, bench, model.model, objective, batch, attention)
+        report.run(f"bf16: {attention} gives sdpa's loss", check)
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model and how long it took."""
+
+    model: Any
+    seconds: float
+
+    @classmethod
+    def make(cls, bench: Bench) -> BuiltModel:
+        start = time.perf_counter()
+        model = bench.model()
+        bench.synchronize()
+        return cls(model, time.perf_counter() - start)
+
+    def __str__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        layers = sum(parameter.numel() for parameter in self.model.talker.model.layers.parameters())
+        return f"{count / 1e6:,.1f} M weights, {layers / 1e6:,.1f} M in the talker's layers, {self.seconds:.1f} s"
+
+
+def check_plain_loss(bench: Bench, model: Any) -> str:
+    """Two implementations that share no code from the embeddings on."""
+    batch = bench.batches[0]
+    ours = predict(bench, bench.objective(model), [batch], torch.float32).loss
+    with torch.no_grad():
+        plain = PlainLoop(model, bench.reference_mel, SUB_TALKER_WEIGHT)(to_device(batch, bench.device)).item()
+    return within_limits(loss=(relative(ours, plain), SAME_LOSS))
+
+
+def check_rows_alone(bench: Bench, objective: TrainingObjective) -> str:
+    rows = bench.rows[: max(bench.batch_size, 2)]
+    padded = predict(bench, objective, [to_batch(rows)], torch.float32)
+    alone = predict(bench, objective, [to_batch([row]) for row in rows], torch.float32)
+    return compare(padded, alone, SAME_LOSS, SAME_LOGITS)
+
+
+def check_left_padding(bench: Bench, objective: TrainingObjective) -> str:
+    rows: Sequence[AlignedIds] = bench.rows[: max(bench.batch_size, 2)]
+    right, left = (predict(bench, objective, [to_batch(rows, side)], torch.float32) for side in ("right", "left"))
+    return compare(left, right, SAME_LOSS, SAME_LOGITS)
+
+
+def check_bf16(bench: Bench, objective: TrainingObjective, batch: Batch) -> str:
+    bf16, fp32 = (predict(bench, objective, [batch], dtype) for dtype in (torch.bfloat16, torch.float32))
+    return compare(bf16, fp32, BF16_LOSS, BF16_LOGITS)
+
+
+def check_attention(bench: Bench, model: Any, objective: TrainingObjective, batch: Batch, attention: str) -> str:
+    if attention == "flash_attention_2" and (reason := why_no_flash_attention(bench.device)):
+        raise Skipped(reason)
+    predictions = {}
+    try:
+        for name in ("sdpa", attention):
+            set_attention(model, name)
+            predictions[name] = predict(bench, objective, [batch], torch.bfloat16)
+    finally:
+        set_attention(model, bench.attention)
+    return compare(predictions[attention], predictions["sdpa"], ATTENTION_LOSS, ATTENTION_LOGITS)
+
+
+@torch.no_grad()
+def predict(bench: Bench, objective: TrainingObjective, batches: list[Batch], dtype: torch.dtype) -> Prediction:
+    """The mean loss over all tokens of the batches, as training computes it, and the logits behind it."""
+    loss, talker_logits, sub_talker_logits = 0.0, [], []
+    for batch in (to_device(batch, bench.device) for batch in batches):
+        with bench.autocast(dtype):
+            loss += step_loss(objective(batch), *count_tokens(batches), SUB_TALKER_WEIGHT).item()
+            hidden = objective.hidden_states(objective.input_embeddings(batch), batch["attention_mask"])
+            talker_logits.append(objective.talker_logits(hidden[batch["labels"] != IGNORE]))
+            sub_talker_logits.append(objective.sub_talker_logits(hidden[before_frames(batch)], batch["codes"]))
+    logits = torch.cat([part.float().flatten() for part in (*talker_logits, *sub_talker_logits)])
+    return Prediction(loss, logits)
+
+
+def compare(got: Prediction, expected: Prediction, loss_limit: float, logits_limit: float) -> str:
+    logits = ((got.logits - expected.logits).norm() / expected.logits.norm()).item()
+    return within_limits(loss=(relative(got.loss, expected.loss), loss_limit), logits=(logits, logits_limit))
+
+
+def relative(got: float, expected: float) -> float:
+    return abs(got - expected) / abs(expected)
+
+
+def within_limits(**differences: tuple[float, float]) -> str:
+    """Figures as text, from name = (relative difference, limit); NaN is out of every limit."""
+    figures = ", ".join(f"{name} differs by {value:.1e} (limit {at:.0e})" for name, (value, at) in differences.items())
+    if not all(value <= limit for value, limit in differences.values()):
+        raise CheckFailed(figures)
+    return figures
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Something that trains: a loss (with its weights) and an optimizer over what trains."""
+
+    bench: Bench
+    module: nn.Module
+    loss_of: Callable[[Batch], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+
+    def loss(self, batch: Batch, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        batch = to_device(batch, self.bench.device)
+        with self.bench.autocast(dtype):
+            return self.loss_of(batch)
+
+    def step(self, batch: Batch) -> float:
+        """One whole optimizer step in bf16 with fp32 masters; the loss before it."""
+        loss = self.loss(batch)
+        loss.backward()
+        self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def fp16_step(self, batch: Batch, scaler: torch.amp.GradScaler) -> float:
+        """The same in fp16; the scaler leaves out the optimizer where a gradient overflowed."""
+        loss = self.loss(batch, torch.float16)
+        scaler.scale(loss).backward()
+        scaler.unscale_(self.optimizer)
+        self._clip()
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def _clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.module.parameters(), MAX_GRAD_NORM)
+
+    def __str__(self) -> str:
+        total = sum(parameter.numel() for parameter in self.module.parameters())
+        return f"{sum(p.numel() for p in self.trainable()) / 1e6:,.1f} M of {total / 1e6:,.1f} M weights train"
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+
+def recipe_stepper(bench: Bench, recipe: str) -> Stepper:
+    """The project's training step, as finetuning.trainer takes it on one process."""
+    model = bench.model()
+    objective = bench.objective(model)
+    replaced, added, frozen = RECIPES[recipe]
+    replace_and_add_layers(model, replaced, added, frozen, verbose=False)
+    optimizer = torch.optim.AdamW(optimizer_groups(objective, WEIGHT_DECAY), lr=LEARNING_RATE, fused=True)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        return step_loss(objective(batch), *count_tokens([batch]), SUB_TALKER_WEIGHT)
+
+    return Stepper(bench, objective, loss_of, optimizer)
+
+
+def plain_stepper(bench: Bench) -> Stepper:
+    loop = PlainLoop(bench.model(), bench.reference_mel, SUB_TALKER_WEIGHT)
+    optimizer = torch.optim.AdamW(loop.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    return Stepper(bench, loop, loop, optimizer)
+
+
+def check_recipe(report: Report, bench: Bench, recipe: str, plain: Speed | None) -> None:
+    """All that concerns one recipe, on one model; speed and memory last, on what the checks have warmed up."""
+    stepper = report.run(f"{recipe}: builds", partial(recipe_stepper, bench, recipe))
+    if stepper is None:
+        return
+    batch = bench.batches[0]
+    report.run(f"{recipe}: bf16 backward with fp32 masters", partial(check_gradients, stepper, batch))
+    report.run(f"{recipe}: fused AdamW steps", partial(check_fused_steps, stepper, batch))
+    report.run(f"{recipe}: fp16 steps with GradScaler", partial(check_fp16_steps, stepper, batch))
+    speed = report.run(f"{recipe}: speed", partial(measure, stepper, compare_with=plain))
+    if speed is not None:
+        report.run(f"{recipe}: peak memory", speed.memory)
+
+
+def check_gradients(stepper: Stepper, batch: Batch) -> str:
+    """Weights and gradients are fp32; every trainable weight gets a finite gradient, frozen ones get none."""
+    loss = stepper.loss(batch)
+    loss.backward()
+    gradients = [parameter.grad for parameter in stepper.trainable()]
+    frozen = [parameter for parameter in stepper.module.parameters() if not parameter.requires_grad]
+    problems = {
+        "weights not in fp32": sum(p.dtype != torch.float32 for p in stepper.module.parameters()),
+        "trainable without a gradient": sum(gradient is None for gradient in gradients),
+        "gradients not in fp32": sum(g is not None and g.dtype != torch.float32 for g in gradients),
+        "gradients not finite": sum(g is not None and not g.isfinite().all().item() for g in gradients),
+        "frozen with a gradient": sum(parameter.grad is not None for parameter in frozen),
+    }
+    norm = nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]).item()
+    stepper.optimizer.zero_grad()
+    if any(problems.values()):
+        raise CheckFailed(", ".join(f"{count} tensors: {name}" for name, count in problems.items() if count))
+    counts = f"{len(gradients)} trainable and {len(frozen)} frozen tensors"
+    return f"loss {loss.item():.4f}, gradient norm {norm:.3f}, {counts}"
+
+
+def check_fused_steps(stepper: Stepper, batch: Batch) -> str:
+    """Two steps move every trainable tensor. One is not enough: behind a zero output projection nothing moves yet."""
+    before = [parameter.detach().cpu().clone() for parameter in stepper.trainable()]
+    losses = [stepper.step(batch), stepper.step(batch), stepper.loss(batch).item()]
+    pairs = list(zip(before, stepper.trainable(), strict=True))
+    moved = sum(not torch.equal(old, new.detach().cpu()) for old, new in pairs)
+    finite = all(new.isfinite().all().item() for _, new in pairs)
+    figures = f"{moved} of {len(pairs)} tensors moved, loss {' → '.join(f'{loss:.4f}' for loss in losses)}"
+    if moved < len(pairs) or not finite or not losses[-1] < losses[0]:
+        raise CheckFailed(figures if finite else f"weights are not finite, {figures}")
+    return figures
+
+
+def check_fp16_steps(stepper: Stepper, batch: Batch) -> str:
+    """The scaler finds a scale within a few steps, and two steps are taken at it."""
+    if not stepper.bench.is_cuda:
+        raise Skipped("needs CUDA")
+    scaler = torch.amp.GradScaler(stepper.bench.device.type)
+    taken = 0
+    for _ in range(MAX_FP16_STEPS):
+        scale = scaler.get_scale()
+        loss = stepper.fp16_step(batch, scaler)
+        taken += scaler.get_scale() >= scale
+        if taken == 2:
+            break
+    finite = all(parameter.isfinite().all().item() for parameter in stepper.trainable())
+    figures = f"{taken} steps taken at scale {scaler.get_scale():g}, loss {loss:.4f}"
+    if taken < 2 or not finite or loss != loss:
+        raise CheckFailed(figures if finite else f"weights are not finite, {figures}")
+    return figures
+
+
+# -------------------------------------------------------------------------------------------------- speed and memory
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Figures of some timed steps.
+
+    Attributes:
+        frames_per_second: of each step; codec frames that were trained on, without padding.
+        seconds: of each step.
+        peak_bytes: allocated on the GPU at most; None on a CPU.
+        plain: the plain loop on the same batches, to be compared with.
+    """
+
+    frames_per_second: list[float]
+    seconds: list[float]
+    peak_bytes: int | None
+    plain: Speed | None
+
+    def __str__(self) -> str:
+        figures = f"{statistics.median(self.frames_per_second):,.0f} frames/s"
+        if self.plain:
+            pairs = zip(self.frames_per_second, self.plain.frames_per_second, strict=True)
+            figures += f" = {statistics.median(ours / plain for ours, plain in pairs):.2f} x the plain loop"
+        return f"{figures}, {statistics.median(self.seconds):.3f} s a step (medians of {len(self.seconds)} steps)"
+
+    def memory(self) -> str:
+        if self.peak_bytes is None:
+            raise Skipped("needs CUDA")
+        figures = f"{self.peak_bytes / 2**30:.2f} GiB"
+        if self.plain and self.plain.peak_bytes:
+            figures += f" = {self.peak_bytes / self.plain.peak_bytes:.2f} x the plain loop"
+        return figures
+
+
+def measure_plain_loop(report: Report, bench: Bench) -> Speed | None:
+    speed = report.run("plain loop: speed", partial(measure_if_it_fits, bench))
+    if speed is not None:
+        report.run("plain loop: peak memory", speed.memory)
+    return speed
+
+
+def measure_if_it_fits(bench: Bench) -> Speed:
+    """A GPU on which the plain loop does not fit is no failure of this project."""
+    try:
+        return measure(plain_stepper(bench))
+    except torch.OutOfMemoryError:
+        raise Skipped("the plain loop does not fit into this GPU's memory") from None
+
+
+def measure(stepper: Stepper, compare_with: Speed | None = None) -> Speed:
+    """Every batch once untimed, then every batch once timed, copying to the device included."""
+    bench = stepper.bench
+    for batch in bench.batches:
+        stepper.step(batch)
+    if bench.is_cuda:
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    seconds = [timed_step(stepper, batch) for batch in bench.batches]
+    frames = [len(batch["codes"]) for batch in bench.batches]
+    rates = [count / time_taken for count, time_taken in zip(frames, seconds, strict=True)]
+    peak_bytes = torch.cuda.max_memory_allocated(bench.device) if bench.is_cuda else None
+    return Speed(rates, seconds, peak_bytes, compare_with)
+
+
+def timed_step(stepper: Stepper, batch: Batch) -> float:
+    """Seconds of one step, from an idle device to an idle device."""
+    stepper.bench.synchronize()
+    start = time.perf_counter()
+    loss = stepper.step(batch)
+    stepper.bench.synchronize()
+    if loss != loss:
+        raise CheckFailed("the loss became NaN")
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    run_main(main)
