@@ -6,7 +6,7 @@ accelerate launch --num_processes=4 train.py        # four
 ENV_FILE=my_voice.env BATCH_SIZE=4 python train.py  # another file; the environment is stronger than the file
 """
 
-from finetuning.errors import run_main
+from finetuning.errors import UserError, run_main
 from finetuning.settings import Settings, load_settings
 
 
@@ -22,12 +22,16 @@ def train(settings: Settings) -> None:
 
     base, device = session.check_inputs(settings)
     accelerator = session.start(settings, device)
-    rows = session.open_rows(settings, base, accelerator)
-    run = session.build_run(settings, base, rows, accelerator)
-    if settings.prepare_only:
-        session.walk_once(run)
-        return
-    session.claim_output_folder(run)
+    try:
+        rows = session.open_rows(settings, base, accelerator)
+        run = session.build_run(settings, base, rows, accelerator)
+        if settings.prepare_only:
+            session.walk_once(run)
+            return
+        session.claim_output_folder(run)
+    except UserError:
+        session.discard_rows(settings)
+        raise
     session.train(run)
 
 

@@ -1,6 +1,6 @@
 """Checks and measures at the true size, on one GPU, what tests on a CPU cannot; random weights, nothing is downloaded.
 
-python benchmarks/gpu_check.py                                        # the 1.7B on one GPU, both recipes (40 GiB)
+python benchmarks/gpu_check.py                                        # the 1.7B on one GPU, both recipes
 python benchmarks/gpu_check.py --size 0.6b --recipe layers            # a smaller GPU
 python benchmarks/gpu_check.py --size tiny --device cpu --steps 3     # the script itself: seconds, no GPU
 
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from finetuning.dataset import count_tokens
 from finetuning.errors import UserError, run_main
 from finetuning.layer_utils import optimizer_groups, replace_and_add_layers
 from finetuning.objective import Batch, TrainingObjective, before_frames, step_loss
-from finetuning.prompt import IGNORE, AlignedIds
+from finetuning.prompt import IGNORE
 from finetuning.validation import to_device
 
 #: Recipe -> (REPLACE_LAST_N_LAYERS, ADD_NEW_LAYERS, FREEZE_ORIGINAL_LAYERS).
@@ -42,8 +43,10 @@ RECIPES = {"full": (0, 0, False), "layers": (2, 4, True)}
 #: The defaults of finetuning.settings.
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM, SUB_TALKER_WEIGHT = 2e-5, 0.01, 1.0, 0.3
 
-#: Largest relative differences of the loss. With random weights the loss depends little on the hidden states (0.9 %
-#: when all of them are wrong), so the logits are compared as well, as ‖a - b‖ / ‖b‖.
+#: Largest relative differences. With random weights the loss hardly depends on the hidden states (on the tiny model it
+#: moves by 4e-4 when the sub-talker gets those of other frames), so the logits are compared as well: ‖a - b‖ / ‖b‖,
+#: which is 0.65 then.
+PLAIN_LOSS = 1e-5
 SAME_LOSS, SAME_LOGITS = 1e-4, 1e-3
 BF16_LOSS, BF16_LOGITS = 2e-2, 5e-2
 ATTENTION_LOSS, ATTENTION_LOGITS = 1e-2, 5e-2
@@ -51,11 +54,15 @@ ATTENTION_LOSS, ATTENTION_LOGITS = 1e-2, 5e-2
 #: A new fp16 scaler starts at 65536 and halves until nothing overflows.
 MAX_FP16_STEPS = 12
 
+#: Rows of different lengths that the numbers are compared on.
+NUM_COMPARED_ROWS = 4
+
 T = TypeVar("T")
 
 
 def main() -> None:
     arguments = parse_arguments()
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in convolutions too, as it does in matrix products
     bench = Bench(arguments)
     report = Report()
     print(bench, flush=True)
@@ -148,6 +155,7 @@ class Bench:
         self.rows = random_rows(self.config, arguments.steps * self.batch_size)
         starts = range(0, len(self.rows), self.batch_size)
         self.batches = [to_batch(self.rows[at : at + self.batch_size]) for at in starts]
+        self.compared_rows = random_rows(self.config, NUM_COMPARED_ROWS, seed=1)
         self.reference_mel = random_reference_mel(self.device)
         self.attention = "sdpa" if why_no_flash_attention(self.device) else "flash_attention_2"
 
@@ -156,7 +164,7 @@ class Bench:
         seconds = sum(len(row.codes) for row in self.rows) / FRAMES_PER_SECOND / len(self.rows)
         return (
             f"Qwen3-TTS {self.size}, random weights, on {name}; torch {torch.__version__}; attention {self.attention}\n"
-            f"{len(self.batches)} steps of {self.batch_size} rows, {seconds:.1f} s of speech a row on average"
+            f"{len(self.batches)} timed steps of {self.batch_size} rows, {seconds:.1f} s of speech a row on average"
         )
 
     @property
@@ -218,17 +226,17 @@ class Prediction:
 
 def check_numbers(report: Report, bench: Bench) -> None:
     """Builds the model and compares forward passes; no weight changes."""
-    model = report.run(f"builds the {bench.size} model on {bench.device.type}", partial(BuiltModel.make, bench))
-    if model is None:
+    built = report.run(f"builds the {bench.size} model on {bench.device.type}", partial(BuiltModel.make, bench))
+    if built is None:
         return
-    objective = bench.objective(model.model)
-    batch = to_batch(bench.rows[: bench.batch_size])
-    report.run("fp32: the objective and the plain loop give one loss", partial(check_plain_loss, bench, model.model))
+    model = built.model
+    objective = bench.objective(model)
+    report.run("fp32: the objective and the plain loop give one loss", partial(check_plain_loss, bench, model))
     report.run("fp32: rows alone give the padded batch's loss", partial(check_rows_alone, bench, objective))
     report.run("fp32: left padding gives the same loss", partial(check_left_padding, bench, objective))
-    report.run("bf16 autocast gives the fp32 loss", partial(check_bf16, bench, objective, batch))
+    report.run("bf16 autocast gives the fp32 loss", partial(check_bf16, bench, objective))
     for attention in ("eager", "flash_attention_2"):
-        check = partial(check_attention, bench, model.model, objective, batch, attention)
+        check = partial(check_attention, bench, model, objective, attention)
         report.run(f"bf16: {attention} gives sdpa's loss", check)
 
 
@@ -253,36 +261,36 @@ class BuiltModel:
 
 
 def check_plain_loss(bench: Bench, model: Any) -> str:
-    """Two implementations that share no code from the embeddings on."""
-    batch = bench.batches[0]
+    """Two implementations of one objective: only the model and the batch are the same."""
+    batch = to_batch(bench.compared_rows)
     ours = predict(bench, bench.objective(model), [batch], torch.float32).loss
     with torch.no_grad():
         plain = PlainLoop(model, bench.reference_mel, SUB_TALKER_WEIGHT)(to_device(batch, bench.device)).item()
-    return within_limits(loss=(relative(ours, plain), SAME_LOSS))
+    return within_limits(loss=(relative(ours, plain), PLAIN_LOSS))
 
 
 def check_rows_alone(bench: Bench, objective: TrainingObjective) -> str:
-    rows = bench.rows[: max(bench.batch_size, 2)]
-    padded = predict(bench, objective, [to_batch(rows)], torch.float32)
-    alone = predict(bench, objective, [to_batch([row]) for row in rows], torch.float32)
+    padded = predict(bench, objective, [to_batch(bench.compared_rows)], torch.float32)
+    alone = predict(bench, objective, [to_batch([row]) for row in bench.compared_rows], torch.float32)
     return compare(padded, alone, SAME_LOSS, SAME_LOGITS)
 
 
 def check_left_padding(bench: Bench, objective: TrainingObjective) -> str:
-    rows: Sequence[AlignedIds] = bench.rows[: max(bench.batch_size, 2)]
-    right, left = (predict(bench, objective, [to_batch(rows, side)], torch.float32) for side in ("right", "left"))
+    batches = [to_batch(bench.compared_rows, padding_side) for padding_side in ("left", "right")]
+    left, right = (predict(bench, objective, [batch], torch.float32) for batch in batches)
     return compare(left, right, SAME_LOSS, SAME_LOGITS)
 
 
-def check_bf16(bench: Bench, objective: TrainingObjective, batch: Batch) -> str:
+def check_bf16(bench: Bench, objective: TrainingObjective) -> str:
+    batch = to_batch(bench.compared_rows)
     bf16, fp32 = (predict(bench, objective, [batch], dtype) for dtype in (torch.bfloat16, torch.float32))
     return compare(bf16, fp32, BF16_LOSS, BF16_LOGITS)
 
 
-def check_attention(bench: Bench, model: Any, objective: TrainingObjective, batch: Batch, attention: str) -> str:
+def check_attention(bench: Bench, model: Any, objective: TrainingObjective, attention: str) -> str:
     if attention == "flash_attention_2" and (reason := why_no_flash_attention(bench.device)):
         raise Skipped(reason)
-    predictions = {}
+    batch, predictions = to_batch(bench.compared_rows), {}
     try:
         for name in ("sdpa", attention):
             set_attention(model, name)
@@ -317,7 +325,7 @@ def relative(got: float, expected: float) -> float:
 
 def within_limits(**differences: tuple[float, float]) -> str:
     """Figures as text, from name = (relative difference, limit); NaN is out of every limit."""
-    figures = ", ".join(f"{name} differs by {value:.1e} (limit {at:.0e})" for name, (value, at) in differences.items())
+    figures = ", ".join(f"{name} off by {value:.1e} (limit {at:.0e})" for name, (value, at) in differences.items())
     if not all(value <= limit for value, limit in differences.values()):
         raise CheckFailed(figures)
     return figures
@@ -453,7 +461,7 @@ def check_fp16_steps(stepper: Stepper, batch: Batch) -> str:
             break
     finite = all(parameter.isfinite().all().item() for parameter in stepper.trainable())
     figures = f"{taken} steps taken at scale {scaler.get_scale():g}, loss {loss:.4f}"
-    if taken < 2 or not finite or loss != loss:
+    if taken < 2 or not finite or math.isnan(loss):
         raise CheckFailed(figures if finite else f"weights are not finite, {figures}")
     return figures
 
@@ -528,7 +536,7 @@ def timed_step(stepper: Stepper, batch: Batch) -> float:
     start = time.perf_counter()
     loss = stepper.step(batch)
     stepper.bench.synchronize()
-    if loss != loss:
+    if math.isnan(loss):
         raise CheckFailed("the loss became NaN")
     return time.perf_counter() - start
 

@@ -20,9 +20,11 @@ from finetuning.prompt import IGNORE, NO_CODEC
 
 
 class PlainLoop(nn.Module):
-    """Args:
-    model: ``Qwen3TTSForConditionalGeneration`` of type base.
-    reference_mel: (1, frames, bands), the reference of every row.
+    """A batch in, its mean loss out.
+
+    Args:
+        model: ``Qwen3TTSForConditionalGeneration`` of type base; all of it trains.
+        reference_mel: (1, frames, bands), the reference of every row.
     """
 
     def __init__(self, model: Any, reference_mel: torch.Tensor, sub_talker_weight: float) -> None:
@@ -47,7 +49,7 @@ class PlainLoop(nn.Module):
         return talker_loss + self.sub_talker_weight * sub_talker_loss
 
     def input_embeddings(self, batch: Batch) -> torch.Tensor:
-        """(B, L, H)"""
+        """(B, L, H): both channels, added; zeros on padding."""
         talker, codec_ids, frame_mask = self.model.talker, batch["codec_ids"], batch["frame_mask"]
         num_rows = len(codec_ids)
         speaker = self.model.speaker_encoder(self.reference_mel.expand(num_rows, -1, -1)).detach()

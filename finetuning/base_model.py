@@ -230,7 +230,9 @@ def choose_device(settings: Settings) -> str:
         raise UserError("DEVICE: cuda is not available on this machine; set DEVICE=cpu or auto, or install a driver")
     if device == "mps" and not mps:
         raise UserError("DEVICE: mps is not available on this machine; set DEVICE=cpu or auto")
-    if settings.mixed_precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported():
+    # Emulated bf16 (before Ampere) counts as none: it is slower than fp32.
+    has_bf16 = device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if settings.mixed_precision == "bf16" and not has_bf16:
         raise UserError("MIXED_PRECISION: this GPU has no bf16; set MIXED_PRECISION=fp16 or no")
     if settings.mixed_precision == "fp16" and device != "cuda":
         raise UserError(f"MIXED_PRECISION: fp16 needs a CUDA GPU, not {device}; set MIXED_PRECISION=bf16 or no")

@@ -27,6 +27,8 @@ from finetuning.settings import Settings, speaker_name_problem
 MAX_BAD_SHARE = 0.1
 #: Stock generation makes at least two frames (min_new_tokens), so shorter rows could never be given back.
 MIN_CODEC_FRAMES = 2
+#: … and at most so many (max_new_tokens of the release), about eleven minutes.
+MAX_CODEC_FRAMES = 8192
 
 
 class RowError(ValueError):
@@ -128,7 +130,7 @@ def parse_row(line: str, number: int, folder: Path, row_format: RowFormat, needs
     codes = None if raw.get("audio_codes") is None else check_codes(raw["audio_codes"])
     audio = _path(raw, row_format.audio_key, folder)
     if codes is None and needs_codes:
-        raise RowError("no audio_codes")
+        raise RowError("no audio_codes; data_processing.py --mode encode adds them")
     if codes is None and audio is None:
         raise RowError(f"neither {row_format.audio_key} nor audio_codes")
     if codes is None and not audio.is_file():
@@ -171,6 +173,8 @@ def check_codes(value: Any) -> np.ndarray:
         raise RowError(f"audio_codes has shape {' x '.join(map(str, codes.shape))}; it must be T x 16")
     if len(codes) < MIN_CODEC_FRAMES:
         raise RowError(f"audio_codes has {len(codes)} frame(s), at least {MIN_CODEC_FRAMES} are needed")
+    if len(codes) > MAX_CODEC_FRAMES:
+        raise RowError(f"audio_codes has {len(codes)} frames, more than the {MAX_CODEC_FRAMES} that can be generated")
     if codes.min() < 0 or codes.max() >= CODEBOOK_SIZE:
         raise RowError(f"audio_codes out of range: {codes.min()} to {codes.max()}, allowed 0 to {CODEBOOK_SIZE - 1}")
     return codes.astype(np.int16)

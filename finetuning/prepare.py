@@ -273,7 +273,8 @@ def _encode_missing(
     rows = sorted(rows, key=lambda row: audio_duration_seconds(row.audio) or 0.0)
     encoded: dict[tuple, np.ndarray] = {}
     journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.open("a", encoding="utf-8") as stream, tqdm(total=len(rows), desc="encode", unit="clip") as progress:
+    progress = tqdm(total=len(rows), desc="encode", unit="clip", disable=None)  # off where there is no terminal
+    with journal.open("a", encoding="utf-8") as stream, progress:
         stream.write("\n")  # closes a line that a kill may have cut off
         for batch, waveforms in _batches(rows, rejections, progress, max_clips):
             sources = [_source(row, codec_id) for row in batch]
@@ -283,6 +284,7 @@ def _encode_missing(
                 stream.write(json.dumps(record) + "\n")
             stream.flush()
             progress.update(len(batch))
+    print(f"encoded {len(encoded)} clips", flush=True)
     return encoded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from finetuning.codec import FRAMES_PER_SECOND
 from finetuning.dataset import RowEncoder, StepDataset, StepSampler, step_loader, unknown_languages
 from finetuning.errors import UserError
 from finetuning.layer_utils import replace_and_add_layers
-from finetuning.manifest import Manifest
+from finetuning.manifest import Manifest, remove_empty_folders
 from finetuning.objective import TrainingObjective
 from finetuning.prepare import TrainingRows, check_train_jsonl, open_training_rows
 from finetuning.prompt import LayoutIds, resolve_language
@@ -64,7 +65,8 @@ class Run:
 def check_inputs(settings: Settings) -> tuple[Base, str]:
     """What can be checked in seconds: hardware, base, output folder, data file. Returns the base and the device."""
     device = choose_device(settings)
-    check_output_folder(settings)
+    if not settings.prepare_only:
+        check_output_folder(settings)
     check_train_jsonl(settings)
     if settings.ref_audio_path and not settings.ref_audio_path.is_file():
         raise UserError(f"REF_AUDIO_PATH: {settings.ref_audio_path} does not exist")
@@ -184,6 +186,12 @@ def claim_output_folder(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
+def discard_rows(settings: Settings) -> None:
+    """Removes what ``open_rows`` indexed, for a run that was refused after it."""
+    shutil.rmtree(settings.output_dir / "rows", ignore_errors=True)
+    remove_empty_folders(settings.output_dir)
+
+
 def train(run: Run) -> None:
     """Trains, and verifies the round trip where the settings ask for it."""
     with Tracker(run.settings, run.num_steps, run.is_main) as tracker:
@@ -191,6 +199,9 @@ def train(run: Run) -> None:
             run.settings, run.accelerator, run.objective, run.train, run.validation, run.exporter, tracker
         )
         trainer.run()
+        best, last = run.settings.output_dir / "best", run.settings.output_dir / "last"
+        tracker.say(f"Done: {best} (lowest {trainer.best_by}) and {last} (the end of training)")
+        tracker.say(f'Listen: python synthesize.py --checkpoint {best} --text "…"')
         if run.settings.verify_roundtrip and run.is_main:
             verify_roundtrip(run, tracker)
 

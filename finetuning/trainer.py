@@ -100,8 +100,9 @@ class Trainer:
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         self.step = self.epoch = 0
         self.best_loss = math.inf
+        self._learning_rate = 0.0  # of the last step
         self._evaluated_at = self._stop_signal = None
-        self._last_train_loss = math.nan
+        self._last_train_loss: float | None = None
         self._window = _Window()
 
     # -------------------------------------------------------------------------------------------------- the loop
@@ -126,6 +127,11 @@ class Trainer:
                 if self.step == self.num_steps:
                     break
 
+    @property
+    def best_by(self) -> str:
+        """What ``best/`` is the lowest of."""
+        return "validation loss" if self.validation_dataset else "mean training loss of an epoch"
+
     def _steps(self) -> Iterator[list[Batch]]:
         plans = self.sampler.epoch_plan(self.epoch, self.accelerator.process_index)
         return iter(step_loader(self.train_dataset, plans, self.settings.num_workers))
@@ -148,6 +154,7 @@ class Trainer:
         if not torch.isfinite(totals).all():
             self._stop_at_bad_loss(batches)
         gradient_norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.max_grad_norm)
+        self._learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         if not self.optimizer.step_was_skipped:  # an fp16 scaler that is still finding its scale
             self.scheduler.step()
@@ -224,7 +231,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             best = None if math.isinf(self.best_loss) else self.best_loss
             state = {"step": self.step, "epoch": self.epoch, "best_loss": best, "train_loss": self._last_train_loss}
-            state["best_by"] = "validation loss" if self.validation_dataset else "mean training loss of an epoch"
+            state["best_by"] = self.best_by
             self.exporter.save(names, state)
         self.accelerator.wait_for_everyone()
         self._window.pause(time.perf_counter() - start)
@@ -234,9 +241,8 @@ class Trainer:
         figures = window.figures(weight)
         self._last_train_loss = figures["loss"]
         seconds_left = window.seconds_per_step() * (self.num_steps - self.step)
-        learning_rate = self.scheduler.get_last_lr()[0]
-        record = {"step": self.step, "epoch": self.epoch, "loss": figures.pop("loss"), "learning_rate": learning_rate}
-        self.tracker.log_training({**record, **figures, "seconds_left": seconds_left})
+        record = {"step": self.step, "epoch": self.epoch, **figures, "learning_rate": self._learning_rate}
+        self.tracker.log_training({**record, "seconds_left": seconds_left})
         self._window = _Window()
 
     @contextlib.contextmanager

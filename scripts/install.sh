@@ -26,9 +26,10 @@ find_uv() {
   UV=("$python" -m uv)
 }
 
-# install_project [uv sync options]: installs the pinned packages into .venv (about 7 GB with CUDA on Linux).
+# install_project [uv sync options]: installs the pinned packages into .venv (about 6 GB with CUDA on Linux) and leaves
+# what else stands there (flash-attn, say).
 install_project() {
   find_uv
   echo "installing packages into .venv …"
-  "${UV[@]}" sync --quiet "$@" || fail "the packages could not be installed; the lines above say why (network? disk space?)"
+  "${UV[@]}" sync --quiet --inexact "$@" || fail "the packages could not be installed; the lines above say why (network? disk space?)"
 }

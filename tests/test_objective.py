@@ -112,9 +112,7 @@ def no_text_projection(monkeypatch: pytest.MonkeyPatch, case: Any) -> None:
     monkeypatch.setattr(TrainingObjective, "input_embeddings", without)
 
 
-@pytest.mark.parametrize(
-    "sabotage", [shifted_labels, shifted_sub_talker_labels, own_frame_hidden, no_text_projection]
-)
+@pytest.mark.parametrize("sabotage", [shifted_labels, shifted_sub_talker_labels, own_frame_hidden, no_text_projection])
 def test_sabotage_is_caught(case: Any, sabotage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the mistakes that published fine-tuners make fails the comparison above."""
     sabotage(monkeypatch, case)

@@ -14,6 +14,7 @@ import torch
 from conftest import PROJECT, SHAPES
 from reference import captured_prompt, load_stock, stepwise_logits
 from safetensors.torch import load_file
+from training import train
 
 from finetuning.dataset import collate
 from finetuning.objective import TrainingObjective, before_frames
@@ -32,8 +33,6 @@ CASES = [(shape, recipe) for shape in SHAPES for recipe in RECIPES]
 @pytest.fixture(scope="session")
 def runs(demo_rows: list[dict], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
     """Four clips overfitted with each recipe on each shape, through the real command's code."""
-    from finetuning import session
-
     rows = [demo_rows[index] for index in CLIPS]
     finished = {}
     for shape, recipe in CASES:
@@ -63,12 +62,8 @@ def runs(demo_rows: list[dict], tmp_path_factory: pytest.TempPathFactory) -> dic
             },
             environment={},
         )
-        base, device = session.check_inputs(settings)
-        accelerator = session.start(settings, device)
-        run = session.build_run(settings, base, session.open_rows(settings, base, accelerator), accelerator)
-        session.claim_output_folder(run)
-        session.train(run)
-        finished[shape, recipe] = SimpleNamespace(run=run, base=base, last=folder / "output" / "last", rows=rows)
+        run, _ = train(settings)
+        finished[shape, recipe] = SimpleNamespace(run=run, base=run.base, last=folder / "output" / "last", rows=rows)
     return finished
 
 

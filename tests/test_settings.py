@@ -1,0 +1,634 @@
+"""Settings: defaults, sources, aliases, checks, secrets, and the three lists that must agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from finetuning.errors import UserError
+from finetuning.settings import Settings, canonical_names, load_settings, speaker_name_problem
+
+PROJECT = Path(__file__).parent.parent
+SECRET = "hf_Zq8secretvalue"
+
+Load = Callable[..., Settings]
+Problems = Callable[..., list[str]]
+
+#: Section 3 of the design, written out a second time. None: no default of its own.
+DESIGN_DEFAULTS: dict[str, Any] = {
+    "DEVICE": "auto",
+    "MIXED_PRECISION": "bf16",
+    "ATTN_IMPLEMENTATION": "auto",
+    "INIT_MODEL_PATH": "Qwen/Qwen3-TTS-12Hz-1.7B-Base",
+    "TOKENIZER_PATH": None,
+    "OUTPUT_DIR": Path("./output"),
+    "DATA_MODE": "jsonl",
+    "DATASET_NAME": "vaghawan/hausa-tts-22k",
+    "DATASET_CONFIG": None,
+    "TRAIN_SPLIT": "train",
+    "VALIDATION_SPLIT": "validation",
+    "TEXT_COLUMN": "text",
+    "AUDIO_COLUMN": "audio",
+    "SPEAKER_COLUMN": None,
+    "LANGUAGE_COLUMN": None,
+    "TRAIN_JSONL": Path("./data/train.jsonl"),
+    "VALIDATION_JSONL": Path("./data/validation.jsonl"),
+    "VALIDATION_FRACTION": 0.05,
+    "MAX_TRAIN_SAMPLES": None,
+    "MAX_EVAL_SAMPLES": None,
+    "REF_AUDIO_PATH": None,
+    "REF_TEXT": None,
+    "SPEAKER_NAME": "reference_speaker",
+    "BATCH_SIZE": 2,
+    "GRADIENT_ACCUMULATION_STEPS": 4,
+    "EFFECTIVE_BATCH_SIZE": None,
+    "LEARNING_RATE": 0.00002,
+    "NUM_EPOCHS": 3,
+    "WEIGHT_DECAY": 0.01,
+    "WARMUP_STEPS": 100,
+    "MAX_GRAD_NORM": 1.0,
+    "LR_SCHEDULER": "cosine",
+    "LR_MIN": 0,
+    "LR_NUM_CYCLES": None,
+    "MAX_STEPS": None,
+    "SUB_TALKER_LOSS_WEIGHT": 0.3,
+    "REPLACE_LAST_N_LAYERS": 2,
+    "ADD_NEW_LAYERS": 4,
+    "FREEZE_ORIGINAL_LAYERS": True,
+    "LAYER_INIT": "preserve",
+    "FREEZE_SPEAKER_ENCODER": True,
+    "NUM_WORKERS": 0,
+    "LOGGING_STEPS": 10,
+    "SAVE_STEPS": 500,
+    "EVAL_STEPS": 500,
+    "SAVE_TOTAL_LIMIT": 3,
+    "SAVE_EPOCHS": False,
+    "OVERWRITE_OUTPUT": False,
+    "SEED": 42,
+    "USE_WANDB": True,
+    "WANDB_PROJECT": "qwen3-tts-hausa",
+    "WANDB_RUN_NAME": None,
+    "WANDB_ENTITY": None,
+    "UPLOAD_TO_HUB": False,
+    "HUB_MODEL_ID_BEST": None,
+    "HUB_MODEL_ID_LAST": None,
+    "HF_TOKEN": None,
+    "PREPARE_ONLY": False,
+}
+DESIGN_ALIASES = {
+    "MODEL_PATH": "INIT_MODEL_PATH",
+    "OUTPUT_MODEL_PATH": "OUTPUT_DIR",
+    "LR": "LEARNING_RATE",
+    "UPLOAD_TO_HF": "UPLOAD_TO_HUB",
+    "HF_BEST_MODEL_REPO": "HUB_MODEL_ID_BEST",
+    "HF_LAST_MODEL_REPO": "HUB_MODEL_ID_LAST",
+}
+#: A value that differs from the default, for every alias.
+ALIAS_VALUES = {
+    "MODEL_PATH": "my/model",
+    "OUTPUT_MODEL_PATH": "somewhere",
+    "LR": "0.5",
+    "UPLOAD_TO_HF": "false",
+    "HF_BEST_MODEL_REPO": "me/best",
+    "HF_LAST_MODEL_REPO": "me/last",
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment() -> Iterator[None]:
+    """load_settings exports variables of other tools; they must not outlive the test."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Settings from the text of an env file and from environment variables (keywords)."""
+
+    def load_from(text: str | bytes = "", **environment: str) -> Settings:
+        file = tmp_path / "my.env"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_settings(environment={"ENV_FILE": str(file), **environment})
+
+    return load_from
+
+
+@pytest.fixture
+def problems(load: Load) -> Problems:
+    """The problems that are reported, one string each; the same arguments as ``load``."""
+
+    def refused(text: str | bytes = "", **environment: str) -> list[str]:
+        with pytest.raises(UserError) as error:
+            load(text, **environment)
+        heading, *items = str(error.value).split("\n  - ")
+        assert "in the settings" in heading
+        return items
+
+    return refused
+
+
+# ------------------------------------------------------------------------------------------------ defaults, sources
+
+
+@pytest.mark.parametrize("name", DESIGN_DEFAULTS)
+def test_default_is_the_designs(name: str) -> None:
+    assert getattr(load_settings(environment={}), name.lower()) == DESIGN_DEFAULTS[name]
+
+
+def test_aliases_are_the_designs() -> None:
+    fields = set(Settings.model_fields)
+    assert {name: field.upper() for name, field in canonical_names().items() if name.lower() not in fields} == (
+        DESIGN_ALIASES
+    )
+
+
+@pytest.mark.parametrize("alias", DESIGN_ALIASES)
+@pytest.mark.parametrize("source", ["file", "environment"])
+def test_alias_sets_its_setting(load: Load, alias: str, source: str) -> None:
+    value = ALIAS_VALUES[alias]
+    settings = load(f"{alias}={value}\n") if source == "file" else load(**{alias: value})
+    field = DESIGN_ALIASES[alias].lower()
+    assert settings.is_set(field)
+    assert str(getattr(settings, field)).lower() == value
+
+
+@pytest.mark.parametrize("alias", DESIGN_ALIASES)
+@pytest.mark.parametrize("source", ["file", "environment"])
+def test_both_spellings_with_different_values_are_refused(problems: Problems, alias: str, source: str) -> None:
+    given = {alias: ALIAS_VALUES[alias], DESIGN_ALIASES[alias]: "true" if alias == "UPLOAD_TO_HF" else "0.25"}
+    text = "".join(f"{name}={value}\n" for name, value in given.items())
+    message = problems(text)[0] if source == "file" else problems(**given)[0]
+    assert alias in message and DESIGN_ALIASES[alias] in message and "different values" in message
+
+
+def test_both_spellings_with_the_same_value_are_fine(load: Load) -> None:
+    assert load("LR=1e-4\nLEARNING_RATE=1e-4\n").learning_rate == 0.0001
+    assert load(MODEL_PATH="tiny", INIT_MODEL_PATH="tiny").init_model_path == "tiny"
+
+
+def test_environment_beats_file(load: Load) -> None:
+    settings = load("BATCH_SIZE=7\nSEED=7\n", BATCH_SIZE="9")
+    assert (settings.batch_size, settings.seed) == (9, 7)
+
+
+@pytest.mark.parametrize("in_file, in_environment", [("LR", "LEARNING_RATE"), ("LEARNING_RATE", "LR")])
+def test_environment_beats_file_in_the_other_spelling(load: Load, in_file: str, in_environment: str) -> None:
+    assert load(f"{in_file}=0.5\n", **{in_environment: "0.25"}).learning_rate == 0.25
+
+
+def test_overrides_beat_the_environment() -> None:
+    assert load_settings({"batch_size": 3}, environment={"BATCH_SIZE": "9"}).batch_size == 3
+
+
+def test_empty_value_means_unset(load: Load) -> None:
+    settings = load("BATCH_SIZE=\nSEED=\nREF_TEXT=''\nNUM_EPOCHS=5\n", SEED="", NUM_EPOCHS="")
+    assert (settings.batch_size, settings.seed, settings.ref_text, settings.num_epochs) == (2, 42, None, 5)
+    assert settings.is_set("num_epochs") and not settings.is_set("batch_size") and not settings.is_set("seed")
+
+
+@pytest.mark.parametrize("text", ["LR=\nLEARNING_RATE=0.5\n", "LR=0.5\nLEARNING_RATE=\n"])
+def test_empty_spelling_does_not_clash_with_a_filled_one(load: Load, text: str) -> None:
+    assert load(text).learning_rate == 0.5
+
+
+def test_file_syntax(load: Load) -> None:
+    settings = load(
+        "# a comment\n\nexport BATCH_SIZE=5\n"
+        "SPEAKER_NAME='Ada Lovelace'  # trailing comment\n"
+        'REF_TEXT="a # b"\nSEED = 7\nOVERWRITE_OUTPUT=True\n'
+    )
+    assert (settings.batch_size, settings.speaker_name, settings.ref_text) == (5, "Ada Lovelace", "a # b")
+    assert (settings.seed, settings.overwrite_output) == (7, True)
+
+
+@pytest.mark.parametrize("text", [b"\xef\xbb\xbfBATCH_SIZE=5\n", b"# x\r\nBATCH_SIZE=5\r\n"], ids=["BOM", "CRLF"])
+def test_files_of_windows_editors_are_read(load: Load, text: bytes) -> None:
+    assert load(text).batch_size == 5
+
+
+@pytest.mark.parametrize("value, expected", [("all", None), ("ALL", None), ("12", 12)])
+def test_sample_limits_take_all(load: Load, value: str, expected: int | None) -> None:
+    settings = load(f"MAX_TRAIN_SAMPLES={value}\nMAX_EVAL_SAMPLES={value}\n")
+    assert settings.max_train_samples == expected and settings.max_eval_samples == expected
+
+
+def test_settings_are_frozen(load: Load) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load().batch_size = 3
+
+
+def test_missing_env_file_is_an_error_only_when_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(environment={}).batch_size == 2
+    with pytest.raises(UserError, match=r"ENV_FILE: .*nowhere\.env does not exist"):
+        load_settings(environment={"ENV_FILE": "nowhere.env"})
+
+
+def test_env_file_that_is_not_text(problems: Problems) -> None:
+    (message,) = problems(b"BATCH_SIZE=\xff\xfe\n")
+    assert message.startswith("ENV_FILE: ") and "UTF-8" in message
+
+
+# ------------------------------------------------------------------------------------------------- names and lines
+
+
+@pytest.mark.parametrize(
+    "name, nearest",
+    [
+        ("BATCH_SIZ", "BATCH_SIZE"),
+        ("LEARNING_RATES", "LEARNING_RATE"),
+        ("OUTPUT_DIRECTORY", "OUTPUT_DIR"),
+        ("batch_size", "BATCH_SIZE"),
+        ("WANDB_PROJCT", "WANDB_PROJECT"),
+        ("HF_BEST_MODEL_REPOS", "HF_BEST_MODEL_REPO"),
+    ],
+)
+def test_unknown_name_gives_line_and_nearest(problems: Problems, tmp_path: Path, name: str, nearest: str) -> None:
+    (message,) = problems(f"# a comment\nSEED=1\n{name}=4\n")
+    assert message.startswith(f"{tmp_path / 'my.env'} line 3:")
+    assert name in message and message.endswith(f"did you mean {nearest}?")
+
+
+def test_unknown_name_without_a_near_one(problems: Problems) -> None:
+    (message,) = problems("ZZYZX=4\n")
+    assert "ZZYZX" in message and "did you mean" not in message
+
+
+@pytest.mark.parametrize("before", ["\n\n\n", "  \n\t\n \n", "# a\n\n# b\n", "A_LONG='1\n2'\n\n", "\r\n \r\n\r\n"])
+def test_line_numbers_count_every_kind_of_line(problems: Problems, before: str) -> None:
+    message = problems(before + "BATCH_SIZ=4\n")[-1]
+    assert " line 4: unknown setting BATCH_SIZ;" in message
+
+
+def test_name_twice_in_the_file(problems: Problems) -> None:
+    (message,) = problems("SEED=1\nBATCH_SIZE=3\nSEED=1\n")
+    assert "line 3: SEED stands twice" in message and "line 1" in message
+
+
+@pytest.mark.parametrize("line", ["BATCH_SIZE 4", "BATCH_SIZE: 4", "=4", "BATCH_SIZE='4", "BATCH_SIZE"])
+def test_malformed_line(problems: Problems, line: str) -> None:
+    (message,) = problems(f"SEED=1\n{line}\n")
+    assert "line 2: not of the form NAME=value" in message
+
+
+def test_all_problems_are_reported_at_once(problems: Problems) -> None:
+    messages = problems(
+        "BATCH_SIZ=4\nNUM_EPOCHS=many\nUPLOAD_TO_HUB=true\nLR=1\nLEARNING_RATE=0.5\nno assignment\nSEED=1\nSEED=1\n",
+        DEVICE="tpu",
+        TRAIN_JSONL="same.jsonl",
+        VALIDATION_JSONL="same.jsonl",
+        WEIGHT_DECAY="-1",
+    )
+    expected = (
+        "BATCH_SIZ;", "NUM_EPOCHS (", "UPLOAD_TO_HUB (", "LEARNING_RATE", "line 6: not of the form",
+        "SEED stands twice", "DEVICE (environment)", "TRAIN_JSONL (environment)", "WEIGHT_DECAY (environment)",
+    )  # fmt: skip
+    for part in expected:
+        assert sum(part in message for message in messages) == 1, part
+    assert len(messages) == len(expected)
+
+
+def test_field_problem_names_spelling_and_place(problems: Problems, tmp_path: Path) -> None:
+    (message,) = problems("\nLR=fast\n")
+    assert message.startswith(f"LR ({tmp_path / 'my.env'} line 2): ")
+    assert "fast" not in message
+
+
+# --------------------------------------------------------------------------------------------------------- secrets
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"HF_TOKNE={SECRET}\n",
+        f"HF_TOKEN_={SECRET}\n",
+        f"HFTOKEN={SECRET}\n",
+        f"hf_token={SECRET}\n",
+        f"MY_TOKEN='{SECRET}'\n",
+        f"HF_TOKEN {SECRET}\n",
+        f"HF_TOKEN: {SECRET}\n",
+        f"HF_TOKEN='{SECRET}\n",
+        f"HF_TOKEN=\n{SECRET}\n",
+        f"HF_TOKEN={SECRET}\nHF_TOKEN={SECRET}2\n",
+        f"BATCH_SIZE={SECRET}\n",
+        f"DEVICE={SECRET}\n",
+        f"UPLOAD_TO_HUB={SECRET}\n",
+        f"LR_SCHEDULER={SECRET}\n",
+        f"LR={SECRET}\nLEARNING_RATE={SECRET}2\n",
+    ],
+    ids=lambda text: text.replace(SECRET, "…").strip().replace("\n", ","),
+)
+def test_misplaced_secret_is_refused_and_never_shown(problems: Problems, text: str) -> None:
+    assert SECRET.lower() not in "".join(problems(text)).lower()
+
+
+def test_token_is_kept_and_never_shown(load: Load, tmp_path: Path) -> None:
+    settings = load(f"HF_TOKEN={SECRET}\nSEED=7\n")
+    assert settings.hf_token is not None and settings.hf_token.get_secret_value() == SECRET
+    settings.save(tmp_path / "settings.json")
+    saved = (tmp_path / "settings.json").read_text(encoding="utf-8")
+    for shown in (settings.describe(), repr(settings), str(settings), saved, json.dumps(settings.public())):
+        assert SECRET not in shown
+        assert "7" in shown  # and the rest is there
+    assert "HF_TOKEN" not in json.loads(saved)
+
+
+def test_saved_settings_hold_every_other_setting(load: Load, tmp_path: Path) -> None:
+    load("OUTPUT_DIR=somewhere\nSPEAKER_NAME=Àdùké\nLR=1e-4\n").save(tmp_path / "settings.json")
+    saved = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))
+    assert saved.keys() == {name.upper() for name in Settings.model_fields} - {"HF_TOKEN"}
+    assert (saved["OUTPUT_DIR"], saved["SPEAKER_NAME"], saved["LEARNING_RATE"]) == ("somewhere", "Àdùké", 0.0001)
+
+
+def test_describe_marks_what_the_user_set(load: Load) -> None:
+    lines = {line.split()[-2]: line for line in load("SEED=7\n", LR="0.5").describe().splitlines()[1:]}
+    assert {name for name, line in lines.items() if "*" in line} == {"SEED", "LEARNING_RATE"}
+    assert lines["SEED"].endswith(" 7") and lines["REF_TEXT"].endswith(" -") and lines["USE_WANDB"].endswith(" true")
+
+
+# ------------------------------------------------------------------------------------------ variables of other tools
+
+OTHER_TOOLS = (
+    "WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_NAME", "WANDB_RUN_ID", "WANDB_RUN_GROUP", "HF_ENDPOINT",
+    "HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE", "HF_TOKEN_PATH", "NCCL_DEBUG", "NCCL_P2P_DISABLE",
+    "CUDA_VISIBLE_DEVICES", "TORCH_HOME", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM",
+    "TRANSFORMERS_OFFLINE", "ACCELERATE_MIXED_PRECISION", "XDG_CACHE_HOME",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_TOOLS)
+def test_variables_of_other_tools_are_exported(load: Load, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv(name, raising=False)
+    load(f"{name}=from-file\n")
+    assert os.environ[name] == "from-file"
+
+
+def test_export_never_overrides_the_environment(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://mine")
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    load("HF_ENDPOINT=https://file\nHF_TOKEN=file\n")
+    assert (os.environ["HF_ENDPOINT"], os.environ["HF_TOKEN"]) == ("https://mine", "mine")
+
+
+@pytest.mark.parametrize("name", ["HF_ENDPOINT", "HF_TOKEN"])
+def test_empty_environment_variable_gives_way_to_the_file(
+    load: Load, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "")
+    load(f"{name}=from-file\n")
+    assert os.environ[name] == "from-file"
+
+
+def test_token_of_the_file_reaches_the_hub(load: Load) -> None:
+    load(f"HF_TOKEN={SECRET}\n")
+    assert os.environ["HF_TOKEN"] == SECRET
+
+
+def test_our_own_settings_are_not_exported(load: Load) -> None:
+    load("WANDB_PROJECT=x\nHF_BEST_MODEL_REPO=me/best\nSEED=1\n")
+    assert not {"WANDB_PROJECT", "HF_BEST_MODEL_REPO", "SEED"} & set(os.environ)
+
+
+def test_nothing_is_exported_from_a_refused_file(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NCCL_DEBUG", raising=False)
+    with pytest.raises(UserError):
+        load("NCCL_DEBUG=INFO\nSEED=x\n")
+    assert "NCCL_DEBUG" not in os.environ
+
+
+# ---------------------------------------------------------------------------------------------------- value checks
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *[(name, value) for name in ("LEARNING_RATE", "MAX_GRAD_NORM") for value in ("0", "-1", "nan", "inf", "1e400")],
+        *[(name, value) for name in ("WEIGHT_DECAY", "LR_MIN") for value in ("-0.1", "nan", "inf", "2")],
+        *[("SUB_TALKER_LOSS_WEIGHT", value) for value in ("-0.1", "nan", "-inf")],
+        *[("VALIDATION_FRACTION", value) for value in ("-0.1", "0.9", "nan")],
+        *[(name, value) for name in ("BATCH_SIZE", "NUM_EPOCHS") for value in ("0", "-1", "1.5", "nan", "two")],
+        *[(name, "0") for name in ("GRADIENT_ACCUMULATION_STEPS", "EFFECTIVE_BATCH_SIZE", "MAX_STEPS")],
+        *[(name, "0") for name in ("LOGGING_STEPS", "SAVE_STEPS", "EVAL_STEPS", "SAVE_TOTAL_LIMIT", "LR_NUM_CYCLES")],
+        *[(name, "0") for name in ("MAX_TRAIN_SAMPLES", "MAX_EVAL_SAMPLES")],
+        *[(name, "-1") for name in ("WARMUP_STEPS", "NUM_WORKERS", "REPLACE_LAST_N_LAYERS", "ADD_NEW_LAYERS", "SEED")],
+        ("VERIFY_ROUNDTRIP", "-1"),
+        ("SEED", str(2**32)),
+        ("LEARNING_RATE", "100"),
+        ("BATCH_SIZE", "9" * 5000),
+        ("DEVICE", "gpu"),
+        ("MIXED_PRECISION", "fp8"),
+        ("ATTN_IMPLEMENTATION", "flash"),
+        ("DATA_MODE", "json"),
+        ("LAYER_INIT", "zeros"),
+        ("USE_WANDB", "maybe"),
+    ],
+)
+def test_absurd_value_is_refused(problems: Problems, name: str, value: str) -> None:
+    (message,) = problems(**{name: value})
+    assert message.startswith(f"{name} (environment): ")
+
+
+@pytest.mark.parametrize("world_size, product", [("", 12), ("1", 12), ("4", 48)])
+def test_effective_batch_size(load: Load, world_size: str, product: int) -> None:
+    text = "BATCH_SIZE=3\nGRADIENT_ACCUMULATION_STEPS=4\n"
+    assert load(text, EFFECTIVE_BATCH_SIZE=str(product), WORLD_SIZE=world_size).effective_batch_size == product
+
+
+@pytest.mark.parametrize("world_size, product", [("", "12"), ("4", "48")])
+def test_wrong_effective_batch_size_shows_the_product(problems: Problems, world_size: str, product: str) -> None:
+    text = "BATCH_SIZE=3\nGRADIENT_ACCUMULATION_STEPS=4\nEFFECTIVE_BATCH_SIZE=24\n"
+    (message,) = problems(text, WORLD_SIZE=world_size)
+    assert message.startswith("EFFECTIVE_BATCH_SIZE (") and "line 3" in message
+    numbers = re.findall(r"\b\d+\b", message.split("): ", 1)[1])
+    assert numbers == ["24", "3", "4", world_size or "1", product]
+
+
+@pytest.mark.parametrize(
+    "given, blamed, part",
+    [
+        ({"LR_SCHEDULER": "cosin"}, "LR_SCHEDULER", "cosine_with_restarts"),
+        ({"LR_SCHEDULER": "reduce_lr_on_plateau"}, "LR_SCHEDULER", "must be one of"),
+        ({"LR_MIN": "1e-6", "LR_SCHEDULER": "linear"}, "LR_MIN", "cosine"),
+        ({"LR_MIN": "1e-3", "LEARNING_RATE": "1e-4"}, "LR_MIN", "below LEARNING_RATE"),
+        ({"LR_MIN": "1e-4", "LR": "1e-4"}, "LR_MIN", "below LEARNING_RATE"),
+        ({"LR_NUM_CYCLES": "2", "LR_SCHEDULER": "linear"}, "LR_NUM_CYCLES", "cosine"),
+        ({"LR_NUM_CYCLES": "2", "LR_MIN": "1e-6"}, "LR_NUM_CYCLES", "LR_MIN"),
+        ({"TRAIN_JSONL": "a.jsonl", "VALIDATION_JSONL": "./x/../a.jsonl"}, "TRAIN_JSONL", "VALIDATION_JSONL"),
+        ({"SPEAKER_NAME": " Ada"}, "SPEAKER_NAME", "white space"),
+        ({"UPLOAD_TO_HF": "true"}, "UPLOAD_TO_HF", "not built yet"),
+        ({"DATA_MODE": "direct"}, "DATA_MODE", "not built yet"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_cross_check(problems: Problems, given: dict[str, str], blamed: str, part: str) -> None:
+    (message,) = problems(**given)
+    assert message.startswith(f"{blamed} (environment): ") and part in message
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"LR_MIN": "1e-6"},
+        {"LR_MIN": "1e-6", "LR_SCHEDULER": "cosine_with_min_lr"},
+        {"LR_NUM_CYCLES": "2"},
+        {"LR_NUM_CYCLES": "2", "LR_SCHEDULER": "cosine_with_restarts"},
+        {"LR_MIN": "0", "LR_SCHEDULER": "linear"},
+    ],
+    ids=lambda given: "-".join(given),
+)
+def test_cross_check_lets_good_settings_pass(load: Load, given: dict[str, str]) -> None:
+    load(**given)
+
+
+def test_every_allowed_scheduler_is_known_to_transformers() -> None:
+    import torch
+    from transformers import get_scheduler
+
+    from finetuning.settings import LR_SCHEDULERS
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    for name in LR_SCHEDULERS:
+        extra = {"cosine_with_min_lr": {"min_lr": 0.01}, "warmup_stable_decay": {"num_decay_steps": 5}}.get(name)
+        get_scheduler(name, optimizer, 2, 10, scheduler_specific_kwargs=extra)
+
+
+def test_output_that_is_a_file(problems: Problems, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("x")
+    (message,) = problems(OUTPUT_DIR=str(tmp_path / "taken"))
+    assert message.startswith("OUTPUT_DIR (environment): ") and "is a file" in message
+
+
+@pytest.mark.parametrize("output", ["models/base", "models", "models/other/../base"])
+def test_output_that_would_overwrite_the_base(problems: Problems, tmp_path: Path, output: str) -> None:
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    (tmp_path / "models" / "other").mkdir()
+    (message,) = problems(OUTPUT_DIR=str(tmp_path / output), MODEL_PATH=str(tmp_path / "models" / "base"))
+    assert message.startswith("OUTPUT_DIR (environment): ") and "INIT_MODEL_PATH" in message
+
+
+def test_output_beside_the_base_is_fine(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    load(OUTPUT_DIR=str(tmp_path / "models" / "output"), MODEL_PATH=str(tmp_path / "models" / "base"))
+
+
+def test_cross_check_is_skipped_where_its_field_is_bad_itself(problems: Problems) -> None:
+    (message,) = problems(EFFECTIVE_BATCH_SIZE="24", BATCH_SIZE="many")
+    assert message.startswith("BATCH_SIZE (environment): ")
+
+
+@pytest.mark.parametrize("name", ["", "  ", " Ada", "Ada\n", "a\tb", "x" * 101, "a\u0000b"])
+def test_unusable_speaker_name(name: str) -> None:
+    assert speaker_name_problem(name)
+
+
+@pytest.mark.parametrize("name", ["ada", "Ada Lovelace", "Àdùké", "नमस्ते", "x" * 100, "0"])
+def test_usable_speaker_name(name: str) -> None:
+    assert speaker_name_problem(name) is None
+
+
+# ------------------------------------------------------------------------------------------------- the three lists
+
+_EXAMPLE_LINE = re.compile(r"^#? ?([A-Z][A-Z0-9_]*)=")
+_README_ROW = re.compile(r"^\| `?([A-Z_0-9]+)`?(?: \(([A-Z_0-9, `]+)\))? \| ")
+#: How a table says that there is no default, or that everything is taken.
+_NO_DEFAULT = ("–", "—", "-", "", "all", "none")
+
+
+def _same_as_default(field: str, shown: str) -> bool:
+    default = Settings().model_dump()[field]
+    if default is None:  # a phrase such as "the base's own" is fine, a value is not
+        return shown.lower() in _NO_DEFAULT or " " in shown
+    return Settings(**{field: shown}).model_dump()[field] == default
+
+
+def _example_lines() -> list[str]:
+    return (PROJECT / ".env.training.example").read_text(encoding="utf-8").splitlines()
+
+
+def _readme_rows() -> dict[str, tuple[list[str], str]]:
+    """Name -> (aliases, default) of the README's settings table."""
+    rows = {}
+    for line in (PROJECT / "README.md").read_text(encoding="utf-8").splitlines():
+        if match := _README_ROW.match(line):
+            aliases = re.findall(r"[A-Z_0-9]+", match[2] or "")
+            rows[match[1]] = (aliases, line.split("|")[2].strip().strip("`").strip())
+    return rows
+
+
+def test_example_lists_every_setting_once() -> None:
+    names = [match[1] for line in _example_lines() if (match := _EXAMPLE_LINE.match(line))]
+    assert sorted(names) == sorted(name.upper() for name in Settings.model_fields)
+
+
+def test_example_explains_every_setting() -> None:
+    lines = _example_lines()
+    unexplained = [
+        line
+        for before, line in zip(["", *lines], lines, strict=False)
+        if _EXAMPLE_LINE.match(line)
+        and (not re.match(r"# *\w+.{5}", before) or before.startswith("# --") or _EXAMPLE_LINE.match(before))
+    ]
+    assert not unexplained
+
+
+def test_example_shows_the_defaults() -> None:
+    matches = [(line, match) for line in _example_lines() if (match := _EXAMPLE_LINE.match(line))]
+    wrong = [line for line, match in matches if not _same_as_default(match[1].lower(), line[match.end() :].strip())]
+    assert not wrong
+
+
+def test_example_can_be_used_as_it_stands(load: Load) -> None:
+    used = load("\n".join(_example_lines()))
+    assert used.model_dump() == Settings().model_dump()
+
+
+def test_demo_file_can_be_read() -> None:
+    settings = load_settings(environment={"ENV_FILE": str(PROJECT / ".env.demo")})
+    assert (settings.init_model_path, settings.device) == ("tiny", "cpu")
+
+
+def test_readme_table_lists_every_setting_with_its_aliases() -> None:
+    aliases = {name.upper(): info.json_schema_extra["aliases"] for name, info in Settings.model_fields.items()}
+    rows = {name: sorted(row[0]) for name, row in _readme_rows().items()}
+    assert rows == {name: sorted(names) for name, names in aliases.items()}
+
+
+def test_readme_table_shows_the_defaults() -> None:
+    rows = _readme_rows()
+    assert rows
+    assert not [name for name, (_, shown) in rows.items() if not _same_as_default(name.lower(), shown)]
+
+
+# ---------------------------------------------------------------------------------------------------- from outside
+
+
+def test_mistake_in_env_is_reported_at_once_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(f"HF_TOKNE={SECRET}\nBATCH_SIZ=4\nNUM_EPOCHS=many\n")
+    environment = {name: value for name, value in os.environ.items() if name not in canonical_names()}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / "train.py")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    seconds = time.monotonic() - started
+    assert done.returncode == 2
+    assert seconds < 2
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: 3 problems in the settings:") and done.stderr.count("error:") == 1
+    assert all(part in done.stderr for part in (".env line 1", "HF_TOKEN?", "BATCH_SIZE?", "NUM_EPOCHS (.env line 3)"))
+    assert SECRET not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == [tmp_path / ".env"]

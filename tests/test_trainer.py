@@ -1,0 +1,275 @@
+"""The loop: what it logs, saves, evaluates and refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import naive_losses
+from training import FULL, build, make_trainer, train
+
+from finetuning.errors import Stopped, UserError
+from finetuning.trainer import Trainer, make_scheduler
+
+
+@pytest.fixture
+def settings_for(make_settings: Callable, write_jsonl: Callable, demo_rows: list[dict]) -> Callable[..., Any]:
+    """Settings over the first rows of the demo, full fine-tuning, two rows a step."""
+
+    def make(num_rows: int = 6, num_validation: int = 0, **fields: Any) -> Any:
+        files = {"train_jsonl": write_jsonl(demo_rows[:num_rows])}
+        if num_validation:
+            files["validation_jsonl"] = write_jsonl(demo_rows[-num_validation:], "validation.jsonl")
+        defaults = {"batch_size": 2, "gradient_accumulation_steps": 1, "num_epochs": 1, "validation_fraction": 0.0}
+        return make_settings(**(FULL | defaults | files | fields))
+
+    return make
+
+
+def read_log(settings: Any, name: str = "training_log.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (settings.output_dir / name).read_text().splitlines()]
+
+
+def folders(settings: Any) -> set[str]:
+    return {entry.name for entry in settings.output_dir.iterdir() if entry.is_dir()} - {"rows"}
+
+
+def test_first_logged_loss_equals_the_naive_calculation(settings_for: Callable) -> None:
+    """From JSONL to log line: rows, languages, references, accumulation and weighting all stand in one figure."""
+    settings = settings_for(
+        num_rows=5, batch_size=2, gradient_accumulation_steps=3, logging_steps=1, sub_talker_loss_weight=0.7
+    )
+    run = build(settings)
+    tokenizer, model = run.train.encoder.tokenizer, run.model
+    talker = sub_talker = num_frames = 0.0
+    english = model.config.talker_config.codec_language_id["english"]
+    for row in map(json.loads, settings.train_jsonl.read_text().splitlines()):
+        turn = f"<|im_start|>assistant\n{row['text']}<|im_end|>\n<|im_start|>assistant\n"
+        codes = torch.tensor(row["audio_codes"])
+        with torch.no_grad():
+            tokens = torch.tensor(tokenizer(turn)["input_ids"])
+            losses = naive_losses(model, tokens, english, run.speakers.vectors[0], codes)
+        talker, sub_talker = talker + losses["talker_loss"], sub_talker + losses["sub_talker_loss"]
+        num_frames += len(codes)
+    make_trainer(run).run()
+    logged = read_log(settings)[0]
+    assert logged["talker_loss"] == pytest.approx(float(talker / (num_frames + 5)), rel=1e-5)
+    assert logged["sub_talker_loss"] == pytest.approx(float(sub_talker / (15 * num_frames)), rel=1e-5)
+    assert logged["loss"] == pytest.approx(logged["talker_loss"] + 0.7 * logged["sub_talker_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (3, 3), (2, 4)])
+def test_accumulation_gives_the_same_step(
+    settings_for: Callable, batch_size: int, accumulation: int, request: pytest.FixtureRequest
+) -> None:
+    """The same eight rows in one optimizer step, however they are cut: loss and gradient norm agree."""
+    settings = settings_for(
+        num_rows=8, batch_size=batch_size, gradient_accumulation_steps=accumulation, logging_steps=1
+    )
+    train(settings)
+    (record,) = read_log(settings)
+    known = request.config.stash.setdefault(STEP_FIGURES, {})
+    known[batch_size] = (record["loss"], record["grad_norm"])
+    assert known[batch_size] == pytest.approx(next(iter(known.values())), rel=1e-5)
+
+
+STEP_FIGURES = pytest.StashKey[dict]()
+
+
+def test_steps_epochs_and_folders(settings_for: Callable) -> None:
+    """Evaluation and last/ at every epoch's end, checkpoint-N rotated, epoch-N kept."""
+    settings = settings_for(
+        num_rows=6, num_validation=2, num_epochs=3, save_steps=2, save_total_limit=2, save_epochs=True, logging_steps=2
+    )
+    _, trainer = train(settings)
+    assert trainer.step == 9
+    assert folders(settings) == {"best", "last", "checkpoint-6", "checkpoint-8", "epoch-0", "epoch-1", "epoch-2"}
+    assert [record["step"] for record in read_log(settings)] == [2, 4, 6, 8, 9]
+    validation = read_log(settings, "validation_log.jsonl")
+    assert [(record["epoch"], record["step"]) for record in validation] == [(0, 3), (1, 6), (2, 9)]
+    assert set(validation[0]) == {"step", "epoch", "loss", "metrics", "timestamp"}
+    metrics = validation[0]["metrics"]
+    assert set(metrics) == {"talker_loss", "sub_talker_loss", "perplexity", "accuracy", "sub_talker_accuracy"}
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["talker_loss"]))
+    best = json.loads((settings.output_dir / "best" / "training_state.json").read_text())
+    assert best["best_by"] == "validation loss"
+    assert best["best_loss"] == min(record["loss"] for record in validation)
+    assert best["step"] == min(validation, key=lambda record: record["loss"])["step"]
+
+
+def test_evaluation_steps_inside_an_epoch(settings_for: Callable) -> None:
+    settings = settings_for(num_rows=8, num_validation=2, eval_steps=2)
+    train(settings)
+    # Step 4 is the epoch's end as well: evaluated once.
+    assert [record["step"] for record in read_log(settings, "validation_log.jsonl")] == [2, 4]
+
+
+def test_validation_figures_equal_the_mean_over_tokens(settings_for: Callable) -> None:
+    """Batches of 2 and 1 against one batch of 3, with weights that the training step has already changed."""
+    settings = settings_for(num_rows=4, num_validation=3, batch_size=2)
+    run, _ = train(settings)
+    logged = read_log(settings, "validation_log.jsonl")[-1]
+    batch = run.validation.batch([0, 1, 2])
+    objective = run.objective.eval()
+    with torch.no_grad():
+        sums = objective(batch)
+    frames = len(batch["codes"])
+    assert logged["metrics"]["talker_loss"] == pytest.approx(sums["talker_loss"].item() / (frames + 3), rel=1e-5)
+    assert logged["metrics"]["accuracy"] == pytest.approx(sums["talker_correct"].item() / (frames + 3))
+    want = sums["sub_talker_correct"].sum().item() / (15 * frames)
+    assert logged["metrics"]["sub_talker_accuracy"] == pytest.approx(want)
+
+
+def test_max_steps_ends_the_run_properly(settings_for: Callable) -> None:
+    settings = settings_for(num_rows=6, num_validation=2, num_epochs=5, max_steps=4)
+    _, trainer = train(settings)
+    assert trainer.step == 4
+    assert read_log(settings)[-1]["step"] == 4
+    assert read_log(settings, "validation_log.jsonl")[-1]["step"] == 4
+    assert json.loads((settings.output_dir / "last" / "training_state.json").read_text())["step"] == 4
+
+
+def test_without_validation_best_follows_the_training_loss(settings_for: Callable) -> None:
+    settings = settings_for(num_rows=4, num_epochs=2, learning_rate=1e-3, warmup_steps=0)
+    train(settings)
+    state = json.loads((settings.output_dir / "best" / "training_state.json").read_text())
+    assert (state["epoch"], state["best_by"]) == (1, "mean training loss of an epoch")
+    assert not (settings.output_dir / "validation_log.jsonl").exists()
+
+
+def test_non_finite_loss_names_its_rows_and_changes_nothing(
+    settings_for: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(num_rows=6, logging_steps=1)
+    run = build(settings)
+    trainer = make_trainer(run)
+    forward, before = run.objective.forward, {}
+
+    def poisoned(batch: dict) -> dict:
+        sums = forward(batch)
+        if trainer.step == 1:
+            before.update({name: tensor.clone() for name, tensor in run.model.state_dict().items()})
+            before["lines"] = batch["lines"].tolist()
+            sums["talker_loss"] = sums["talker_loss"] * torch.nan
+        return sums
+
+    monkeypatch.setattr(run.objective, "forward", poisoned)
+    with pytest.raises(UserError, match=r"step 2 .* lines (\d+), (\d+)") as caught:
+        trainer.run()
+    lines = before.pop("lines")
+    assert f"lines {', '.join(map(str, sorted(lines)))} of" in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+    assert trainer.step == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_saves(
+    settings_for: Callable, number: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(num_rows=8, num_epochs=10)
+    trainer = make_trainer(build(settings))
+    step = Trainer._optimizer_step
+
+    def interrupted(self: Trainer, *arguments: Any) -> None:
+        if self.step == 2:
+            os.kill(os.getpid(), number)
+        step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", interrupted)
+    handler = signal.getsignal(number)
+    with pytest.raises(Stopped) as caught:
+        trainer.run()
+    assert caught.value.exit_code == code
+    assert json.loads((settings.output_dir / "last" / "training_state.json").read_text())["step"] == 3
+    assert signal.getsignal(number) == handler
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_master_weights_are_fp32_and_move(settings_for: Callable, precision: str) -> None:
+    """At the default rate nearly every trained weight moves in a step, which bf16 weights would not (rounding)."""
+    settings = settings_for(
+        num_rows=4, batch_size=4, mixed_precision=precision, learning_rate=2e-6, lr_scheduler="constant"
+    )
+    run = build(settings)
+    before = {name: tensor.clone() for name, tensor in run.model.named_parameters()}
+    make_trainer(run).run()
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+    layer = "talker.model.layers.0.mlp.up_proj.weight"
+    moved = (dict(run.model.named_parameters())[layer] != before[layer]).float().mean()
+    assert moved > 0.99
+
+
+def test_bf16_autocast_is_close_to_fp32(settings_for: Callable) -> None:
+    figures = []
+    for precision in ("no", "bf16"):
+        settings = settings_for(num_rows=4, mixed_precision=precision, max_steps=1, overwrite_output=True)
+        train(settings)
+        figures.append(read_log(settings)[0]["loss"])
+    assert figures[1] == pytest.approx(figures[0], rel=2e-2)
+    assert figures[1] != figures[0]
+
+
+def test_workers_give_the_same_run(settings_for: Callable) -> None:
+    logs = []
+    for workers in (0, 2):
+        settings = settings_for(num_rows=6, num_workers=workers, logging_steps=1, overwrite_output=True)
+        train(settings)
+        logs.append([(record["loss"], record["grad_norm"]) for record in read_log(settings)])
+    assert logs[0] == logs[1]
+
+
+# -------------------------------------------------------------------------------------------------- learning rate
+
+
+def rates(settings: Any, num_steps: int) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=settings.learning_rate)
+    scheduler = make_scheduler(settings, optimizer, num_steps)
+    seen = []
+    for _ in range(num_steps):
+        seen.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return [*seen, scheduler.get_last_lr()[0]]
+
+
+def test_cosine_with_warm_up(make_settings: Callable) -> None:
+    seen = rates(make_settings(learning_rate=1.0, warmup_steps=10), 110)
+    assert seen[:11] == pytest.approx([step / 10 for step in range(11)])
+    assert seen[10:] == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 100)) for step in range(101)])
+
+
+def test_long_warm_up_is_cut_and_said(make_settings: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = rates(make_settings(learning_rate=1.0, warmup_steps=100), 50)
+    assert seen[5] == 1.0
+    assert "cut from 100 to 5" in capsys.readouterr().out
+
+
+def test_final_rate_and_restarts(make_settings: Callable) -> None:
+    seen = rates(make_settings(learning_rate=1.0, warmup_steps=0, lr_min=0.25), 40)
+    assert (seen[0], seen[-1]) == pytest.approx((1.0, 0.25))
+    seen = rates(make_settings(learning_rate=1.0, warmup_steps=0, lr_num_cycles=2), 40)
+    assert seen[20] == pytest.approx(1.0)
+    assert seen[19] < 0.05
+
+
+@pytest.mark.parametrize("name", ["linear", "constant", "polynomial", "inverse_sqrt", "warmup_stable_decay"])
+def test_other_schedules_run(make_settings: Callable, name: str) -> None:
+    seen = rates(make_settings(learning_rate=1.0, warmup_steps=2, lr_scheduler=name), 40)
+    assert max(seen) == pytest.approx(1.0)
+    assert seen[-1] <= seen[20] <= 1.0
+
+
+def test_plain_lines_without_a_terminal(settings_for: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = settings_for(num_rows=4, logging_steps=1)
+    train(settings)
+    lines = capsys.readouterr().out.splitlines()
+    record = read_log(settings)[0]
+    assert any(line.startswith(f"Epoch 0 | Step 1 | Loss: {record['loss']:.4f} | LR: ") for line in lines)
+    assert Path(settings.output_dir / "settings.json").is_file()
