@@ -9,6 +9,7 @@ Nothing is written but to a temporary folder.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -189,6 +190,8 @@ class Preflight:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # no arguments: it checks what the settings say
     preflight = Preflight()
     check = preflight.check
     check("Python", preflight.python)

@@ -6,11 +6,15 @@ accelerate launch --num_processes=4 train.py        # four
 ENV_FILE=my_voice.env BATCH_SIZE=4 python train.py  # another file; the environment is stronger than the file
 """
 
+import argparse
+
 from finetuning.errors import UserError, run_main
 from finetuning.settings import Settings, load_settings
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # no arguments: settings come from the environment and the settings file
     settings = load_settings()
     print(settings.describe(), flush=True)
     train(settings)

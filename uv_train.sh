@@ -3,6 +3,7 @@
 #
 #   ./uv_train.sh .env.demo        the whole pipeline on the embedded tiny model, on CPU, offline, in minutes
 #   ./uv_train.sh                  your own run, as .env says
+#   ./uv_train.sh --check          the preflight of that run instead (test_setup.py); a settings file may follow
 #
 # Further arguments go to train.py; settings in the environment are stronger than the file: BATCH_SIZE=4 ./uv_train.sh
 set -euo pipefail
@@ -10,6 +11,11 @@ called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/install.sh
 
+script=train.py
+if [[ ${1:-} == --check ]]; then
+  script=test_setup.py
+  shift
+fi
 if [[ $# -gt 0 && $1 != -* ]]; then
   if [[ -f "$called_from/$1" ]]; then
     ENV_FILE=$(realpath "$called_from/$1")
@@ -25,4 +31,4 @@ elif [[ -z ${ENV_FILE:-} && ! -f .env ]]; then
 fi
 
 install_project
-exec .venv/bin/python train.py "$@"
+exec .venv/bin/python "$script" "$@"
