@@ -164,7 +164,7 @@ class StepSampler:
 
     Rows are shuffled, then grouped by length inside windows of many steps, so that a micro-batch pads little and the
     order stays random; each row is visited once an epoch. The steps hold ``batch_size x accumulation x processes``
-    rows, the last one what is left.
+    rows, the last one what is left. One process with batch size 2b and two with b see the same rows in the same steps.
 
     Attributes:
         lengths: (num_rows,) int, codec frames of every row.
@@ -195,19 +195,15 @@ class StepSampler:
             rows = order[start : start + window]
             rows = rows[np.argsort(self.lengths[rows], kind="stable")]
             steps += self._shuffled_steps(rows, generator, is_last=start + window >= len(order))
-        return [self._for_process(step, process) for step in steps]
+        return [[batch[process :: self.num_processes] for batch in step] for step in steps]
 
     def _shuffled_steps(self, rows: np.ndarray, generator: np.random.Generator, is_last: bool) -> list[list[list[int]]]:
-        """Length-sorted rows to steps of micro-batches in random order; the incomplete micro-batch comes last."""
-        batches = [rows[at : at + self.batch_size].tolist() for at in range(0, len(rows), self.batch_size)]
-        incomplete = [batches.pop()] if is_last and len(batches[-1]) < self.batch_size else []
+        """Length-sorted rows to steps of micro-batches (over all processes) in random order, an incomplete one last."""
+        size = self.batch_size * self.num_processes
+        batches = [rows[at : at + size].tolist() for at in range(0, len(rows), size)]
+        incomplete = [batches.pop()] if is_last and len(batches[-1]) < size else []
         batches = [batches[index] for index in generator.permutation(len(batches))] + incomplete
-        per_step = self.accumulation * self.num_processes
-        return [batches[at : at + per_step] for at in range(0, len(batches), per_step)]
-
-    def _for_process(self, step: list[list[int]], process: int) -> StepPlan:
-        step = step + [[] for _ in range(-len(step) % self.num_processes)]
-        return step[process :: self.num_processes]
+        return [batches[at : at + self.accumulation] for at in range(0, len(batches), self.accumulation)]
 
 
 def step_loader(dataset: StepDataset, plans: list[StepPlan], num_workers: int = 0) -> DataLoader:

@@ -89,10 +89,15 @@ def start(settings: Settings, device: str) -> Accelerator:
     return accelerator
 
 
+def device_name(accelerator: Accelerator) -> str:
+    """This process's device; the CPU without its index, which safetensors takes for a GPU's."""
+    return "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
+
+
 def open_rows(settings: Settings, base: Base, accelerator: Accelerator) -> TrainingRows:
     """The rows with codes; one process encodes and indexes, the others read its result."""
     with accelerator.main_process_first():
-        return open_training_rows(settings, base, str(accelerator.device), build=accelerator.is_main_process)
+        return open_training_rows(settings, base, device_name(accelerator), build=accelerator.is_main_process)
 
 
 def build_run(
@@ -101,7 +106,7 @@ def build_run(
     """Loads the model, computes speaker vectors, changes layers, and (verbose) says what is about to happen."""
     verbose = verbose and accelerator.is_main_process
     attention = choose_attention(settings, accelerator.device.type)
-    model = load_model(base, attention, device=str(accelerator.device))
+    model = load_model(base, attention, device=device_name(accelerator))
     speakers = prepare_speakers(rows.train, model, base, settings)
     replace_and_add_layers(
         model,
@@ -211,7 +216,7 @@ def verify_roundtrip(run: Run, tracker: Tracker) -> None:
     settings = run.settings
     count = min(settings.verify_roundtrip, len(run.train))
     spec = [roundtrip_row(run, index) for index in range(count)]
-    device = str(run.accelerator.device)
+    device = device_name(run.accelerator)
     run.model.to("cpu")  # makes room on a GPU for the second copy
     if run.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()

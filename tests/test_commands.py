@@ -329,6 +329,25 @@ def test_exit_code_and_single_message(tmp_path: Path) -> None:
     assert "Traceback" not in done.err
 
 
+def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path: Path, demo_rows: list, write_jsonl: Any) -> None:
+    """Over gloo, with a last step that does not divide: the same losses and gradient norms."""
+    jsonl = write_jsonl(demo_rows[:9])
+    logs = []
+    for processes in (1, 2):
+        output = tmp_path / f"out{processes}"
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        done = run(
+            [*command, "--master_port=0", "train.py"], ENV_FILE=".env.demo", TRAIN_JSONL=str(jsonl), LOGGING_STEPS="1",
+            OUTPUT_DIR=str(output), NUM_EPOCHS="2", BATCH_SIZE=str(4 // processes), GRADIENT_ACCUMULATION_STEPS="2",
+            VERIFY_ROUNDTRIP="0", OMP_NUM_THREADS="1",
+        )  # fmt: skip
+        assert done.code == 0, done.err[-3000:]
+        lines = (output / "training_log.jsonl").read_text().splitlines()
+        logs.append([(record["loss"], record["grad_norm"]) for record in map(json.loads, lines)])
+    assert len(logs[0]) == 4
+    assert np.asarray(logs[1]) == pytest.approx(np.asarray(logs[0]), rel=1e-4)
+
+
 # -------------------------------------------------------------------------------------------------------- scripts
 
 

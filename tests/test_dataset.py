@@ -32,6 +32,15 @@ def test_steps_are_full_but_for_the_last() -> None:
     assert sizes[-1] == 1003 % 8
 
 
+def test_rows_of_a_step_do_not_depend_on_the_number_of_processes() -> None:
+    one = StepSampler(LENGTHS, batch_size=6, accumulation=2, num_processes=1, seed=5).epoch_plan(0)
+    three = StepSampler(LENGTHS, batch_size=2, accumulation=2, num_processes=3, seed=5)
+    parts = [three.epoch_plan(0, process) for process in range(3)]
+    for step, *shares in zip(one, *parts, strict=True):
+        for index, batch in enumerate(step):
+            assert sorted(batch) == sorted(row for share in shares for row in share[index])
+
+
 def test_plans_repeat_and_epochs_differ() -> None:
     sampler = StepSampler(LENGTHS, batch_size=4, seed=5)
     assert sampler.epoch_plan(3) == sampler.epoch_plan(3)
