@@ -337,7 +337,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path: Path, demo_
         output = tmp_path / f"out{processes}"
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
         done = run(
-            [*command, "--master_port=0", "train.py"], ENV_FILE=".env.demo", TRAIN_JSONL=str(jsonl), LOGGING_STEPS="1",
+            [*command, "--standalone", "train.py"], ENV_FILE=".env.demo", TRAIN_JSONL=str(jsonl), LOGGING_STEPS="1",
             OUTPUT_DIR=str(output), NUM_EPOCHS="2", BATCH_SIZE=str(4 // processes), GRADIENT_ACCUMULATION_STEPS="2",
             VERIFY_ROUNDTRIP="0", OMP_NUM_THREADS="1",
         )  # fmt: skip
