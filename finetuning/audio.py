@@ -33,7 +33,7 @@ def load_audio(path: str | Path) -> np.ndarray:
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
-        raise AudioError(f"not a readable audio file ({_short(error)})") from None
+        raise AudioError(f"not a readable audio file ({_short(error, path)})") from None
     waveform = to_model_rate(samples.mean(axis=1), rate)
     check_waveform(waveform)
     return waveform
@@ -81,5 +81,6 @@ def pad_to_whole_frames(waveform: np.ndarray) -> np.ndarray:
     return np.pad(waveform, (0, -len(waveform) % SAMPLES_PER_FRAME))
 
 
-def _short(error: Exception) -> str:
-    return str(error).splitlines()[0].removeprefix("Error opening ")[-120:] if str(error) else type(error).__name__
+def _short(error: Exception, path: str | Path) -> str:
+    message = str(error).partition("\n")[0].removeprefix("Error opening ").removeprefix(f"{str(path)!r}: ")
+    return message[:120] or type(error).__name__

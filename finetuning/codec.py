@@ -37,10 +37,14 @@ class Codec:
     def encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         """(num_samples,) float32 clips at 24 kHz to their codes, each (T, 16) int16 with T = ceil(samples / 1920).
 
-        Each clip's codes are independent of its neighbours in the batch (see ``pad_to_whole_frames``).
+        Each clip's codes are independent of its neighbours in the batch (see ``pad_to_whole_frames``), but for ties:
+        two codewords may be equally near to within fp32's rounding, which depends on the batch's shape.
         """
+        import torch
+
         padded = [pad_to_whole_frames(waveform) for waveform in waveforms]
-        codes = self._tokenizer.encode(padded, sr=SAMPLE_RATE_HZ).audio_codes
+        with torch.backends.cudnn.flags(allow_tf32=False):  # a GPU's convolutions would round to 10 bits by default
+            codes = self._tokenizer.encode(padded, sr=SAMPLE_RATE_HZ).audio_codes
         return [clip.cpu().numpy().astype(np.int16) for clip in codes]
 
     def decode(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -54,6 +58,11 @@ def check_codec_folder(folder: Path) -> None:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"no speech tokenizer in {folder} (config.json is missing); check TOKENIZER_PATH or the base")
-    kind = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    try:
+        kind = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        raise UserError(f"{config_file} is not a JSON object; check TOKENIZER_PATH or the base") from None
     if kind != "qwen3_tts_tokenizer_12hz":
         raise UserError(f"{folder} is {kind!r}, not the 12 Hz speech tokenizer (qwen3_tts_tokenizer_12hz)")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"no weights in the speech tokenizer {folder} (model.safetensors is missing)")

@@ -127,6 +127,8 @@ def parse_row(line: str, number: int, folder: Path, row_format: RowFormat, needs
         raise RowError(f"not a JSON object (column {error.colno}: {error.msg}); is the line cut off?") from None
     if not isinstance(raw, dict):
         raise RowError("not a JSON object")
+    if "\\ud" in line.lower():
+        _check_surrogates(raw)
     codes = None if raw.get("audio_codes") is None else check_codes(raw["audio_codes"])
     audio = _path(raw, row_format.audio_key, folder)
     if codes is None and needs_codes:
@@ -153,6 +155,14 @@ def parse_row(line: str, number: int, folder: Path, row_format: RowFormat, needs
         codes=codes,
         raw=raw,
     )
+
+
+def _check_surrogates(raw: dict[str, Any]) -> None:
+    """JSON can escape half of a surrogate pair (an emoji that was cut in two); no UTF-8 file can hold it."""
+    try:
+        json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RowError("half of a surrogate pair (\\ud8xx): a character was cut in two") from None
 
 
 def check_codes(value: Any) -> np.ndarray:
@@ -217,7 +227,10 @@ def _path(raw: dict, key: str, folder: Path) -> Path | None:
         return None
     if not isinstance(value, str):
         raise RowError(f"{key} must be a path")
-    return resolve_path(value, folder)
+    try:
+        return resolve_path(value, folder)
+    except (OSError, RuntimeError):  # too long for a file name, or the home folder of nobody
+        raise RowError(f"{key} file not found: {value[:100]}") from None
 
 
 # ------------------------------------------------------------------------------------------------------- bad rows
@@ -241,18 +254,26 @@ class Rejections:
             UserError
         """
         if not self.rows:
+            list_file.unlink(missing_ok=True)  # of an earlier run
             return
-        total = self.num_good + len(self.rows)
-        shown = "\n".join(f"  {self.file} line {number}: {reason}" for number, reason, _ in self.rows[:5])
-        more = f"\n  … and {len(self.rows) - 5} more" if len(self.rows) > 5 else ""
-        if len(self.rows) > MAX_BAD_SHARE * total:
-            raise UserError(f"{len(self.rows)} of {total} rows cannot be used:\n{shown}{more}")
+        self.check_share()
         list_file.parent.mkdir(parents=True, exist_ok=True)
         with list_file.open("w", encoding="utf-8") as stream:
             for number, reason, line in self.rows:
                 record = {"file": str(self.file), "line": number, "reason": reason, "row": line}
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        print(f"skipped {len(self.rows)} of {total} rows, listed in {list_file}:\n{shown}{more}", flush=True)
+        print(f"skipped {self._first_few()}\n  listed in {list_file}", flush=True)
+
+    def check_share(self) -> None:
+        """Stops when more than a tenth of the rows is bad."""
+        if len(self.rows) > MAX_BAD_SHARE * (self.num_good + len(self.rows)):
+            raise UserError(self._first_few("cannot be used"))
+
+    def _first_few(self, verdict: str = "") -> str:
+        shown = [f"  {self.file} line {number}: {reason}" for number, reason, _ in self.rows[:5]]
+        more = [f"  … and {len(self.rows) - 5} more"] if len(self.rows) > 5 else []
+        heading = f"{len(self.rows)} of {self.num_good + len(self.rows)} rows {verdict}".rstrip()
+        return "\n".join([f"{heading}:", *shown, *more])
 
 
 def check_speaker_names(names: dict[str, tuple[Path, int]]) -> None:
@@ -344,7 +365,7 @@ def build_manifest(
                 speaker_ids.add(str(row.raw.get("speaker_id", "")))
                 writer.write({name: _optional_text(getattr(row, name)) for name in text_columns} | _numbers(row))
             writer.finalize()
-        rejections.check(rejected_file)
+        rejections.check_share()
         check_speaker_names(speakers)
         if rejections.num_good > 1 and len(code_hashes) == 1:
             raise UserError(
@@ -357,6 +378,7 @@ def build_manifest(
                 f"({next(iter(speakers))}); set SPEAKER_COLUMN=speaker_id to keep them apart",
                 flush=True,
             )
+        rejections.check(rejected_file)
         unfinished.rename(arrow_file)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -33,7 +33,6 @@ from finetuning.manifest import (
     hold_out,
     parse_row,
     read_lines,
-    resolve_path,
 )
 from finetuning.settings import Settings
 
@@ -72,6 +71,8 @@ def open_training_rows(settings: Settings, base: Base, device: str, build: bool 
     has_validation_file = settings.validation_jsonl.is_file() or settings.is_set("validation_jsonl")
     if build:
         check_train_jsonl(settings)
+        if has_validation_file and not settings.validation_jsonl.is_file():
+            raise UserError(f"VALIDATION_JSONL: {settings.validation_jsonl} does not exist")
         for setting in ["TRAIN_JSONL"] + ["VALIDATION_JSONL"] * has_validation_file:
             _index_rows(settings, base, device, setting)
     train = Manifest(_arrow_file(settings, "TRAIN_JSONL"))
@@ -163,6 +164,34 @@ def encode_jsonl(
     """
     codec_id = codec_fingerprint(codec_folder)
     journal = output_jsonl.with_name(output_jsonl.name + ".partial")
+    rows, rejections = _read_rows(input_jsonl, row_format, setting, max_rows)
+    if force:
+        journal.unlink(missing_ok=True)
+    known = {} if force else _known_codes((encoded_path(input_jsonl), output_jsonl, journal), codec_id)
+    missing = [row for row in rows if row.codes is None and _source(row, codec_id).key not in known]
+    num_stale = 0 if force else _count_stale(rows, output_jsonl, codec_id, known)
+    if num_stale:
+        print(f"{num_stale} clips or their codec changed since they were encoded; they are encoded again", flush=True)
+    codec = Codec(codec_folder, device) if missing else None
+    try:
+        if codec:
+            known |= _encode_missing(missing, journal, codec, codec_id, rejections, max_clips_per_batch)
+        good = [row for row in rows if row.codes is not None or _source(row, codec_id).key in known]
+        rejections.num_good = len(good)
+        rejections.check(rejected_path(output_jsonl))
+        _write_rows(good, output_jsonl, codec_id, known, row_format)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {output_jsonl}: {error.strerror}; use another --output_jsonl or folder"
+        ) from None
+    journal.unlink(missing_ok=True)
+    return output_jsonl
+
+
+def _read_rows(
+    input_jsonl: Path, row_format: RowFormat, setting: str, max_rows: int | None
+) -> tuple[list[Row], Rejections]:
+    """The usable rows and the others; stops before hours are spent on encoding when too many are bad."""
     rejections, rows = Rejections(input_jsonl), []
     speakers: dict[str, tuple[Path, int]] = {}
     for number, line in read_lines(input_jsonl, setting):
@@ -175,30 +204,10 @@ def encode_jsonl(
             continue
         speakers.setdefault(row.speaker, (input_jsonl, number))
         rows.append(row)
+    rejections.num_good = len(rows)
+    rejections.check_share()
     check_speaker_names(speakers)
-    if force:
-        journal.unlink(missing_ok=True)
-    earlier = (encoded_path(input_jsonl), output_jsonl, journal)
-    known = {} if force else _known_codes(earlier, codec_id)
-    missing = [row for row in rows if row.codes is None and _source(row, codec_id).key not in known]
-    num_stale = 0 if force else _count_stale(rows, output_jsonl, codec_id, known)
-    if num_stale:
-        print(f"{num_stale} clips or their codec changed since they were encoded; they are encoded again", flush=True)
-    try:
-        if missing:
-            known |= _encode_missing(
-                missing, journal, Codec(codec_folder, device), codec_id, rejections, max_clips_per_batch
-            )
-        good = [row for row in rows if row.codes is not None or _source(row, codec_id).key in known]
-        rejections.num_good = len(good)
-        rejections.check(rejected_path(output_jsonl))
-        _write_rows(good, output_jsonl, codec_id, known, row_format)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {output_jsonl}: {error.strerror}; use another --output_jsonl or folder"
-        ) from None
-    journal.unlink(missing_ok=True)
-    return output_jsonl
+    return rows, rejections
 
 
 # --------------------------------------------------------------------------------------------- what codes belong to
@@ -319,7 +328,7 @@ def _write_rows(rows: list[Row], output_jsonl: Path, codec_id: str, known: dict,
             for row in rows:
                 record = dict(row.raw)
                 for key, path in ((row_format.audio_key, row.audio), ("ref_audio", row.ref_audio)):
-                    if path is not None and resolve_path(record[key], output_jsonl.parent) != path:
+                    if path is not None and path.exists() and not _same_file(output_jsonl.parent / record[key], path):
                         record[key] = str(path.resolve())
                 if row.codes is None:
                     source = _source(row, codec_id)
@@ -328,6 +337,10 @@ def _write_rows(rows: list[Row], output_jsonl: Path, codec_id: str, known: dict,
         unfinished.rename(output_jsonl)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
 
 
 # ------------------------------------------------------------------------------------------------------------- info

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from dotenv.main import resolve_variables
 from dotenv.parser import parse_stream
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from finetuning.errors import UserError
@@ -27,8 +27,8 @@ from finetuning.errors import UserError
 DEFAULT_ENV_FILE = ".env"
 #: Variables of other tools that may stand in the file; they are exported before those tools are imported.
 PASS_THROUGH_PREFIXES = (
-    "WANDB_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "NCCL_", "CUDA_", "TORCH_", "PYTORCH_", "OMP_",
-    "MKL_", "ACCELERATE_", "XDG_",
+    "WANDB_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "NCCL_", "CUDA_", "TORCH_",
+    "PYTORCH_", "OMP_", "MKL_", "ACCELERATE_", "XDG_",
 )  # fmt: skip
 
 #: Names of transformers' get_scheduler that need nothing but the number of steps.
@@ -43,6 +43,7 @@ def _all_is_none(value: Any) -> Any:
 
 
 Count = Annotated[int, Field(ge=1)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 OptionalCount = Annotated[Count | None, BeforeValidator(_all_is_none)]
 ColumnName = Annotated[str, Field(min_length=1)]
 
@@ -84,14 +85,14 @@ class Settings(BaseSettings):
         min_length=1,
     )
     tokenizer_path: str | None = _model(None, "12 Hz speech tokenizer, Hub id or folder; default the base's own")
-    output_dir: Path = _model(Path("./output"), "where checkpoints and logs go", "OUTPUT_MODEL_PATH")
+    output_dir: UserPath = _model(Path("./output"), "where checkpoints and logs go", "OUTPUT_MODEL_PATH")
     overwrite_output: bool = _model(False, "replace the run that OUTPUT_DIR already holds")
 
     data_mode: Literal["jsonl", "direct", "none"] = _data(
         "jsonl", "jsonl (encodes rows without codes), direct (stream a dataset), none (never encodes or downloads)"
     )
-    train_jsonl: Path = _data(Path("./data/train.jsonl"), "training rows")
-    validation_jsonl: Path = _data(Path("./data/validation.jsonl"), "validation rows; may be missing")
+    train_jsonl: UserPath = _data(Path("./data/train.jsonl"), "training rows")
+    validation_jsonl: UserPath = _data(Path("./data/validation.jsonl"), "validation rows; may be missing")
     validation_fraction: float = _data(
         0.05, "share held out for validation where there is no validation file; 0 = none", ge=0, le=0.5
     )
@@ -108,7 +109,7 @@ class Settings(BaseSettings):
     prepare_only: bool = _data(False, "prepare the data, walk the loader once, print shapes and stop")
 
     speaker_name: str = _voice("reference_speaker", "speaker of rows that name none; the name to speak with later")
-    ref_audio_path: Path | None = _voice(None, "reference clip for rows that name none; default one is chosen")
+    ref_audio_path: UserPath | None = _voice(None, "reference clip for rows that name none; default one is chosen")
     ref_text: str | None = _voice(None, "transcript of REF_AUDIO_PATH")
     freeze_speaker_encoder: bool = _voice(
         True, "the encoder is only read before training; false is accepted and says so"
@@ -247,12 +248,12 @@ def _read_env_file(environment: Mapping[str, str], problems: list[str]) -> list[
     except (OSError, UnicodeDecodeError):
         problems.append(f"ENV_FILE: {path} cannot be read as UTF-8 text")
         return []
-    pairs = [(binding.key, binding.value) for binding in bindings if binding.key]
+    pairs = [(binding.key, binding.value) for binding in bindings if binding.key and binding.value is not None]
     values = resolve_variables(pairs, override=True)
     given: dict[str, _Given] = {}
     for binding in bindings:
         origin = f"{path} line {binding.original.line + _leading_newlines(binding.original.string)}"
-        if binding.error:
+        if binding.error or (binding.key and binding.value is None):  # a name alone, or a stray secret
             problems.append(f"{origin}: not of the form NAME=value")
         elif binding.key and binding.key in given:
             problems.append(f"{origin}: {binding.key} stands twice (first: {given[binding.key].origin}); keep one")
@@ -263,7 +264,7 @@ def _read_env_file(environment: Mapping[str, str], problems: list[str]) -> list[
 
 
 def _leading_newlines(text: str) -> int:
-    return len(text) - len(text.lstrip("\n"))
+    return text[: len(text) - len(text.lstrip())].count("\n")
 
 
 def _check_names(given: Iterable[_Given], problems: list[str]) -> None:
@@ -289,11 +290,20 @@ def _resolve_aliases(source: list[_Given], names: Mapping[str, str], problems: l
         if field is None:
             continue
         other = resolved.get(field)
-        if other and other.value != assignment.value:
+        if other and not _same_value(other.value, assignment.value):
             places = f"{other.name} ({other.origin}) and {assignment.name} ({assignment.origin})"
             problems.append(f"{places} are the same setting with different values; keep one")
         resolved[field] = assignment
     return resolved
+
+
+def _same_value(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return False
 
 
 def _export_pass_through(in_file: list[_Given], settings: Settings) -> None:
@@ -301,9 +311,14 @@ def _export_pass_through(in_file: list[_Given], settings: Settings) -> None:
     names = canonical_names()
     for assignment in in_file:
         if assignment.name not in names:
-            os.environ.setdefault(assignment.name, assignment.value)
+            _export(assignment.name, assignment.value)
     if settings.hf_token:
-        os.environ.setdefault("HF_TOKEN", settings.hf_token.get_secret_value())
+        _export("HF_TOKEN", settings.hf_token.get_secret_value())
+
+
+def _export(name: str, value: str) -> None:
+    if not os.environ.get(name):  # an empty value means unset
+        os.environ[name] = value
 
 
 # ------------------------------------------------------------------------------------------------------- checking
