@@ -154,6 +154,35 @@ def test_training_goes_on_from_an_export(
     assert not torch.equal(after["talker.codec_head.weight"], before["talker.codec_head.weight"])
 
 
+def test_several_speakers_and_references_in_one_run(
+    settings_for: Callable, write_jsonl: Callable, demo_rows: list
+) -> None:
+    """Each speaker's row holds its own vector, also when its rows mix references."""
+    clip = demo_rows[9]["audio"]
+    rows = [
+        demo_rows[0] | {"speaker": "Ben"},
+        demo_rows[1],  # SPEAKER_NAME
+        demo_rows[2] | {"speaker": "Ben", "ref_audio": clip},
+        demo_rows[3],
+    ]
+    settings = settings_for(train_jsonl=write_jsonl(rows, "speakers.jsonl"))
+    run = build(settings)
+    make_trainer(run).run()
+    config = json.loads((settings.output_dir / "last" / "config.json").read_text())
+    assert config["talker_config"]["spk_id"] == {"ben": 3000, "anna": 3001}
+    table = load_file(settings.output_dir / "last" / "model.safetensors")[TABLE]
+    stock = load_stock(embedded_model_folder("tiny-random"))
+
+    def encoded(path: str) -> torch.Tensor:
+        from finetuning.audio import load_audio
+
+        return stock.model.extract_speaker_embedding(load_audio(path), 24_000)
+
+    first, second = encoded(demo_rows[0]["ref_audio"]), encoded(clip)
+    torch.testing.assert_close(table[3000], (first + second) / 2)
+    assert torch.equal(table[3001], first)
+
+
 # ------------------------------------------------------------------------------------------------------ the folder
 
 
