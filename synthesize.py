@@ -28,7 +28,7 @@ def main() -> None:
 
 def read_texts(arguments: argparse.Namespace) -> list[str]:
     """All texts, white space normalised as in training, empty lines left out."""
-    from finetuning.prompt import normalize_text
+    from finetuning.manifest import normalize_text
 
     texts = list(arguments.text or [])
     if arguments.text_file:

@@ -27,7 +27,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from finetuning.manifest import Manifest
-from finetuning.objective import Batch
 from finetuning.prompt import (
     IGNORE,
     NO_CODEC,
@@ -41,6 +40,8 @@ from finetuning.prompt import (
     resolve_language,
 )
 
+#: See the module's table.
+Batch = dict[str, torch.Tensor]
 #: One process's micro-batches of one optimizer step, as row indices; an empty one keeps the process in step.
 StepPlan = list[list[int]]
 
@@ -134,6 +135,11 @@ def collate(
         "lines": torch.tensor(list(lines)),
         "weight": torch.tensor(1.0),
     }
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device; ``lines`` stay, they are for messages only."""
+    return {name: tensor if name == "lines" else tensor.to(device) for name, tensor in batch.items()}
 
 
 def count_tokens(batches: Sequence[Batch]) -> tuple[int, int]:

@@ -20,7 +20,6 @@ import numpy as np
 
 from finetuning.codec import CODEBOOK_SIZE, NUM_CODEBOOKS
 from finetuning.errors import UserError
-from finetuning.prompt import normalize_text
 from finetuning.settings import Settings, speaker_name_problem
 
 #: Above this share of bad rows the file itself is taken to be wrong.
@@ -109,6 +108,11 @@ def read_lines(path: Path, setting: str) -> Iterator[tuple[int, str]]:
         raise UserError(f"{setting}: {path} is not UTF-8 text (one JSON object a line)") from None
     if empty:
         raise UserError(f"{setting}: {path} is empty (one JSON object a line)")
+
+
+def normalize_text(text: str) -> str:
+    """Single spaces, none at the ends: a leading newline would merge into the role tokens."""
+    return " ".join(text.split())
 
 
 def parse_row(line: str, number: int, folder: Path, row_format: RowFormat, needs_codes: bool) -> Row:

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from finetuning.dataset import Batch
 from finetuning.prompt import IGNORE, NO_CODEC
-
-Batch = dict[str, torch.Tensor]
 
 
 class TrainingObjective(nn.Module):

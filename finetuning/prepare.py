@@ -19,7 +19,6 @@ import numpy as np
 from tqdm import tqdm
 
 from finetuning.audio import SAMPLE_RATE_HZ, AudioError, audio_duration_seconds, load_audio
-from finetuning.base_model import Base
 from finetuning.codec import FRAMES_PER_SECOND, Codec
 from finetuning.errors import UserError
 from finetuning.manifest import (
@@ -59,7 +58,9 @@ class TrainingRows:
     validation: Manifest | None
 
 
-def open_training_rows(settings: Settings, base: Base, device: str, build: bool = True) -> TrainingRows:
+def open_training_rows(
+    settings: Settings, codec_folder: Path, row_format: RowFormat, device: str, build: bool = True
+) -> TrainingRows:
     """Training and validation rows as the settings name them, encoded first where codes are missing.
 
     Args:
@@ -74,7 +75,7 @@ def open_training_rows(settings: Settings, base: Base, device: str, build: bool 
         if has_validation_file and not settings.validation_jsonl.is_file():
             raise UserError(f"VALIDATION_JSONL: {settings.validation_jsonl} does not exist")
         for setting in ["TRAIN_JSONL"] + ["VALIDATION_JSONL"] * has_validation_file:
-            _index_rows(settings, base, device, setting)
+            _index_rows(settings, codec_folder, row_format, device, setting)
     train = Manifest(_arrow_file(settings, "TRAIN_JSONL"))
     if has_validation_file:
         validation = _of_known_speakers(Manifest(_arrow_file(settings, "VALIDATION_JSONL")), train)
@@ -100,17 +101,14 @@ def check_train_jsonl(settings: Settings) -> None:
     )
 
 
-def _index_rows(settings: Settings, base: Base, device: str, setting: str) -> None:
+def _index_rows(settings: Settings, codec_folder: Path, row_format: RowFormat, device: str, setting: str) -> None:
     """Encodes one file where needed, and writes its Arrow file."""
-    row_format = RowFormat.from_settings(settings, base.special_tokens())
     is_train = setting == "TRAIN_JSONL"
     jsonl = settings.train_jsonl if is_train else settings.validation_jsonl
     max_rows = settings.max_train_samples if is_train else settings.max_eval_samples
     if settings.data_mode != "none" and has_rows_without_codes(jsonl, setting):
         output = encoded_path(jsonl, max_rows)
-        jsonl = encode_jsonl(
-            jsonl, output, base.codec_folder, row_format, device=device, setting=setting, max_rows=max_rows
-        )
+        jsonl = encode_jsonl(jsonl, output, codec_folder, row_format, device=device, setting=setting, max_rows=max_rows)
         print(f"codes of {setting} are kept in {jsonl}", flush=True)
     arrow_file = _arrow_file(settings, setting)
     rejected = settings.output_dir / f"rejected.{arrow_file.stem}.jsonl"

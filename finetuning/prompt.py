@@ -104,11 +104,6 @@ class AlignedIds:
 # ---------------------------------------------------------------------------------------------------- text to ids
 
 
-def normalize_text(text: str) -> str:
-    """Single spaces, none at the ends: a leading newline would merge into the role tokens."""
-    return " ".join(text.split())
-
-
 def assistant_turn(text: str) -> str:
     """The string that stock qwen-tts tokenizes for a text (``_build_assistant_text``)."""
     return f"<|im_start|>assistant\n{text}<|im_end|>\n<|im_start|>assistant\n"

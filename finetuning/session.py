@@ -24,7 +24,7 @@ from finetuning.codec import FRAMES_PER_SECOND
 from finetuning.dataset import RowEncoder, StepDataset, StepSampler, step_loader, unknown_languages
 from finetuning.errors import UserError
 from finetuning.layer_utils import replace_and_add_layers
-from finetuning.manifest import Manifest, remove_empty_folders
+from finetuning.manifest import Manifest, RowFormat, remove_empty_folders
 from finetuning.objective import TrainingObjective
 from finetuning.prepare import TrainingRows, check_train_jsonl, open_training_rows
 from finetuning.prompt import LayoutIds, resolve_language
@@ -33,6 +33,7 @@ from finetuning.settings import Settings
 from finetuning.speakers import Speakers, prepare_speakers
 from finetuning.tracking import Tracker
 from finetuning.trainer import Trainer, make_accelerator, make_sampler, total_steps
+from finetuning.validation import Validator
 
 
 @dataclass
@@ -97,7 +98,9 @@ def device_name(accelerator: Accelerator) -> str:
 def open_rows(settings: Settings, base: Base, accelerator: Accelerator) -> TrainingRows:
     """The rows with codes; one process encodes and indexes, the others read its result."""
     with accelerator.main_process_first():
-        return open_training_rows(settings, base, device_name(accelerator), build=accelerator.is_main_process)
+        row_format = RowFormat.from_settings(settings, base.special_tokens())
+        device = device_name(accelerator)
+        return open_training_rows(settings, base.codec_folder, row_format, device, build=accelerator.is_main_process)
 
 
 def build_run(
@@ -197,12 +200,16 @@ def discard_rows(settings: Settings) -> None:
     remove_empty_folders(settings.output_dir)
 
 
+def make_trainer(run: Run, tracker: Tracker) -> Trainer:
+    """The loop, with what it saves, evaluates and logs by."""
+    validator = Validator(run.settings, run.accelerator, run.validation) if run.validation else None
+    return Trainer(run.settings, run.accelerator, run.objective, run.train, validator, run.exporter, tracker)
+
+
 def train(run: Run) -> None:
     """Trains, and verifies the round trip where the settings ask for it."""
     with Tracker(run.settings, run.num_steps, run.is_main) as tracker:
-        trainer = Trainer(
-            run.settings, run.accelerator, run.objective, run.train, run.validation, run.exporter, tracker
-        )
+        trainer = make_trainer(run, tracker)
         trainer.run()
         best, last = run.settings.output_dir / "best", run.settings.output_dir / "last"
         tracker.say(f"Done: {best} (lowest {trainer.best_by}) and {last} (the end of training)")

@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from finetuning.audio import SAMPLE_RATE_HZ, AudioError, load_audio
-from finetuning.base_model import Base
 from finetuning.codec import FRAMES_PER_SECOND
 from finetuning.errors import UserError
 from finetuning.manifest import Manifest
 from finetuning.quality import cleanliness_db
 from finetuning.settings import Settings
+
+if TYPE_CHECKING:
+    from finetuning.base_model import Base
 
 #: New speakers take free rows of the codec table from here up; the presets of the CustomVoice release lie below.
 FIRST_SPEAKER_ROW = 3000

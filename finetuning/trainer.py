@@ -12,20 +12,22 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 
-from finetuning.checkpoint import Exporter
 from finetuning.codec import NUM_CODEBOOKS
-from finetuning.dataset import StepDataset, StepSampler, count_tokens, sequential_plan, step_loader
+from finetuning.dataset import Batch, StepDataset, StepSampler, count_tokens, step_loader, to_device
 from finetuning.errors import Stopped, UserError
 from finetuning.layer_utils import optimizer_groups
-from finetuning.objective import Batch, TrainingObjective, step_loss
+from finetuning.objective import TrainingObjective, step_loss
 from finetuning.settings import Settings
-from finetuning.tracking import Tracker
-from finetuning.validation import evaluate, to_device
+
+if TYPE_CHECKING:  # rooms behind this one; the loop only calls what it is handed
+    from finetuning.checkpoint import Exporter
+    from finetuning.tracking import Tracker
+    from finetuning.validation import Validator
 
 
 def make_accelerator(settings: Settings, device: str) -> Accelerator:
@@ -74,7 +76,7 @@ class Trainer:
 
     Args:
         objective: not yet prepared by Accelerate, on any device.
-        validation: None where no row was held out; then ``best/`` follows the mean training loss of an epoch.
+        validator: None where no row was held out; then ``best/`` follows the mean training loss of an epoch.
     """
 
     def __init__(
@@ -83,12 +85,12 @@ class Trainer:
         accelerator: Accelerator,
         objective: TrainingObjective,
         train: StepDataset,
-        validation: StepDataset | None,
+        validator: Validator | None,
         exporter: Exporter,
         tracker: Tracker,
     ) -> None:
         self.settings, self.accelerator, self.exporter, self.tracker = settings, accelerator, exporter, tracker
-        self.train_dataset, self.validation_dataset = train, validation
+        self.train_dataset, self.validator = train, validator
         self.sampler = make_sampler(settings, train, accelerator.num_processes)
         self.num_steps = total_steps(settings, self.sampler)
         optimizer = torch.optim.AdamW(
@@ -130,7 +132,7 @@ class Trainer:
     @property
     def best_by(self) -> str:
         """What ``best/`` is the lowest of."""
-        return "validation loss" if self.validation_dataset else "mean training loss of an epoch"
+        return "validation loss" if self.validator else "mean training loss of an epoch"
 
     def _steps(self) -> Iterator[list[Batch]]:
         plans = self.sampler.epoch_plan(self.epoch, self.accelerator.process_index)
@@ -195,7 +197,7 @@ class Trainer:
 
     def _after_epoch(self, mean_loss: float) -> None:
         """Evaluation and ``last/``, at the end of every epoch and so of the run."""
-        if self.validation_dataset is None:
+        if self.validator is None:
             is_best = mean_loss < self.best_loss
             self.best_loss = min(mean_loss, self.best_loss)
         else:
@@ -205,19 +207,11 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Logs the validation figures; whether they are the best so far. Not twice at the same step."""
-        if self.validation_dataset is None or self._evaluated_at == self.step:
+        if self.validator is None or self._evaluated_at == self.step:
             return False
         self._evaluated_at = self.step
         start = time.perf_counter()
-        plan = sequential_plan(
-            len(self.validation_dataset),
-            self.settings.batch_size,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        batches = (step[0] for step in step_loader(self.validation_dataset, plan, self.settings.num_workers))
-        objective = self.accelerator.unwrap_model(self.objective)
-        metrics = evaluate(objective, batches, self.accelerator, self.settings.sub_talker_loss_weight)
+        metrics = self.validator.evaluate(self.accelerator.unwrap_model(self.objective))
         self.tracker.log_validation(self.step, self.epoch, metrics)
         self._window.pause(time.perf_counter() - start)
         is_best = metrics["loss"] < self.best_loss

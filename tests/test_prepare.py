@@ -577,6 +577,12 @@ def run_settings(make_settings: MakeSettings, train: Path, validation: Path | No
     return make_settings(**given, **fields)
 
 
+def open_rows(settings: Any, base: Base, build: bool = True) -> Any:
+    """``open_training_rows`` as a session calls it."""
+    row_format = RowFormat.from_settings(settings, base.special_tokens())
+    return open_training_rows(settings, base.codec_folder, row_format, "cpu", build=build)
+
+
 @pytest.fixture(autouse=True)
 def away_from_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default VALIDATION_JSONL is relative; a developer's own data must not be found."""
@@ -588,17 +594,17 @@ def test_raw_rows_are_encoded_beside_the_file_and_opened(
     fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base
 ) -> None:
     raw = make_raw(6)
-    rows = open_training_rows(run_settings(make_settings, raw), base, "cpu")
+    rows = open_rows(run_settings(make_settings, raw), base)
     assert [rows.train[index]["codes"].tolist() for index in range(6)] == expected_codes(raw)
     assert rows.validation is None
     assert encoded_path(raw).is_file()
-    open_training_rows(run_settings(make_settings, raw), base, "cpu")
+    open_rows(run_settings(make_settings, raw), base)
     assert (fake.num_built, fake.take_num_clips()) == (1, 6)
 
 
 def test_real_codec_end_to_end(make_raw: MakeRaw, make_settings: MakeSettings, base: Base, codec: Codec) -> None:
     raw = make_raw(2)
-    rows = open_training_rows(run_settings(make_settings, raw), base, "cpu")
+    rows = open_rows(run_settings(make_settings, raw), base)
     clips = [load_audio(raw.parent / row["audio"]) for row in read_rows(raw)]
     for index, expected in enumerate(codec.encode(clips)):
         assert np.array_equal(rows.train[index]["codes"], expected)
@@ -610,7 +616,7 @@ def test_rows_with_codes_are_opened_without_a_codec(
     raw = make_raw(4)
     write_rows(raw, [row | {"audio_codes": [[n] * 16] * 3} for n, row in enumerate(read_rows(raw))])
     for mode in ("jsonl", "none"):
-        rows = open_training_rows(run_settings(make_settings, raw, data_mode=mode), base, "cpu")
+        rows = open_rows(run_settings(make_settings, raw, data_mode=mode), base)
         assert [rows.train[n]["codes"].tolist() for n in range(4)] == [[[n] * 16] * 3 for n in range(4)]
     assert fake.num_built == 0 and names_in(raw.parent) == {"train.jsonl"}
 
@@ -619,7 +625,7 @@ def test_none_mode_never_encodes(fake: FakeCodec, make_raw: MakeRaw, make_settin
     raw = make_raw(4)
     settings = run_settings(make_settings, raw, data_mode="none")
     with pytest.raises(UserError, match="4 of 4 rows cannot be used") as error:
-        open_training_rows(settings, base, "cpu")
+        open_rows(settings, base)
     assert f"{raw} line 1: no audio_codes" in str(error.value)
     assert fake.num_built == 0 and names_in(raw.parent) == {"train.jsonl"}
     assert not settings.output_dir.exists()
@@ -629,9 +635,9 @@ def test_other_processes_open_what_the_main_one_built(
     fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base
 ) -> None:
     settings = run_settings(make_settings, make_raw(20))
-    built = open_training_rows(settings, base, "cpu")
+    built = open_rows(settings, base)
     settings.train_jsonl.unlink()  # they need not even see it
-    opened = open_training_rows(settings, base, "cpu", build=False)
+    opened = open_rows(settings, base, build=False)
     assert opened.train.column("line").tolist() == built.train.column("line").tolist()
     assert opened.validation is not None and built.validation is not None
     assert opened.validation.column("line").tolist() == built.validation.column("line").tolist()
@@ -642,11 +648,11 @@ def test_validation_fraction_holds_rows_out_where_there_is_no_file(
     fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base
 ) -> None:
     settings = run_settings(make_settings, make_raw(20), validation_fraction=0.2)
-    rows = open_training_rows(settings, base, "cpu")
+    rows = open_rows(settings, base)
     assert rows.validation is not None and (len(rows.train), len(rows.validation)) == (16, 4)
     held = rows.validation.column("line").tolist()
     assert sorted(held + rows.train.column("line").tolist()) == list(range(1, 21))
-    none = open_training_rows(run_settings(make_settings, settings.train_jsonl, validation_fraction=0), base, "cpu")
+    none = open_rows(run_settings(make_settings, settings.train_jsonl, validation_fraction=0), base)
     assert none.validation is None and len(none.train) == 20
 
 
@@ -654,7 +660,7 @@ def test_validation_file_comes_before_the_fraction(
     fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base
 ) -> None:
     train, validation = make_raw(20), make_raw(3, "validation.jsonl")
-    rows = open_training_rows(run_settings(make_settings, train, validation, validation_fraction=0.2), base, "cpu")
+    rows = open_rows(run_settings(make_settings, train, validation, validation_fraction=0.2), base)
     assert rows.validation is not None and (len(rows.train), len(rows.validation)) == (20, 3)
     assert [rows.validation[index]["codes"].tolist() for index in range(3)] == expected_codes(validation)
 
@@ -663,7 +669,7 @@ def test_default_validation_file_is_used_when_it_is_there(
     fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base, tmp_path: Path
 ) -> None:
     make_raw(3, "validation.jsonl").parent.rename(tmp_path / "cwd" / "data")
-    rows = open_training_rows(run_settings(make_settings, make_raw(20)), base, "cpu")
+    rows = open_rows(run_settings(make_settings, make_raw(20)), base)
     assert rows.validation is not None and (len(rows.train), len(rows.validation)) == (20, 3)
 
 
@@ -672,17 +678,17 @@ def test_named_validation_file_that_is_missing_is_an_error_before_anything_is_en
 ) -> None:
     settings = run_settings(make_settings, make_raw(20), tmp_path / "nowhere.jsonl")
     with pytest.raises(UserError, match=r"^VALIDATION_JSONL: .*nowhere\.jsonl does not exist"):
-        open_training_rows(settings, base, "cpu")
+        open_rows(settings, base)
     assert fake.num_built == 0
 
 
 def test_sample_limits(fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base) -> None:
     train, validation = make_raw(8), make_raw(6, "validation.jsonl")
-    open_training_rows(run_settings(make_settings, train, validation), base, "cpu")
+    open_rows(run_settings(make_settings, train, validation), base)
     full = encoded_path(train).read_bytes()
     fake.take_num_clips()
     limited = run_settings(make_settings, train, validation, max_train_samples=3, max_eval_samples=2)
-    rows = open_training_rows(limited, base, "cpu")
+    rows = open_rows(limited, base)
     assert rows.train.column("text").tolist() == ["Sentence 0.", "Sentence 1.", "Sentence 2."]
     assert rows.validation is not None and rows.validation.column("text").tolist() == ["Sentence 0.", "Sentence 1."]
     assert encoded_path(train).read_bytes() == full and fake.take_num_clips() == 0
@@ -692,7 +698,7 @@ def test_sample_limit_encodes_no_more_than_it_needs(
     fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base
 ) -> None:
     raw = make_raw(8)
-    open_training_rows(run_settings(make_settings, raw, max_train_samples=3), base, "cpu")
+    open_rows(run_settings(make_settings, raw, max_train_samples=3), base)
     assert fake.take_num_clips() == 3
 
 
@@ -700,7 +706,7 @@ def test_eval_limit_holds_for_held_out_rows(
     fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base
 ) -> None:
     settings = run_settings(make_settings, make_raw(20), validation_fraction=0.5, max_eval_samples=4)
-    rows = open_training_rows(settings, base, "cpu")
+    rows = open_rows(settings, base)
     assert rows.validation is not None and (len(rows.train), len(rows.validation)) == (10, 4)
 
 
@@ -714,12 +720,12 @@ def test_validation_rows_of_unknown_speakers_are_left_out(
     train, validation = make_raw(4, speaker="Ada"), make_raw(4, "validation.jsonl")
     names = ("ADA", "Bea", "ADA", "Cid")  # case does not count
     write_rows(validation, [row | {"speaker": name} for row, name in zip(read_rows(validation), names, strict=True)])
-    rows = open_training_rows(run_settings(make_settings, train, validation), base, "cpu")
+    rows = open_rows(run_settings(make_settings, train, validation), base)
     assert rows.validation is not None
     assert rows.validation.column("text").tolist() == ["Sentence 0.", "Sentence 2."]
     assert "2 validation rows are left out" in capsys.readouterr().out
     write_rows(validation, [row | {"speaker": "Bea"} for row in read_rows(validation)])
-    assert open_training_rows(run_settings(make_settings, train, validation), base, "cpu").validation is None
+    assert open_rows(run_settings(make_settings, train, validation), base).validation is None
 
 
 def test_column_settings_reach_every_step(
@@ -729,7 +735,7 @@ def test_column_settings_reach_every_step(
     renamed = [{"path": row["audio"], "sentence": row["text"], "who": 5, "locale": "fr"} for row in read_rows(raw)]
     write_rows(raw, renamed)
     columns = {"text_column": "sentence", "audio_column": "path", "speaker_column": "who", "language_column": "locale"}
-    rows = open_training_rows(run_settings(make_settings, raw, **columns), base, "cpu")
+    rows = open_rows(run_settings(make_settings, raw, **columns), base)
     first = rows.train[0]
     assert (first["text"], first["speaker"], first["language"]) == ("Sentence 0.", "5", "fr")
 
@@ -740,7 +746,7 @@ def test_special_tokens_of_the_base_are_refused(
     raw = make_raw(2)
     write_rows(raw, [row | {"text": "Hello <tts_pad>"} for row in read_rows(raw)])
     with pytest.raises(UserError, match="special token <tts_pad>"):
-        open_training_rows(run_settings(make_settings, raw), base, "cpu")
+        open_rows(run_settings(make_settings, raw), base)
 
 
 def test_missing_train_jsonl_names_itself_and_the_dataset_that_was_set(
@@ -757,7 +763,7 @@ def test_missing_train_jsonl_names_itself_and_the_dataset_that_was_set(
 def test_missing_train_jsonl_stops_a_run(fake: FakeCodec, make_settings: MakeSettings, base: Base) -> None:
     settings = run_settings(make_settings, Path("nowhere.jsonl"))
     with pytest.raises(UserError, match=r"TRAIN_JSONL: nowhere\.jsonl does not exist"):
-        open_training_rows(settings, base, "cpu")
+        open_rows(settings, base)
     assert not settings.output_dir.exists()
 
 

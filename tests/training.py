@@ -27,8 +27,7 @@ def build(settings: Settings) -> Any:
 
 
 def make_trainer(run: Any) -> Trainer:
-    tracker = Tracker(run.settings, run.num_steps, run.is_main)
-    return Trainer(run.settings, run.accelerator, run.objective, run.train, run.validation, run.exporter, tracker)
+    return session.make_trainer(run, Tracker(run.settings, run.num_steps, run.is_main))
 
 
 def train(settings: Settings) -> tuple[Any, Trainer]:
