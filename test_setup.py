@@ -36,6 +36,7 @@ class Preflight:
         self._is_main = int(os.environ.get("RANK") or 0) == 0
         self.settings: Settings | None = None
         self.base = self.device = self.accelerator = None
+        self._references: set[Path] = set()
 
     def check(self, title: str, function: Callable[[], str], needs: object = True) -> None:
         """Runs one check; ``function`` returns a line about what it found or raises UserError."""
@@ -115,7 +116,7 @@ class Preflight:
         return str(self.settings.output_dir)
 
     def data(self) -> str:
-        from finetuning.manifest import Rejections, RowError, RowFormat, parse_row, read_lines
+        from finetuning.manifest import Rejections, RowFormat, read_rows
         from finetuning.prepare import check_train_jsonl
 
         settings = self.settings
@@ -127,12 +128,9 @@ class Preflight:
         found = []
         for setting, file in files:
             rejections = Rejections(file)
-            for number, line in read_lines(file, setting):
-                try:
-                    parse_row(line, number, file.parent, row_format, needs_codes=settings.data_mode == "none")
-                    rejections.num_good += 1
-                except RowError as error:
-                    rejections.add(number, str(error), line)
+            needs_codes = settings.data_mode == "none"
+            for row in read_rows(file, setting, row_format, rejections, needs_codes=needs_codes):
+                self._references |= {row.ref_audio} - {None}
             with tempfile.TemporaryDirectory() as folder:
                 rejections.check(Path(folder) / "rejected.jsonl")
             found.append(f"{rejections.num_good} rows in {file}")
@@ -140,15 +138,11 @@ class Preflight:
 
     def references(self) -> str:
         from finetuning.audio import AudioError, load_audio
-        from finetuning.manifest import resolve_path
 
         path = self.settings.ref_audio_path
         if path is not None and not path.is_file():
             raise UserError(f"REF_AUDIO_PATH: {path} does not exist")
-        distinct = {path} if path else set()
-        for line in self.settings.train_jsonl.read_text(encoding="utf-8-sig").splitlines():
-            if '"ref_audio"' in line and (reference := json.loads(line).get("ref_audio")):
-                distinct.add(resolve_path(reference, self.settings.train_jsonl.parent))
+        distinct = self._references | ({path} - {None})
         for reference in sorted(distinct)[:20]:
             try:
                 load_audio(reference)
@@ -222,20 +216,15 @@ def _installed_version(name: str) -> str | None:
 
 def _two_row_settings(settings: Settings, folder: Path) -> Settings:
     """The settings with the first two usable rows in a folder of their own, so that no real file is touched."""
-    from finetuning.manifest import RowError, RowFormat, parse_row, read_lines
+    from finetuning.manifest import Rejections, RowFormat, read_rows
 
-    jsonl = folder / "two_rows.jsonl"
+    jsonl, rejections = folder / "two_rows.jsonl", Rejections(settings.train_jsonl)
     row_format = RowFormat.from_settings(settings)
+    rows = read_rows(settings.train_jsonl, "TRAIN_JSONL", row_format, rejections, needs_codes=False, max_rows=2)
     lines = []
-    for number, line in read_lines(settings.train_jsonl, "TRAIN_JSONL"):
-        try:
-            row = parse_row(line, number, settings.train_jsonl.parent, row_format, needs_codes=False)
-        except RowError:
-            continue
+    for row in rows:
         paths = {settings.audio_column: row.audio, "ref_audio": row.ref_audio}
         lines.append(json.dumps(row.raw | {key: str(path.resolve()) for key, path in paths.items() if path}))
-        if len(lines) == 2:
-            break
     jsonl.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return settings.model_copy(
         update={

@@ -297,6 +297,28 @@ def check_speaker_names(names: dict[str, tuple[Path, int]]) -> None:
             )
 
 
+def read_rows(
+    jsonl: Path,
+    setting: str,
+    row_format: RowFormat,
+    rejections: Rejections,
+    *,
+    needs_codes: bool,
+    max_rows: int | None = None,
+) -> Iterator[Row]:
+    """The usable rows of a file, at most ``max_rows``; the others go to ``rejections``, which counts both."""
+    for number, line in read_lines(jsonl, setting):
+        if max_rows is not None and rejections.num_good >= max_rows:
+            return
+        try:
+            row = parse_row(line, number, jsonl.parent, row_format, needs_codes)
+        except RowError as error:
+            rejections.add(number, str(error), line)
+            continue
+        rejections.num_good += 1
+        yield row
+
+
 # ------------------------------------------------------------------------------------------------------ memory map
 
 
@@ -355,16 +377,8 @@ def build_manifest(
     unfinished = arrow_file.with_suffix(".tmp")
     try:
         with ArrowWriter(path=str(unfinished), features=features, writer_batch_size=256) as writer:
-            for number, line in read_lines(jsonl, setting):
-                if max_rows is not None and rejections.num_good >= max_rows:
-                    break
-                try:
-                    row = parse_row(line, number, jsonl.parent, row_format, needs_codes=True)
-                except RowError as error:
-                    rejections.add(number, str(error), line)
-                    continue
-                rejections.num_good += 1
-                speakers.setdefault(row.speaker, (jsonl, number))
+            for row in read_rows(jsonl, setting, row_format, rejections, needs_codes=True, max_rows=max_rows):
+                speakers.setdefault(row.speaker, (jsonl, row.line))
                 code_hashes.add(hash(row.codes.tobytes()))
                 speaker_ids.add(str(row.raw.get("speaker_id", "")))
                 writer.write({name: _optional_text(getattr(row, name)) for name in text_columns} | _numbers(row))

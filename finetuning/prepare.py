@@ -25,13 +25,12 @@ from finetuning.manifest import (
     Manifest,
     Rejections,
     Row,
-    RowError,
     RowFormat,
     build_manifest,
     check_speaker_names,
     hold_out,
-    parse_row,
     read_lines,
+    read_rows,
 )
 from finetuning.settings import Settings
 
@@ -190,20 +189,10 @@ def _read_rows(
     input_jsonl: Path, row_format: RowFormat, setting: str, max_rows: int | None
 ) -> tuple[list[Row], Rejections]:
     """The usable rows and the others; stops before hours are spent on encoding when too many are bad."""
-    rejections, rows = Rejections(input_jsonl), []
-    speakers: dict[str, tuple[Path, int]] = {}
-    for number, line in read_lines(input_jsonl, setting):
-        if max_rows is not None and len(rows) >= max_rows:
-            break
-        try:
-            row = parse_row(line, number, input_jsonl.parent, row_format, needs_codes=False)
-        except RowError as error:
-            rejections.add(number, str(error), line)
-            continue
-        speakers.setdefault(row.speaker, (input_jsonl, number))
-        rows.append(row)
-    rejections.num_good = len(rows)
+    rejections = Rejections(input_jsonl)
+    rows = list(read_rows(input_jsonl, setting, row_format, rejections, needs_codes=False, max_rows=max_rows))
     rejections.check_share()
+    speakers = {row.speaker: (input_jsonl, row.line) for row in reversed(rows)}
     check_speaker_names(speakers)
     return rows, rejections
 
@@ -349,25 +338,24 @@ def dataset_info(jsonl: Path, row_format: RowFormat) -> dict[str, Any]:
 
     ``languages`` and ``speakers`` map names to numbers of rows; lengths come from codes, else from the audio's header.
     """
-    info: dict[str, Any] = {"file": str(jsonl), "num_samples": 0, "num_with_codes": 0, "num_bad": 0}
+    rejections = Rejections(jsonl)
     languages: Counter[str] = Counter()
     speakers: Counter[str] = Counter()
-    seconds = []
-    for number, line in read_lines(jsonl, "--input_jsonl"):
-        try:
-            row = parse_row(line, number, jsonl.parent, row_format, needs_codes=False)
-        except RowError as error:
-            info["num_bad"] += 1
-            info.setdefault("first_bad", f"line {number}: {error}")
-            continue
-        info["num_samples"] += 1
-        info["num_with_codes"] += row.codes is not None
+    seconds, num_with_codes = [], 0
+    for row in read_rows(jsonl, "--input_jsonl", row_format, rejections, needs_codes=False):
+        num_with_codes += row.codes is not None
         languages[row.language] += 1
         speakers[row.speaker] += 1
         length = audio_duration_seconds(row.audio) if row.codes is None else len(row.codes) / FRAMES_PER_SECOND
         seconds.append(length or 0.0)
     lengths = {"min": min(seconds), "median": float(np.median(seconds)), "max": max(seconds)} if seconds else {}
-    return info | {
+    first_bad = [f"line {number}: {reason}" for number, reason, _ in rejections.rows[:1]]
+    return {
+        "file": str(jsonl),
+        "num_samples": rejections.num_good,
+        "num_with_codes": num_with_codes,
+        "num_bad": len(rejections.rows),
+        **({"first_bad": first_bad[0]} if first_bad else {}),
         "hours": sum(seconds) / 3600,
         "seconds": lengths,
         "languages": dict(languages.most_common()),
