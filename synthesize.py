@@ -20,8 +20,8 @@ GREEDY = {"do_sample": False, "subtalker_dosample": False, "repetition_penalty":
 def main() -> None:
     arguments = parse_arguments()
     texts = read_texts(arguments)
-    model = load(arguments)
     files = output_files(arguments.output, len(texts))
+    model = load(arguments)
     for number, (text, file) in enumerate(zip(texts, files, strict=True)):
         speak(model, text, file, arguments, number)
 
@@ -99,10 +99,14 @@ def choose_language(arguments: argparse.Namespace, config: dict[str, Any]) -> st
 
 def output_files(output: Path, count: int) -> list[Path]:
     """One file for one text; for several, or for a folder, numbered files."""
-    if count == 1 and output.suffix.lower() == ".wav":
+    kinds = (".wav", ".flac", ".ogg", ".mp3")
+    kind = output.suffix.lower()
+    if kind and kind not in kinds:
+        raise UserError(f"--output: {output} must end with {', '.join(kinds)}, or be a folder")
+    if count == 1 and kind:
         return [output]
-    folder, stem = (output.parent, output.stem) if output.suffix.lower() == ".wav" else (output, "speech")
-    return [folder / f"{stem}_{number:03d}.wav" for number in range(1, count + 1)]
+    folder, stem = (output.parent, output.stem) if kind else (output, "speech")
+    return [folder / f"{stem}_{number:03d}{kind or '.wav'}" for number in range(1, count + 1)]
 
 
 def speak(model: Any, text: str, file: Path, arguments: argparse.Namespace, number: int) -> None:

@@ -16,12 +16,17 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from finetuning.console import say
 from finetuning.errors import UserError, run_main
 from finetuning.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from finetuning.base_model import Base
 
 PROJECT = Path(__file__).parent
 #: fp32 master, gradient and two Adam moments.
@@ -42,17 +47,13 @@ class Preflight:
         """Runs one check; ``function`` returns a line about what it found or raises UserError."""
         self._number += 1
         if needs is None:
-            self._print(f"{self._number:>2}. – {title}: skipped, an earlier check failed")
+            say(f"{self._number:>2}. – {title}: skipped, an earlier check failed")
             return
         try:
-            self._print(f"{self._number:>2}. ✓ {title}: {function()}")
+            say(f"{self._number:>2}. ✓ {title}: {function()}")
         except UserError as error:
             self.num_failed += 1
-            self._print(f"{self._number:>2}. ✗ {title}: {error}")
-
-    def _print(self, line: str) -> None:
-        if self._is_main:
-            print(line, flush=True)
+            say(f"{self._number:>2}. ✗ {title}: {error}")
 
     # ------------------------------------------------------------------------------------------------ the checks
 
@@ -112,7 +113,7 @@ class Preflight:
     def output_folder(self) -> str:
         from finetuning.checkpoint import check_output_folder
 
-        check_output_folder(self.settings)
+        check_output_folder(self.settings, self.base)
         return str(self.settings.output_dir)
 
     def data(self) -> str:
@@ -150,37 +151,69 @@ class Preflight:
                 raise UserError(f"reference {reference}: {error}") from None
         return f"{len(distinct)} named" if distinct else "none named; a clip of each speaker will be chosen"
 
-    def one_step(self) -> str:
-        """Forward and backward on two rows, with the real settings; then disk and memory against the whole run."""
-        from finetuning import session
-        from finetuning.checkpoint import check_disk_space
-        from finetuning.objective import step_loss
-
-        with tempfile.TemporaryDirectory() as folder:
-            settings = _two_row_settings(self.settings, Path(folder))
-            rows = session.open_rows(settings, self.base, self.accelerator)
-            run = session.build_run(settings, self.base, rows, self.accelerator, verbose=False)
-            batch = run.train.batch([0, 1] if len(run.train) > 1 else [0])
-            batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-            with self.accelerator.autocast():
-                sums = run.objective.train()(batch)
-            loss = step_loss(sums, 1, 1, settings.sub_talker_loss_weight)
-            loss.backward()
-        self._trained_bytes = _training_bytes(run.model)
-        self._export_bytes = run.exporter.required_bytes()
-        check_disk_space(self.settings.output_dir, self._export_bytes)
-        return f"two rows, talker loss sum {sums['talker_loss'].item():.1f}"
-
     def memory(self) -> str:
+        """Weights, gradients and Adam states of the whole run, from the base's headers, before anything is loaded."""
         from finetuning.base_model import free_memory_bytes
 
-        free = free_memory_bytes(self.device) + self._trained_bytes  # this process holds a part of it already
-        needed = f"weights, gradients and Adam states {self._trained_bytes / 1e9:.2f} GB, activations besides"
-        if self._trained_bytes > free:
-            raise UserError(f"{needed}; only {free / 1e9:.2f} GB are there. Train fewer layers or use a larger card")
-        return (
-            f"{needed}; {free / 1e9:.1f} GB are there. One checkpoint takes {self._export_bytes / 1e9:.2f} GB of disk"
-        )
+        trained, frozen = parameter_counts(self.base, self.settings)
+        needed = trained * BYTES_PER_TRAINED_WEIGHT + frozen * BYTES_PER_FROZEN_WEIGHT
+        free = free_memory_bytes(self.device)
+        line = f"weights, gradients and Adam states take {needed / 1e9:.2f} GB, activations come on top"
+        if needed > free:
+            raise UserError(f"{line}; only {free / 1e9:.2f} GB are free. Train fewer layers or use a larger card")
+        return f"{line}; {free / 1e9:.1f} GB are free"
+
+    def disk(self) -> str:
+        """One checkpoint against the free space of OUTPUT_DIR's disk."""
+        from finetuning.checkpoint import check_disk_space, reclaimable_bytes
+
+        trained, frozen = parameter_counts(self.base, self.settings)
+        dtype = self.base.weight_dtypes()["talker.model.codec_embedding.weight"]
+        needed, output_dir = (trained + frozen) * dtype.itemsize, self.settings.output_dir
+        check_disk_space(output_dir, needed - reclaimable_bytes(output_dir))
+        return f"one checkpoint takes {needed / 1e9:.2f} GB and fits"
+
+    def one_step(self) -> str:
+        """Forward and backward on two rows, with the real settings."""
+        import torch
+        from accelerate.utils import broadcast_object_list
+
+        from finetuning import session
+        from finetuning.dataset import to_device
+        from finetuning.objective import step_loss
+
+        with tempfile.TemporaryDirectory() as own_folder:
+            (folder,) = broadcast_object_list([own_folder])  # all processes read what the main one indexes
+            settings = _two_row_settings(self.settings, self.base, Path(folder), self._is_main)
+            self.accelerator.wait_for_everyone()
+            rows = session.open_rows(settings, self.base, self.accelerator)
+            run = session.build_run(settings, self.base, rows, self.accelerator, verbose=False)
+            batch = to_device(run.train.batch(list(range(len(run.train)))), self.accelerator.device)
+            try:
+                with self.accelerator.autocast():
+                    sums = run.objective.train()(batch)
+                step_loss(sums, 1, 1, settings.sub_talker_loss_weight).backward()
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    "two rows do not fit into the GPU's memory; train fewer layers or shorter clips"
+                ) from None
+            self.accelerator.wait_for_everyone()
+        return f"{len(run.train)} rows, forward and backward"
+
+
+def parameter_counts(base: Base, settings: Settings) -> tuple[int, int]:
+    """(trained, frozen) weights of the run on ``base`` with these layer settings, read from the files' headers."""
+    sizes = {name: size for name, size in base.weight_sizes().items() if not name.startswith("speaker_encoder.")}
+    layer = sum(size for name, size in sizes.items() if name.startswith("talker.model.layers.0."))
+    total = sum(sizes.values()) + settings.add_new_layers * layer
+    if not settings.freeze_original_layers:
+        frozen = sizes["talker.model.text_embedding.weight"]
+        return total - frozen, frozen
+    trained_parts = ("talker.model.norm.", "talker.codec_head.", "talker.code_predictor.")
+    trained = sum(size for name, size in sizes.items() if name.startswith(trained_parts))
+    trained -= sum(size for name, size in sizes.items() if "code_predictor.model.codec_embedding" in name)
+    trained += (settings.replace_last_n_layers + settings.add_new_layers) * layer
+    return trained, total - trained
 
 
 def main() -> None:
@@ -193,18 +226,16 @@ def main() -> None:
     check("settings", preflight.read_settings)
     check("hardware", preflight.hardware, needs=preflight.settings)
     check("processes", preflight.processes, needs=preflight.device)
-    check("output folder", preflight.output_folder, needs=preflight.settings)
     check("model", preflight.model, needs=preflight.device)
+    check("output folder", preflight.output_folder, needs=preflight.base)
     check("data", preflight.data, needs=preflight.base)
-    ready = preflight.accelerator if preflight.num_failed == 0 else None
-    check("references", preflight.references, needs=ready)
-    ready = preflight.accelerator if preflight.num_failed == 0 else None
-    check("one training step and disk space", preflight.one_step, needs=ready)
-    ready = preflight.accelerator if preflight.num_failed == 0 else None
-    check("memory", preflight.memory, needs=ready)
+    check("references", preflight.references, needs=preflight.settings)
+    check("memory", preflight.memory, needs=preflight.base)
+    check("disk", preflight.disk, needs=preflight.base)
+    check("one training step", preflight.one_step, needs=preflight.accelerator if preflight.num_failed == 0 else None)
     if preflight.num_failed:
         raise UserError(f"{preflight.num_failed} check(s) failed; see the lines marked ✗")
-    print("Everything is ready: python train.py")
+    say("Everything is ready: python train.py")
 
 
 def _installed_version(name: str) -> str | None:
@@ -214,30 +245,33 @@ def _installed_version(name: str) -> str | None:
         return None
 
 
-def _two_row_settings(settings: Settings, folder: Path) -> Settings:
-    """The settings with the first two usable rows in a folder of their own, so that no real file is touched."""
+def _two_row_settings(settings: Settings, base: Base, folder: Path, write: bool) -> Settings:
+    """The settings with the first two rows that load, in a folder of their own, so that no real file is touched."""
+    jsonl = folder / "two_rows.jsonl"
+    if write:
+        lines = [json.dumps(row) for row in _rows_that_load(settings, base)]
+        jsonl.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    changes = {"train_jsonl": jsonl, "validation_jsonl": jsonl, "output_dir": folder / "output"}
+    return settings.model_copy(update=changes)
+
+
+def _rows_that_load(settings: Settings, base: Base) -> Iterator[dict]:
+    from finetuning.audio import AudioError, load_audio
     from finetuning.manifest import Rejections, RowFormat, read_rows
 
-    jsonl, rejections = folder / "two_rows.jsonl", Rejections(settings.train_jsonl)
-    row_format = RowFormat.from_settings(settings)
-    rows = read_rows(settings.train_jsonl, "TRAIN_JSONL", row_format, rejections, needs_codes=False, max_rows=2)
-    lines = []
-    for row in rows:
+    row_format, found = RowFormat.from_settings(settings, base.special_tokens()), 0
+    rejections, needs_codes = Rejections(settings.train_jsonl), settings.data_mode == "none"
+    for row in read_rows(settings.train_jsonl, "TRAIN_JSONL", row_format, rejections, needs_codes=needs_codes):
+        try:
+            if row.codes is None:
+                load_audio(row.audio)
+        except AudioError:
+            continue  # training lists and skips it
         paths = {settings.audio_column: row.audio, "ref_audio": row.ref_audio}
-        lines.append(json.dumps(row.raw | {key: str(path.resolve()) for key, path in paths.items() if path}))
-    jsonl.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return settings.model_copy(
-        update={
-            "train_jsonl": jsonl,
-            "validation_jsonl": jsonl,
-            "output_dir": folder / "output",
-        }
-    )
-
-
-def _training_bytes(model) -> int:
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(n * (BYTES_PER_TRAINED_WEIGHT if trains else BYTES_PER_FROZEN_WEIGHT) for n, trains in sizes)
+        yield row.raw | {key: str(path.resolve()) for key, path in paths.items() if path}
+        found += 1
+        if found == 2:
+            return
 
 
 if __name__ == "__main__":

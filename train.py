@@ -8,6 +8,7 @@ ENV_FILE=my_voice.env BATCH_SIZE=4 python train.py  # another file; the environm
 
 import argparse
 
+from finetuning.console import say
 from finetuning.errors import UserError, run_main
 from finetuning.settings import Settings, load_settings
 
@@ -16,7 +17,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()  # no arguments: settings come from the environment and the settings file
     settings = load_settings()
-    print(settings.describe(), flush=True)
+    say(settings.describe())
+    if unread := settings.without_effect():
+        say(f"Without effect in this version: {', '.join(unread)}")
     train(settings)
 
 

@@ -16,17 +16,8 @@ if [[ ${1:-} == --check ]]; then
   script=test_setup.py
   shift
 fi
-if [[ $# -gt 0 && $1 != -* ]]; then
-  if [[ -f "$called_from/$1" ]]; then
-    ENV_FILE=$(realpath "$called_from/$1")
-  elif [[ -f $1 ]]; then
-    ENV_FILE=$1
-  else
-    fail "settings file $1 does not exist (looked in $called_from and $PWD)"
-  fi
-  export ENV_FILE
-  shift
-elif [[ -z ${ENV_FILE:-} && ! -f .env ]]; then
+take_env_file "$called_from" "$@" && shift "$TAKEN"
+if [[ -z ${ENV_FILE:-} && ! -f .env && $# -eq 0 ]]; then
   fail "there is no .env here; copy .env.training.example to .env and edit it, or try ./uv_train.sh .env.demo"
 fi
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from safetensors import SafetensorError
 
 from finetuning.codec import check_codec_folder
 from finetuning.errors import UserError
-from finetuning.prompt import NUM_CLOSING_TOKENS, NUM_ROLE_TOKENS, assistant_turn
+from finetuning.prompt import NUM_CLOSING_TOKENS, NUM_ROLE_TOKENS, LayoutIds, assistant_turn
 from finetuning.settings import Settings
 from finetuning.stock import import_qwen_tts
 from finetuning.tiny_model import NAMES as EMBEDDED_NAMES
@@ -63,14 +65,19 @@ class Base:
 
     def weight_dtypes(self) -> dict[str, torch.dtype]:
         """Name -> dtype of every saved tensor, from the files' headers."""
+        return {name: _SAFETENSORS_DTYPES[header.get_dtype()] for name, header in self._headers()}
+
+    def weight_sizes(self) -> dict[str, int]:
+        """Name -> number of weights of every saved tensor, from the files' headers."""
+        return {name: math.prod(header.get_shape()) for name, header in self._headers()}
+
+    def _headers(self) -> Iterator[tuple[str, Any]]:
         from safetensors import safe_open
 
-        dtypes = {}
         for file in self.weight_files():
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - safe_open is no dict
-                    dtypes[name] = _SAFETENSORS_DTYPES[weights.get_slice(name).get_dtype()]
-        return dtypes
+                    yield name, weights.get_slice(name)
 
     def special_tokens(self) -> tuple[str, ...]:
         """Every added token of the text tokenizer; none may stand in a transcript."""
@@ -97,7 +104,9 @@ def resolve_base(settings: Settings) -> Base:
     if settings.tokenizer_path:
         codec_folder = resolve_folder(settings.tokenizer_path, "TOKENIZER_PATH", may_download)
     check_codec_folder(codec_folder)
-    return Base(settings.init_model_path, folder, config, codec_folder)
+    base = Base(settings.init_model_path, folder, config, codec_folder)
+    check_weights(base)
+    return base
 
 
 def resolve_folder(name: str, setting: str, may_download: bool = True) -> Path:
@@ -146,6 +155,8 @@ def read_base_config(folder: Path, setting: str = "INIT_MODEL_PATH") -> dict[str
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{setting}: {file} is not valid JSON") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{setting}: {file} is not a JSON object")
     if config.get("model_type") != "qwen3_tts":
         raise UserError(f"{setting}: {folder} is no Qwen3-TTS model (model_type {config.get('model_type')!r})")
     if config.get("tokenizer_type") != "qwen3_tts_tokenizer_12hz":
@@ -157,12 +168,35 @@ def read_base_config(folder: Path, setting: str = "INIT_MODEL_PATH") -> dict[str
         raise UserError(
             f"{setting}: {folder} is a {config.get('tts_model_type')!r} model; start from a Base or a CustomVoice model"
         )
+    try:
+        LayoutIds.from_config(config)
+        config["talker_config"]["num_hidden_layers"], config["talker_config"]["code_predictor_config"]["hidden_size"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{setting}: {file} lacks {error}") from None
     missing = [name for name in ("generation_config.json", *TOKENIZER_FILES) if not (folder / name).is_file()]
     if not list(folder.glob("model*.safetensors")):
         missing.append("model.safetensors")
     if missing:
         raise UserError(f"{setting}: {folder} is incomplete: no {', '.join(missing)}")
     return config
+
+
+def check_weights(base: Base) -> None:
+    """Raises UserError for weights that cannot be read or are not all there."""
+    index = base.folder / "model.safetensors.index.json"
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+        missing = sorted(name for name in shards if not (base.folder / name).is_file())
+        names = base.weight_dtypes()
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"INIT_MODEL_PATH: the weights in {base.folder} cannot be read ({type(error).__name__}); a Git LFS pointer "
+            "instead of the file? Fetch them again"
+        ) from None
+    if "talker.model.codec_embedding.weight" not in names:
+        missing.append("talker.model.codec_embedding.weight")
+    if missing:
+        raise UserError(f"INIT_MODEL_PATH: the weights in {base.folder} are not whole: no {', '.join(missing)}")
 
 
 # --------------------------------------------------------------------------------------------------------- loading
@@ -240,7 +274,7 @@ def choose_device(settings: Settings) -> str:
 
 
 def choose_attention(settings: Settings, device: str) -> str:
-    """The attention implementation, resolved from ATTN_IMPLEMENTATION; says which when it had to choose.
+    """The attention implementation, resolved from ATTN_IMPLEMENTATION.
 
     Raises:
         UserError: FlashAttention 2 was asked for and cannot run.
@@ -268,4 +302,4 @@ def free_memory_bytes(device: str) -> int:
     """Free memory of the device that trains: of the GPU, else of the machine."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().available

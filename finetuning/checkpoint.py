@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from finetuning.base_model import TOKENIZER_FILES, UNPATCHED_TRANSFORMERS_VERSION, Base
+from finetuning.console import say
 from finetuning.errors import UserError
 from finetuning.settings import Settings
 from finetuning.speakers import Speakers
 
 CODEC_TABLE = "talker.model.codec_embedding.weight"
-#: Larger unchanged files are hard-linked where the file system allows; smaller ones are copied, since people edit them.
-LINK_FROM_BYTES = 1 << 20
+#: Weights are hard-linked where the file system allows and never written in place; other files, which people edit, are
+#: copied.
+LINKED_SUFFIX = ".safetensors"
 #: Files of a run besides its checkpoints.
 RUN_FILES = ("settings.json", "training_log.jsonl", "validation_log.jsonl")
 _STEP_FOLDER = re.compile(r"(checkpoint|epoch)-(\d+)")
@@ -53,6 +56,9 @@ class Exporter:
         Args:
             names: such as ``["last", "best", "checkpoint-500"]``.
             state: JSON values for training_state.json.
+
+        Raises:
+            UserError: the folder cannot be written (disk full); older checkpoints stay.
         """
         first, *others = names
         unfinished = self.output_dir / f".{first}.tmp"
@@ -60,10 +66,15 @@ class Exporter:
         try:
             self._write(unfinished, state)
             _replace_folder(unfinished, self.output_dir / first)
+            for name in others:
+                self._copy(self.output_dir / first, name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"OUTPUT_DIR: {first}/ could not be saved ({error}); the checkpoints before it are whole. "
+                "Free some space or choose another disk"
+            ) from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        for name in others:
-            self._copy(self.output_dir / first, name)
         self._rotate()
         self._say_files(self.output_dir / first)
 
@@ -116,7 +127,7 @@ class Exporter:
         self._said_files = True
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         lines = [f"  {file.stat().st_size:>13,}  {file.relative_to(folder)}" for file in files]
-        print("\n".join([f"files of {folder} (bytes):", *lines]), flush=True)
+        say("\n".join([f"files of {folder} (bytes):", *lines]))
 
 
 # ------------------------------------------------------------------------------------------------ what is in a file
@@ -182,12 +193,19 @@ def unchanged_files(base: Base) -> list[Path]:
 # ------------------------------------------------------------------------------------------------------ the folder
 
 
-def check_output_folder(settings: Settings) -> None:
-    """Refuses an OUTPUT_DIR that holds another run, unless OVERWRITE_OUTPUT is set, or that cannot be written.
+def check_output_folder(settings: Settings, base: Base) -> None:
+    """Refuses an OUTPUT_DIR that holds the base or another run (unless OVERWRITE_OUTPUT is set), or is read-only.
 
     Raises:
         UserError
     """
+    output = settings.output_dir.resolve()
+    for setting, folder in (("INIT_MODEL_PATH", base.folder), ("TOKENIZER_PATH", base.codec_folder)):
+        if output == folder.resolve() or output in folder.resolve().parents:
+            raise UserError(
+                f"OUTPUT_DIR: {settings.output_dir} holds what {setting} names ({folder}); choose another folder, "
+                "so that the base is never overwritten"
+            )
     entries = run_entries(settings.output_dir)
     if entries and not settings.overwrite_output:
         raise UserError(
@@ -215,6 +233,15 @@ def clear_output_folder(settings: Settings) -> None:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
+def reclaimable_bytes(output_dir: Path) -> int:
+    """What removing the run in OUTPUT_DIR frees: files whose every hard link lies in it, each counted once."""
+    files = [file for entry in run_entries(output_dir) for file in [entry, *entry.rglob("*")] if file.is_file()]
+    links: dict[tuple[int, int], list[os.stat_result]] = {}
+    for status in map(os.stat, files):
+        links.setdefault((status.st_dev, status.st_ino), []).append(status)
+    return sum(found[0].st_size for found in links.values() if len(found) == found[0].st_nlink)
+
+
 def check_disk_space(output_dir: Path, required_bytes: int) -> None:
     """Raises UserError when one checkpoint does not fit."""
     free = shutil.disk_usage(nearest_existing(output_dir)).free
@@ -232,9 +259,9 @@ def nearest_existing(path: Path) -> Path:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> str:
-    """Hard-links a large file (through symbolic links, as Hub caches have them), copies a small one."""
+    """Hard-links weights (through symbolic links, as Hub caches have them), copies everything else."""
     real = Path(source).resolve()
-    if real.stat().st_size >= LINK_FROM_BYTES:
+    if Path(source).suffix == LINKED_SUFFIX:
         try:
             os.link(real, target)
             return str(target)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from finetuning.audio import SAMPLE_RATE_HZ, pad_to_whole_frames
 from finetuning.errors import UserError
@@ -64,5 +65,12 @@ def check_codec_folder(folder: Path) -> None:
         raise UserError(f"{config_file} is not a JSON object; check TOKENIZER_PATH or the base") from None
     if kind != "qwen3_tts_tokenizer_12hz":
         raise UserError(f"{folder} is {kind!r}, not the 12 Hz speech tokenizer (qwen3_tts_tokenizer_12hz)")
-    if not list(folder.glob("*.safetensors")):
+    files = list(folder.glob("*.safetensors"))
+    if not files:
         raise UserError(f"no weights in the speech tokenizer {folder} (model.safetensors is missing)")
+    for file in files:
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError):
+            raise UserError(f"{file} cannot be read; a Git LFS pointer instead of the file? Fetch it again") from None

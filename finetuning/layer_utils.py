@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from finetuning.console import say
 from finetuning.errors import UserError
 
 #: Attribute of a talker layer that this project made; the summary and the freezing read it.
@@ -100,7 +101,7 @@ def is_new_layer(layer: nn.Module) -> bool:
 
 def print_model_summary(model: Any) -> None:
     """Prints every talker layer as kept, frozen or new, the widths, and the trainable share of each part."""
-    print(model_summary(model), flush=True)
+    say(model_summary(model))
 
 
 def model_summary(model: Any) -> str:

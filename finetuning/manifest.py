@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from finetuning.codec import CODEBOOK_SIZE, NUM_CODEBOOKS
+from finetuning.console import say
 from finetuning.errors import UserError
 from finetuning.settings import Settings, speaker_name_problem
 
@@ -266,7 +267,7 @@ class Rejections:
             for number, reason, line in self.rows:
                 record = {"file": str(self.file), "line": number, "reason": reason, "row": line}
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        print(f"skipped {self._first_few()}\n  listed in {list_file}", flush=True)
+        say(f"skipped {self._first_few()}\n  listed in {list_file}")
 
     def check_share(self) -> None:
         """Stops when more than a tenth of the rows is bad."""
@@ -391,10 +392,9 @@ def build_manifest(
                 "learn; encode the audio again (data_processing.py --mode encode --force)"
             )
         if len(speaker_ids) > 1 and len(speakers) == 1:
-            print(
+            say(
                 f"{jsonl}: rows carry {len(speaker_ids)} different speaker_id values but are trained as one speaker "
                 f"({next(iter(speakers))}); set SPEAKER_COLUMN=speaker_id to keep them apart",
-                flush=True,
             )
         rejections.check(rejected_file)
         unfinished.rename(arrow_file)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from finetuning.audio import SAMPLE_RATE_HZ, AudioError, audio_duration_seconds, load_audio
 from finetuning.codec import FRAMES_PER_SECOND, Codec
+from finetuning.console import say
 from finetuning.errors import UserError
 from finetuning.manifest import (
+    MAX_CODEC_FRAMES,
     Manifest,
     Rejections,
     Row,
@@ -29,7 +31,6 @@ from finetuning.manifest import (
     build_manifest,
     check_speaker_names,
     hold_out,
-    read_lines,
     read_rows,
 )
 from finetuning.settings import Settings
@@ -105,10 +106,10 @@ def _index_rows(settings: Settings, codec_folder: Path, row_format: RowFormat, d
     is_train = setting == "TRAIN_JSONL"
     jsonl = settings.train_jsonl if is_train else settings.validation_jsonl
     max_rows = settings.max_train_samples if is_train else settings.max_eval_samples
-    if settings.data_mode != "none" and has_rows_without_codes(jsonl, setting):
+    if settings.data_mode != "none" and needs_encoding(jsonl, setting, codec_folder, row_format):
         output = encoded_path(jsonl, max_rows)
         jsonl = encode_jsonl(jsonl, output, codec_folder, row_format, device=device, setting=setting, max_rows=max_rows)
-        print(f"codes of {setting} are kept in {jsonl}", flush=True)
+        say(f"codes of {setting} are kept in {jsonl}")
     arrow_file = _arrow_file(settings, setting)
     rejected = settings.output_dir / f"rejected.{arrow_file.stem}.jsonl"
     build_manifest(jsonl, arrow_file, row_format, setting, max_rows, rejected)
@@ -123,20 +124,32 @@ def _of_known_speakers(validation: Manifest, train: Manifest) -> Manifest | None
     known = {speaker.lower() for speaker in train.column("speaker")}
     keep = np.array([speaker.lower() in known for speaker in validation.column("speaker")])
     if not keep.all():
-        print(f"{(~keep).sum()} validation rows are left out: their speakers have no training rows", flush=True)
+        say(f"{(~keep).sum()} validation rows are left out: their speakers have no training rows")
     return validation.select(np.flatnonzero(keep)) if keep.any() else None
 
 
-def has_rows_without_codes(jsonl: Path, setting: str) -> bool:
-    """Whether any row of the file still needs encoding; unreadable lines do not count."""
-    for _, line in read_lines(jsonl, setting):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and row.get("audio_codes") is None:
+def needs_encoding(jsonl: Path, setting: str, codec_folder: Path, row_format: RowFormat) -> bool:
+    """Whether any usable row of the file lacks codes or has codes of another clip or codec."""
+    codec_id, rejections = None, Rejections(jsonl)
+    for row in read_rows(jsonl, setting, row_format, rejections, needs_codes=False):
+        if row.codes is None:
             return True
-    return False
+        if "codes_source" in row.raw:
+            codec_id = codec_id or codec_fingerprint(codec_folder)
+            if _must_encode(row, codec_id):
+                return True
+    # A raw row that cannot be used is for the encoder to report: it knows more than "no codes".
+    return any('"audio_codes"' not in line and line.startswith("{") for _, _, line in rejections.rows)
+
+
+def _must_encode(row: Row, codec_id: str, force: bool = False) -> bool:
+    """Codes that came with a row are taken as they are, unless they say what they were made of and that has changed."""
+    if row.codes is None:
+        return True
+    if row.audio is None or not row.audio.is_file():
+        return False
+    recorded = row.raw.get("codes_source")
+    return force or (isinstance(recorded, dict) and recorded != vars(_source(row, codec_id)))
 
 
 def encode_jsonl(
@@ -161,40 +174,39 @@ def encode_jsonl(
     """
     codec_id = codec_fingerprint(codec_folder)
     journal = output_jsonl.with_name(output_jsonl.name + ".partial")
-    rows, rejections = _read_rows(input_jsonl, row_format, setting, max_rows)
+    rejections = Rejections(input_jsonl)
+    read = {"needs_codes": False, "max_rows": max_rows}
+    # Only rows to encode are kept; the others are read a second time when the result is written.
+    wanted, stale, speakers = [], 0, {}
+    for row in read_rows(input_jsonl, setting, row_format, rejections, **read):
+        speakers.setdefault(row.speaker, (input_jsonl, row.line))
+        if _must_encode(row, codec_id, force):
+            stale += row.codes is not None
+            wanted.append(replace(row, codes=None, raw={**row.raw, "audio_codes": None}))
+    rejections.check_share()  # before hours are spent on encoding the rest
+    check_speaker_names(speakers)
     if force:
         journal.unlink(missing_ok=True)
     known = {} if force else _known_codes((encoded_path(input_jsonl), output_jsonl, journal), codec_id)
-    missing = [row for row in rows if row.codes is None and _source(row, codec_id).key not in known]
-    num_stale = 0 if force else _count_stale(rows, output_jsonl, codec_id, known)
-    if num_stale:
-        print(f"{num_stale} clips or their codec changed since they were encoded; they are encoded again", flush=True)
+    missing = [row for row in wanted if _source(row, codec_id).key not in known]
+    stale += 0 if force else _count_stale(wanted, output_jsonl, codec_id, known)
+    if stale and not force:
+        say(f"{stale} clips or their codec changed since they were encoded; they are encoded again")
     codec = Codec(codec_folder, device) if missing else None
     try:
         if codec:
             known |= _encode_missing(missing, journal, codec, codec_id, rejections, max_clips_per_batch)
-        good = [row for row in rows if row.codes is not None or _source(row, codec_id).key in known]
-        rejections.num_good = len(good)
+        rejections.num_good -= sum(_source(row, codec_id).key not in known for row in wanted)
         rejections.check(rejected_path(output_jsonl))
-        _write_rows(good, output_jsonl, codec_id, known, row_format)
+        rows = read_rows(input_jsonl, setting, row_format, Rejections(input_jsonl), **read)
+        encoded = {row.line: _source(row, codec_id) for row in wanted}
+        _write_rows(rows, encoded, known, output_jsonl, row_format)
     except OSError as error:
         raise UserError(
             f"cannot write {output_jsonl}: {error.strerror}; use another --output_jsonl or folder"
         ) from None
     journal.unlink(missing_ok=True)
     return output_jsonl
-
-
-def _read_rows(
-    input_jsonl: Path, row_format: RowFormat, setting: str, max_rows: int | None
-) -> tuple[list[Row], Rejections]:
-    """The usable rows and the others; stops before hours are spent on encoding when too many are bad."""
-    rejections = Rejections(input_jsonl)
-    rows = list(read_rows(input_jsonl, setting, row_format, rejections, needs_codes=False, max_rows=max_rows))
-    rejections.check_share()
-    speakers = {row.speaker: (input_jsonl, row.line) for row in reversed(rows)}
-    check_speaker_names(speakers)
-    return rows, rejections
 
 
 # --------------------------------------------------------------------------------------------- what codes belong to
@@ -280,7 +292,7 @@ def _encode_missing(
                 stream.write(json.dumps(record) + "\n")
             stream.flush()
             progress.update(len(batch))
-    print(f"encoded {len(encoded)} clips", flush=True)
+    say(f"encoded {len(encoded)} clips")
     return encoded
 
 
@@ -291,7 +303,7 @@ def _batches(
     waveforms: list[np.ndarray] = []
     for row in rows:
         try:
-            waveform = load_audio(row.audio)
+            waveform = _load_clip(row.audio)
         except AudioError as error:
             rejections.add(row.line, f"{row.audio}: {error}", json.dumps(row.raw, ensure_ascii=False))
             progress.update(1)
@@ -306,19 +318,33 @@ def _batches(
         yield batch, waveforms
 
 
-def _write_rows(rows: list[Row], output_jsonl: Path, codec_id: str, known: dict, row_format: RowFormat) -> None:
-    """Rows in their order; a path that would not be found from the output's folder becomes absolute."""
+def _load_clip(path: Path) -> np.ndarray:
+    seconds = audio_duration_seconds(path) or 0.0
+    if seconds * FRAMES_PER_SECOND > MAX_CODEC_FRAMES:
+        raise AudioError(f"{seconds:.0f} s long, more than the {MAX_CODEC_FRAMES} frames that can be generated; cut it")
+    return load_audio(path)
+
+
+def _write_rows(
+    rows: Iterable[Row], encoded: dict[int, Source], known: dict, output_jsonl: Path, row_format: RowFormat
+) -> None:
+    """Rows in their order; a path that would not be found from the output's folder becomes absolute.
+
+    Args:
+        encoded: line -> source of the rows whose codes come from ``known``; those without codes there are left out.
+    """
     output_jsonl.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output_jsonl.with_name(output_jsonl.name + ".tmp")
     try:
         with unfinished.open("w", encoding="utf-8") as stream:
             for row in rows:
-                record = dict(row.raw)
+                record, source = dict(row.raw), encoded.get(row.line)
+                if source is not None and source.key not in known:
+                    continue
                 for key, path in ((row_format.audio_key, row.audio), ("ref_audio", row.ref_audio)):
                     if path is not None and path.exists() and not _same_file(output_jsonl.parent / record[key], path):
                         record[key] = str(path.resolve())
-                if row.codes is None:
-                    source = _source(row, codec_id)
+                if source is not None:
                     record |= {"audio_codes": known[source.key].tolist(), "codes_source": vars(source)}
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         unfinished.rename(output_jsonl)

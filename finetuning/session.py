@@ -19,8 +19,15 @@ from finetuning.base_model import (
     load_tokenizer,
     resolve_base,
 )
-from finetuning.checkpoint import Exporter, check_disk_space, check_output_folder, clear_output_folder, run_entries
+from finetuning.checkpoint import (
+    Exporter,
+    check_disk_space,
+    check_output_folder,
+    clear_output_folder,
+    reclaimable_bytes,
+)
 from finetuning.codec import FRAMES_PER_SECOND
+from finetuning.console import say
 from finetuning.dataset import RowEncoder, StepDataset, StepSampler, step_loader, unknown_languages
 from finetuning.errors import UserError
 from finetuning.layer_utils import replace_and_add_layers
@@ -66,12 +73,12 @@ class Run:
 def check_inputs(settings: Settings) -> tuple[Base, str]:
     """What can be checked in seconds: hardware, base, output folder, data file. Returns the base and the device."""
     device = choose_device(settings)
-    if not settings.prepare_only:
-        check_output_folder(settings)
     check_train_jsonl(settings)
     if settings.ref_audio_path and not settings.ref_audio_path.is_file():
         raise UserError(f"REF_AUDIO_PATH: {settings.ref_audio_path} does not exist")
     base = resolve_base(settings)
+    if not settings.prepare_only:
+        check_output_folder(settings, base)
     num_layers = base.talker_config["num_hidden_layers"]
     if settings.replace_last_n_layers > num_layers:
         raise UserError(
@@ -86,7 +93,7 @@ def start(settings: Settings, device: str) -> Accelerator:
     accelerator = make_accelerator(settings, device)
     set_seed(settings.seed)
     if not settings.freeze_speaker_encoder and accelerator.is_main_process:
-        print("FREEZE_SPEAKER_ENCODER=false: the encoder is read before training and never trained by this tool")
+        say("FREEZE_SPEAKER_ENCODER=false: the encoder is read before training and never trained by this tool")
     return accelerator
 
 
@@ -127,7 +134,7 @@ def build_run(
     run = Run(settings, base, accelerator, model, speakers, objective, train, validation, exporter)
     if verbose:
         say_row_notes(rows.train, base)
-        print(describe_run(run, attention), flush=True)
+        say(describe_run(run, attention))
     return run
 
 
@@ -148,9 +155,9 @@ def say_row_notes(rows: Manifest, base: Base) -> None:
     unknown = unknown_languages(rows, base.talker_config.get("codec_language_id") or {})
     if unknown:
         known = ", ".join(sorted(base.talker_config.get("codec_language_id") or {}))
-        print(f"languages unknown to the base are trained as Auto: {', '.join(unknown)} (it knows {known})", flush=True)
+        say(f"languages unknown to the base are trained as Auto: {', '.join(unknown)} (it knows {known})")
     if base.model_size == "0b6" and any(rows.column("instruct")):
-        print("instructions are ignored: stock qwen-tts drops them for 0.6B models", flush=True)
+        say("instructions are ignored: stock qwen-tts drops them for 0.6B models")
 
 
 def describe_run(run: Run, attention: str) -> str:
@@ -178,16 +185,15 @@ def walk_once(run: Run) -> None:
     plans = run.sampler.epoch_plan(0, run.accelerator.process_index)
     for number, step in enumerate(step_loader(run.train, plans, run.settings.num_workers), 1):
         shapes = [f"{tuple(batch['text_ids'].shape)} with {len(batch['codes'])} frames" for batch in step]
-        print(f"step {number}: {'; '.join(shapes)}", flush=True)
-    print("PREPARE_ONLY: the data is ready, nothing was trained", flush=True)
+        say(f"step {number}: {'; '.join(shapes)}")
+    say("PREPARE_ONLY: the data is ready, nothing was trained")
 
 
 def claim_output_folder(run: Run) -> None:
     """Checks the disk, removes the run that OVERWRITE_OUTPUT gives up, and saves the settings."""
     if run.is_main:
         output_dir = run.settings.output_dir
-        freed = sum(file.stat().st_size for entry in run_entries(output_dir) for file in [entry, *entry.rglob("*")])
-        check_disk_space(output_dir, run.exporter.required_bytes() - freed)
+        check_disk_space(output_dir, run.exporter.required_bytes() - reclaimable_bytes(output_dir))
         clear_output_folder(run.settings)
         output_dir.mkdir(parents=True, exist_ok=True)
         run.settings.save(output_dir / "settings.json")
@@ -195,8 +201,10 @@ def claim_output_folder(run: Run) -> None:
 
 
 def discard_rows(settings: Settings) -> None:
-    """Removes what ``open_rows`` indexed, for a run that was refused after it."""
+    """Removes what ``open_rows`` left, for a run that was refused after it."""
     shutil.rmtree(settings.output_dir / "rows", ignore_errors=True)
+    for listed in settings.output_dir.glob("rejected.*.jsonl"):
+        listed.unlink()
     remove_empty_folders(settings.output_dir)
 
 
@@ -212,8 +220,8 @@ def train(run: Run) -> None:
         trainer = make_trainer(run, tracker)
         trainer.run()
         best, last = run.settings.output_dir / "best", run.settings.output_dir / "last"
-        tracker.say(f"Done: {best} (lowest {trainer.best_by}) and {last} (the end of training)")
-        tracker.say(f'Listen: python synthesize.py --checkpoint {best} --text "…"')
+        say(f"Done: {best} (lowest {trainer.best_by}) and {last} (the end of training)")
+        say(f'Listen: python synthesize.py --checkpoint {best} --text "…"')
         if run.settings.verify_roundtrip and run.is_main:
             verify_roundtrip(run, tracker)
 
@@ -229,7 +237,7 @@ def verify_roundtrip(run: Run, tracker: Tracker) -> None:
         torch.cuda.empty_cache()
     wav_folder = settings.output_dir / "roundtrip"
     result = judge(str(settings.output_dir / "last"), spec, str(wav_folder), device)
-    tracker.say(
+    say(
         f"Round trip: stock qwen-tts gave back {result['reproduced']:.1%} of the codes of {count} training clips; "
         f"{result['right_length']:.0%} stopped at the right frame. Their speech is in {wav_folder}"
     )

@@ -25,6 +25,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from finetuning.errors import UserError
 
 DEFAULT_ENV_FILE = ".env"
+#: Fields of parts that are not built yet (datasets, upload, in-context rows); setting one is said, not refused.
+NOT_READ_YET = (
+    "dataset_config", "train_split", "validation_split", "ref_text", "hub_model_id_best", "hub_model_id_last",
+)  # fmt: skip
 #: Variables of other tools that may stand in the file; they are exported before those tools are imported.
 PASS_THROUGH_PREFIXES = (
     "WANDB_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "NCCL_", "CUDA_", "TORCH_",
@@ -163,6 +167,10 @@ class Settings(BaseSettings):
     def settings_customise_sources(cls, settings_cls: type[BaseSettings], init_settings: Any, **_: Any) -> tuple:
         """Only what ``load_settings`` passes: it has resolved file, environment and aliases, with their conflicts."""
         return (init_settings,)
+
+    def without_effect(self) -> list[str]:
+        """Names that the user set and that nothing reads yet."""
+        return [field.upper() for field in NOT_READ_YET if self.is_set(field)]
 
     def is_set(self, field: str) -> bool:
         """Whether the user set this field, as opposed to its default."""
@@ -385,11 +393,8 @@ def _check_files(settings: Settings, _: int) -> str | None:
 
 
 def _check_output(settings: Settings, _: int) -> str | None:
-    base, output = Path(settings.init_model_path), settings.output_dir
-    if output.exists() and not output.is_dir():
-        return f"{output} is a file, a folder is needed"
-    if base.is_dir() and (base.resolve() == output.resolve() or output.resolve() in base.resolve().parents):
-        return "holds the base (INIT_MODEL_PATH); choose another folder, so that the base is never overwritten"
+    if settings.output_dir.exists() and not settings.output_dir.is_dir():
+        return f"{settings.output_dir} is a file, a folder is needed"
     return None
 
 
@@ -416,7 +421,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("lr_min", "lr_scheduler", "learning_rate"), _check_lr_min),
     (("lr_num_cycles", "lr_scheduler", "lr_min"), _check_cycles),
     (("train_jsonl", "validation_jsonl"), _check_files),
-    (("output_dir", "init_model_path"), _check_output),
+    (("output_dir",), _check_output),
     (("speaker_name",), _check_speaker),
     (("upload_to_hub",), _check_unbuilt_upload),
     (("data_mode",), _check_unbuilt_direct),

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from finetuning.audio import SAMPLE_RATE_HZ, AudioError, load_audio
 from finetuning.codec import FRAMES_PER_SECOND
+from finetuning.console import say
 from finetuning.errors import UserError
 from finetuning.manifest import Manifest
 from finetuning.quality import cleanliness_db
@@ -147,13 +148,12 @@ def choose_reference(manifest: Manifest, speaker: str) -> str:
     for shortest, longest in (BEST_REFERENCE_SECONDS, REFERENCE_SECONDS):
         fitting = [clip for clip in clips if shortest <= clip[1] <= longest]
         if chosen := _cleanest(fitting):
-            print(f'reference of speaker "{speaker}": {chosen} (chosen among {len(fitting)} clips)', flush=True)
+            say(f'reference of speaker "{speaker}": {chosen} (chosen among {len(fitting)} clips)')
             return chosen
     chosen = max(clips, key=lambda clip: clip[1])[0]
-    print(
+    say(
         f'reference of speaker "{speaker}": {chosen}, the longest clip, because none is between '
         f"{REFERENCE_SECONDS[0]:g} and {REFERENCE_SECONDS[1]:g} s; a clean 5-10 s REF_AUDIO_PATH would be better",
-        flush=True,
     )
     return chosen
 

@@ -79,7 +79,7 @@ class TinyShape:
 SHAPES = {
     "tiny-random": TinyShape(),
     "tiny-random-0.6b": TinyShape(talker_width=80, text_width=96, sub_talker_width=64, model_size="0b6"),
-    "tiny-random-large-vocabulary": TinyShape(min_vocabulary=100_352),
+    "tiny-random-large-vocabulary": TinyShape(text_width=16, min_vocabulary=100_352),
 }
 #: Until a trained embedded model ships, `tiny` is the first of the random ones.
 ALIASES = {"tiny": "tiny-random"}
@@ -396,6 +396,8 @@ def _fit_codebooks(codec) -> None:
     import torch
 
     encoder, decoder = codec.encoder, codec.decoder
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums of several threads differ in their last bits
     with torch.no_grad():
         hidden = encoder.encoder(_speech_like_noise(num_clips=12, seconds=4)[:, None])
         hidden = encoder.encoder_transformer(hidden.transpose(1, 2), return_dict=True)[0].transpose(1, 2)
@@ -407,13 +409,15 @@ def _fit_codebooks(codec) -> None:
         for encoder_branch, decoder_branch in branches:
             residual = encoder_branch.input_proj(hidden).transpose(1, 2).flatten(0, 1)  # (frames, code_width)
             for encoder_level, decoder_level in zip(encoder_branch.layers, decoder_branch.layers, strict=True):
-                codebook = residual.mean(0) + residual.std(0) * torch.randn(CODEBOOK_SIZE, residual.shape[1])
+                mean, std = residual.mean(0).round(decimals=3), residual.std(0).round(decimals=3)
+                codebook = mean + std * torch.randn(CODEBOOK_SIZE, residual.shape[1])
                 encoder_level.codebook.embed_sum.copy_(codebook)
                 encoder_level.codebook.cluster_usage.fill_(1.0)
                 encoder_level.codebook._embed = None  # a cached quotient of the two
                 decoder_level._codebook.embedding_sum.copy_(codebook)
                 decoder_level._codebook.cluster_usage.fill_(1.0)
                 residual = residual - codebook[torch.cdist(residual, codebook).argmin(1)]
+    torch.set_num_threads(num_threads)
 
 
 def _speech_like_noise(num_clips: int, seconds: int):

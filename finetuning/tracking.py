@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from datetime import datetime, timezone
@@ -11,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from finetuning.console import say
 from finetuning.settings import Settings
 
 
@@ -23,11 +25,6 @@ class Tracker:
         self._bar = tqdm(total=total_steps, unit="step", disable=not self.uses_bar)
         self._wandb = start_wandb(settings) if is_main and settings.use_wandb else None
 
-    def say(self, message: str) -> None:
-        """Prints a line without tearing the progress bar."""
-        if self.is_main:
-            tqdm.write(message) if self.uses_bar else print(message, flush=True)
-
     def advance(self) -> None:
         """One optimizer step is done."""
         self._bar.update(1)
@@ -37,8 +34,8 @@ class Tracker:
         self._append("training_log.jsonl", record)
         figures = {"loss": f"{record['loss']:.4f}", "lr": f"{record['learning_rate']:.2g}"}
         self._bar.set_postfix(figures | {"frames/s": f"{record['frames_per_second']:.0f}"})
-        if not self.uses_bar:
-            self.say(
+        if self.is_main and not self.uses_bar:
+            say(
                 f"Epoch {record['epoch']} | Step {record['step']} | Loss: {record['loss']:.4f} | "
                 f"LR: {record['learning_rate']:.1e} | {record['frames_per_second']:.0f} frames/s | "
                 f"{format_seconds(record['seconds_left'])} left"
@@ -51,10 +48,11 @@ class Tracker:
         self._append(
             "validation_log.jsonl", {"step": step, "epoch": epoch, "loss": metrics["loss"], "metrics": figures}
         )
-        self.say(
-            f"Epoch {epoch} | Step {step} | Validation loss: {metrics['loss']:.4f} | "
-            f"accuracy: {metrics['accuracy']:.1%} (codebook 0), {metrics['sub_talker_accuracy']:.1%} (1-15)"
-        )
+        if self.is_main:
+            say(
+                f"Epoch {epoch} | Step {step} | Validation loss: {metrics['loss']:.4f} | "
+                f"accuracy: {metrics['accuracy']:.1%} (codebook 0), {metrics['sub_talker_accuracy']:.1%} (1-15)"
+            )
         self._log_wandb("validation", {"step": step, **metrics})
 
     def log_result(self, name: str, record: dict[str, Any]) -> None:
@@ -73,6 +71,7 @@ class Tracker:
     def _append(self, file: str, record: dict[str, Any]) -> None:
         if not self.is_main:
             return
+        record = {key: _json_value(value) for key, value in record.items()}  # NaN and inf are no JSON
         record = {**record, "timestamp": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
         with (self.output_dir / file).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
@@ -88,12 +87,12 @@ def start_wandb(settings: Settings) -> Any:
     try:
         import wandb
     except ImportError:
-        print("W&B is not installed; logging to files only (USE_WANDB=false silences this)", flush=True)
+        say("W&B is not installed; logging to files only (USE_WANDB=false silences this)")
         return None
     mode = os.environ.get("WANDB_MODE")
-    if mode is None and not wandb.api.api_key and not sys.stdin.isatty():
+    if mode is None and not _has_wandb_key() and not sys.stdin.isatty():
         mode = "offline"
-        print("W&B: no key and no terminal, so this run is logged offline (upload it with `wandb sync`)", flush=True)
+        say("W&B: no key and no terminal, so this run is logged offline (upload it with `wandb sync`)")
     try:
         return wandb.init(
             project=settings.wandb_project,
@@ -104,8 +103,20 @@ def start_wandb(settings: Settings) -> Any:
             mode=mode,
         )
     except Exception as error:  # a tracking service must never cost a run
-        print(f"W&B could not start ({type(error).__name__}); logging to files only", flush=True)
+        say(f"W&B could not start ({type(error).__name__}); logging to files only")
         return None
+
+
+def _has_wandb_key() -> bool:
+    """Whether `wandb login` or WANDB_API_KEY has left a key."""
+    from requests.utils import get_netrc_auth
+
+    host = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(host))
+
+
+def _json_value(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def format_seconds(seconds: float) -> str:

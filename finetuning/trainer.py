@@ -12,12 +12,15 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from finetuning.codec import NUM_CODEBOOKS
+from finetuning.console import say
 from finetuning.dataset import Batch, StepDataset, StepSampler, count_tokens, step_loader, to_device
 from finetuning.errors import Stopped, UserError
 from finetuning.layer_utils import optimizer_groups
@@ -32,7 +35,14 @@ if TYPE_CHECKING:  # rooms behind this one; the loop only calls what it is hande
 
 def make_accelerator(settings: Settings, device: str) -> Accelerator:
     """One process's Accelerator; see the module's docstring for what it must not do."""
-    return Accelerator(mixed_precision=settings.mixed_precision, cpu=device == "cpu", gradient_accumulation_steps=1)
+    # The main process may encode for hours before the others have anything to do.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
+    return Accelerator(
+        mixed_precision=settings.mixed_precision,
+        cpu=device == "cpu",
+        gradient_accumulation_steps=1,
+        kwargs_handlers=[patience],
+    )
 
 
 def make_sampler(settings: Settings, dataset: StepDataset, num_processes: int) -> StepSampler:
@@ -58,7 +68,7 @@ def make_scheduler(settings: Settings, optimizer: torch.optim.Optimizer, num_ste
 
     warmup = min(settings.warmup_steps, num_steps // 10)
     if warmup < settings.warmup_steps:
-        print(f"warm-up cut from {settings.warmup_steps} to {warmup} steps, a tenth of the run", flush=True)
+        say(f"warm-up cut from {settings.warmup_steps} to {warmup} steps, a tenth of the run")
     name, extra = settings.lr_scheduler, {}
     if settings.lr_num_cycles:
         name, extra = "cosine_with_restarts", {"num_cycles": settings.lr_num_cycles}
@@ -141,29 +151,50 @@ class Trainer:
     def _optimizer_step(self, batches: list[Batch], epoch: _Window) -> None:
         """Forward and backward of all micro-batches, then one clipped optimizer step."""
         num_talker, num_sub_talker = self._count_over_processes(batches)
-        totals = torch.zeros(2, device=self.accelerator.device)
+        weight = self.settings.sub_talker_loss_weight
+        parts = []  # (2,) talker and sub-talker loss of each micro-batch
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.objective):
                 batch = to_device(batch, self.accelerator.device)
                 sums = self.objective(batch)
-                weight = self.settings.sub_talker_loss_weight
                 loss = step_loss(sums, num_talker, num_sub_talker, weight) * batch["weight"]
                 # DDP averages gradients over processes; the loss is already a share of the whole step's mean.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-                totals += torch.stack([sums["talker_loss"], sums["sub_talker_loss"]]).detach() * batch["weight"]
-        totals = self.accelerator.reduce(totals, reduction="sum")
+                parts.append(torch.stack([sums["talker_loss"], sums["sub_talker_loss"]]).detach() * batch["weight"])
+        totals = self._sum_over_processes(torch.stack(parts).sum(0))
         if not torch.isfinite(totals).all():
-            self._stop_at_bad_loss(batches)
+            self._stop_at_bad_loss(batches, parts)
         gradient_norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.max_grad_norm)
+        if self.accelerator.scaler is None and not math.isfinite(gradient_norm):
+            self._stop_at_bad_gradient(batches)
         self._learning_rate = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
-        if not self.optimizer.step_was_skipped:  # an fp16 scaler that is still finding its scale
+        if self._step_optimizer():
             self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
         for window in (self._window, epoch):
             window.add(totals, num_talker, num_sub_talker, gradient_norm)
+
+    def _step_optimizer(self) -> bool:
+        """Whether the step was taken: an fp16 scaler that is still finding its scale skips some, then lowers it.
+
+        (``step_was_skipped`` of Accelerate's optimizer does not notice it with the fused AdamW.)
+        """
+        scaler = self.accelerator.scaler
+        before = scaler.get_scale() if scaler else 0.0
+        self.optimizer.step()
+        return scaler is None or scaler.get_scale() >= before
+
+    def _sum_over_processes(self, losses: torch.Tensor) -> torch.Tensor:
+        """(2,) losses summed; a signal that any process has noted becomes every process's."""
+        if self.accelerator.num_processes == 1:
+            return losses
+        noted = torch.tensor([float(self._stop_signal is not None)], device=losses.device)
+        summed = self.accelerator.reduce(torch.cat([losses, noted]), reduction="sum")
+        if summed[2] > 0 and self._stop_signal is None:
+            self._stop_signal = signal.SIGTERM
+        return summed[:2]
 
     def _count_over_processes(self, batches: list[Batch]) -> tuple[int, int]:
         counts = count_tokens(batches)
@@ -172,13 +203,28 @@ class Trainer:
         counts = torch.tensor(counts, device=self.accelerator.device)
         return tuple(self.accelerator.reduce(counts, reduction="sum").tolist())
 
-    def _stop_at_bad_loss(self, batches: list[Batch]) -> None:
-        lines = sorted({line for batch in batches for line in batch["lines"].tolist()})
+    def _stop_at_bad_loss(self, batches: list[Batch], parts: list[torch.Tensor]) -> None:
+        bad = [batch for batch, part in zip(batches, parts, strict=True) if not torch.isfinite(part).all()]
         raise UserError(
-            f"the loss of step {self.step + 1} is not a finite number; nothing was learnt from it. Rows of the step: "
-            f"lines {', '.join(map(str, lines))} of the training rows. Lower LEARNING_RATE, or set "
-            "MIXED_PRECISION=bf16 or no; if it happens at the first step, check these rows and the base's weights"
+            f"the loss of step {self.step + 1} is not a finite number; nothing was learnt from it. Its rows: "
+            f"{self._describe_rows(bad)}. Lower LEARNING_RATE, or set MIXED_PRECISION=bf16 or no; if it happens at the "
+            "first step, check these rows and the base's weights"
         )
+
+    def _stop_at_bad_gradient(self, batches: list[Batch]) -> None:
+        raise UserError(
+            f"the gradient of step {self.step + 1} is not finite though its loss is; nothing was learnt from it. Its "
+            f"rows: {self._describe_rows(batches)}. Lower LEARNING_RATE, or set MIXED_PRECISION=no"
+        )
+
+    def _describe_rows(self, batches: list[Batch]) -> str:
+        """Line numbers and the beginnings of the texts, since a line of an encoded file says little by itself."""
+        lines = sorted({line for batch in batches if batch["weight"] > 0 for line in batch["lines"].tolist()})
+        if not lines:
+            return "those of another process"
+        manifest = self.train_dataset.manifest
+        text_of = dict(zip(manifest.column("line").tolist(), manifest.column("text"), strict=True))
+        return ", ".join(f'line {line} "{text_of[line][:40]}"' for line in lines)
 
     # ---------------------------------------------------------------------------------------- between the steps
 
@@ -243,10 +289,15 @@ class Trainer:
     def _signals_noted(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM lets the step finish and saves; the second acts at once."""
 
+        noted_at = 0.0
+
         def note(number: int, _: Any) -> None:
-            self._stop_signal = number
-            self.tracker.say(f"signal {number}: finishing the step and saving last/; once more stops at once")
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            nonlocal noted_at
+            if self._stop_signal is None:
+                self._stop_signal, noted_at = number, time.monotonic()
+                say(f"signal {number}: finishing the step and saving last/; once more stops at once")
+            elif time.monotonic() - noted_at > 1.0:  # launchers pass the terminal's Ctrl-C on a second time
+                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -1,4 +1,4 @@
-# Sourced by uv_train.sh and uv_test.sh: finds or installs uv, and installs the project into .venv.
+# Sourced by the shell scripts: finds or installs uv, installs the project into .venv, takes a settings file.
 # Needs Python 3.10-3.12 with pip; nothing else.
 
 fail() {
@@ -32,4 +32,21 @@ install_project() {
   find_uv
   echo "installing packages into .venv …"
   "${UV[@]}" sync --quiet --inexact "$@" || fail "the packages could not be installed; the lines above say why (network? disk space?)"
+}
+
+# take_env_file CALLED_FROM [arguments]: exports ENV_FILE when the first argument is a settings file, looked up where the
+# user stands, then in the project. Sets TAKEN to the number of arguments that it used.
+take_env_file() {
+  local called_from=$1 file=${2:-}
+  TAKEN=0
+  [[ -n $file && $file != -* ]] || return 0
+  if [[ -f "$called_from/$file" ]]; then
+    ENV_FILE=$called_from/$file
+  elif [[ -f $file ]]; then
+    ENV_FILE=$file
+  else
+    fail "settings file $file does not exist (looked in $called_from and $PWD)"
+  fi
+  export ENV_FILE
+  TAKEN=1
 }

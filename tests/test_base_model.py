@@ -14,6 +14,7 @@ from conftest import SHAPES
 
 from finetuning.base_model import choose_attention, choose_device, load_model, load_tokenizer, resolve_base
 from finetuning.errors import UserError
+from finetuning.tiny_model import SHAPES as WIDTHS
 from finetuning.tiny_model import embedded_model_folder
 
 
@@ -74,6 +75,49 @@ def test_incomplete_folder_is_refused(edited_base: Callable, make_settings: Call
         resolve_base(make_settings(init_model_path=str(folder)))
 
 
+def lfs_pointer(folder: Path) -> None:
+    """What `git clone` leaves without Git LFS."""
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+
+
+def missing_shard(folder: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def codec_pointer(folder: Path) -> None:
+    (folder / "speech_tokenizer" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def config_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+def no_talker(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["talker_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lfs_pointer, r"weights in .* cannot be read .*Git LFS pointer"),
+        (missing_shard, r"not whole: no model-00002-of-00002\.safetensors"),
+        (codec_pointer, r"speech_tokenizer/model\.safetensors cannot be read"),
+        (config_list, r"config\.json is not a JSON object"),
+        (no_talker, r"config\.json lacks 'talker_config'"),
+    ],
+)
+def test_damaged_bases_are_one_message(
+    damage: Callable, message: str, edited_base: Callable, make_settings: Callable
+) -> None:
+    folder = edited_base()
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        resolve_base(make_settings(init_model_path=str(folder)))
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "nowhere"])
 def test_missing_folder(name: str, make_settings: Callable) -> None:
     with pytest.raises(UserError, match=r"INIT_MODEL_PATH: .* is not a folder"):
@@ -114,7 +158,7 @@ def test_a_gpu_without_bf16(make_settings: Callable, monkeypatch: pytest.MonkeyP
 
 
 def test_embedded_models_are_small_and_deterministic(tmp_path: Path) -> None:
-    for name in SHAPES:
+    for name in WIDTHS:
         built, again = embedded_model_folder(name), embedded_model_folder(name, cache_folder=tmp_path)
         files = [path.relative_to(built) for path in built.rglob("*") if path.is_file()]
         assert sum((built / file).stat().st_size for file in files) < 40e6

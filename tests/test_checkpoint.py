@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from training import FULL, build, make_trainer
 
 from finetuning import checkpoint
-from finetuning.checkpoint import check_output_folder, run_entries
+from finetuning.base_model import resolve_base
+from finetuning.checkpoint import check_output_folder, reclaimable_bytes, run_entries
 from finetuning.errors import UserError
 from finetuning.tiny_model import embedded_model_folder
 
@@ -195,7 +196,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(settings_for: Callable, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"last/ could not be saved .*No space.* before it are whole"):
         run.exporter.save(["last", "best"], {"step": 2})
     assert {path: path.read_bytes() for path in run.settings.output_dir.rglob("*") if path.is_file()} == before
 
@@ -236,11 +237,39 @@ def test_another_run_is_refused_and_replaced_on_request(settings_for: Callable) 
     (output / "training_log.jsonl").write_text("{}\n")
     (output / "my_notes.txt").write_text("keep me")
     with pytest.raises(UserError, match=r"already holds a run \(checkpoint-9, training_log\.jsonl\).*OVERWRITE_OUTPUT"):
-        check_output_folder(settings)
+        check_output_folder(settings, resolve_base(settings))
     assert (output / "training_log.jsonl").exists()
     build(settings_for(overwrite_output=True))
     assert [entry.name for entry in run_entries(output)] == ["settings.json"]
     assert (output / "my_notes.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("spelling", ["{parent}/base", "{parent}", "{parent}/base/../other/..", "~/base", "~"])
+def test_an_output_that_holds_the_base_is_refused(
+    settings_for: Callable, spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it is spelt: OVERWRITE_OUTPUT would delete what the run starts from."""
+    home = tmp_path / "home"
+    (home / "other").mkdir(parents=True)
+    shutil.copytree(embedded_model_folder("tiny-random"), home / "base")
+    monkeypatch.setenv("HOME", str(home))
+    output = spelling.format(parent=home)
+    settings = settings_for(init_model_path="~/base", output_dir=output, overwrite_output=True)
+    with pytest.raises(UserError, match=r"OUTPUT_DIR: .* holds what INIT_MODEL_PATH names"):
+        build(settings)
+    assert (home / "base" / "model.safetensors").is_file()
+
+
+def test_reclaimable_counts_each_file_once_and_only_if_all_links_go(settings_for: Callable, tmp_path: Path) -> None:
+    run = build(settings_for())
+    run.exporter.save(["last", "best", "checkpoint-7"], {"step": 7})
+    output = run.settings.output_dir
+    weights = (output / "last" / "model.safetensors").stat().st_size
+    codec = (output / "last" / "speech_tokenizer" / "model.safetensors").stat().st_size  # linked to the base's
+    free_before = reclaimable_bytes(output)
+    assert weights < free_before < weights + codec
+    os.link(output / "last" / "model.safetensors", tmp_path / "kept.safetensors")
+    assert reclaimable_bytes(output) == free_before - weights
 
 
 def test_leftovers_of_a_cut_off_save_are_removed(settings_for: Callable) -> None:

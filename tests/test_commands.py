@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from conftest import PROJECT, VOICE
+from conftest import PROJECT, SHAPES, VOICE
 from training import FULL
 
 import train
@@ -44,7 +44,9 @@ def python(script: str, *arguments: str, **options: Any) -> SimpleNamespace:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """``./uv_train.sh .env.demo`` called from another folder, into an output of the test's own."""
     folder = tmp_path_factory.mktemp("demo")
-    done = run(["bash", str(PROJECT / "uv_train.sh"), ".env.demo"], cwd=folder, timeout=900, OUTPUT_DIR=f"{folder}/out")
+    no_hub = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
+    command = ["bash", str(PROJECT / "uv_train.sh"), ".env.demo"]
+    done = run(command, cwd=folder, timeout=900, OUTPUT_DIR=f"{folder}/out", **no_hub)
     done.output = folder / "out"
     return done
 
@@ -96,6 +98,7 @@ def test_synthesize_speaks(demo: Any, tmp_path: Path) -> None:
         (["--text", "Hi.", "--speaker", "nobody"], 'no speaker "nobody"; it has: english_voice'),
         (["--text", "Hi.", "--language", "Klingon"], "has no Klingon; it has Auto, chinese"),
         (["--text", "  "], "no text to speak"),
+        (["--text", "Hi.", "--output", "speech.txt"], "speech.txt must end with .wav, .flac"),
         (["--text_file", "no-such-file.txt"], "no-such-file.txt cannot be read"),
         (["--text", "Hi.", "--ref_audio", "x.wav"], "--ref_audio is for base models"),
         (["--text", "Hi.", "--checkpoint", "nowhere"], "--checkpoint: nowhere is not a folder"),
@@ -108,7 +111,8 @@ def test_synthesize_refuses(
     import synthesize
 
     checkpoint = ["--checkpoint", str(demo.output / "last")]
-    monkeypatch.setattr(sys, "argv", ["synthesize.py", *checkpoint, *arguments, "--output", str(tmp_path / "x.wav")])
+    output = ["--output", str(tmp_path / "x.wav")]
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", *checkpoint, *output, *arguments])
     with pytest.raises(UserError, match=re.escape(message)):
         synthesize.main()
     assert not (tmp_path / "x.wav").exists()
@@ -131,7 +135,7 @@ def test_preflight_of_the_demo(tmp_path: Path) -> None:
     done = python("test_setup.py", ENV_FILE=".env.demo", OUTPUT_DIR=str(tmp_path / "out"))
     assert done.code == 0, done.out + done.err
     numbers = re.findall(r"^ ?(\d+)\. ✓", done.out, re.MULTILINE)
-    assert numbers == [str(number) for number in range(1, 12)]
+    assert numbers == [str(number) for number in range(1, 13)]
     assert not (tmp_path / "out").exists()
 
 
@@ -142,8 +146,42 @@ def test_preflight_reports_every_failure(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.code == 2
     assert re.search(r"✗ model: INIT_MODEL_PATH: nowhere is not a folder", done.out)
+    assert re.search(r"✗ references: REF_AUDIO_PATH: gone\.wav does not exist", done.out)
     assert "skipped, an earlier check failed" in done.out
+    assert "2 check(s) failed" in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("recipe", [(0, 0, False), (2, 3, True), (1, 0, False)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_preflight_counts_the_weights_that_will_train(shape: str, recipe: tuple, make_settings: Any) -> None:
+    """The estimate from file headers against the model as training builds it."""
+    from finetuning.base_model import load_model, resolve_base
+    from finetuning.layer_utils import replace_and_add_layers
+    from test_setup import parameter_counts
+
+    replace, add, freeze = recipe
+    settings = make_settings(
+        init_model_path=shape, replace_last_n_layers=replace, add_new_layers=add, freeze_original_layers=freeze
+    )
+    base = resolve_base(settings)
+    model = replace_and_add_layers(load_model(base, "sdpa"), replace, add, freeze, verbose=False)
+    sizes = [(p.numel(), p.requires_grad) for p in model.talker.parameters()]
+    want = tuple(sum(size for size, trains in sizes if trains is kind) for kind in (True, False))
+    assert parameter_counts(base, settings) == want
+
+
+def test_preflight_finds_too_little_memory(make_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetuning import base_model
+    from test_setup import Preflight
+
+    preflight = Preflight()
+    preflight.settings, preflight.device = make_settings(), "cpu"
+    preflight.base = base_model.resolve_base(preflight.settings)
+    assert "are free" in preflight.memory()
+    monkeypatch.setattr(base_model, "free_memory_bytes", lambda device: 10**6)
+    with pytest.raises(UserError, match=r"only 0\.00 GB are free"):
+        preflight.memory()
 
 
 def test_encode_then_info_then_train_in_none_mode(tmp_path: Path, write_jsonl: Callable, make_settings: Any) -> None:

@@ -816,3 +816,38 @@ def test_info_of_nothing_but_bad_rows(tmp_path: Path) -> None:
     write_rows(tmp_path / "bad.jsonl", ["{}", "[]"])
     text = format_info(dataset_info(tmp_path / "bad.jsonl", RowFormat()))
     assert "0 rows" in text and "2 bad rows" in text and "length" not in text
+
+
+# ------------------------------------------------------------------------------- codes that came with the input file
+
+
+def test_force_encodes_what_already_has_codes(fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path) -> None:
+    raw = make_raw(3)
+    write_rows(raw, [row | {"audio_codes": [[7] * 16] * 4} for row in read_rows(raw)])
+    assert all(row["audio_codes"] == [[7] * 16] * 4 for row in read_rows(encode(raw, codec_folder)))
+    forced = read_rows(encode(raw, codec_folder, force=True))
+    assert not any(row["audio_codes"] == [[7] * 16] * 4 for row in forced)
+
+
+def test_stale_codes_of_an_encoded_input_are_noticed(fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path) -> None:
+    """An encoded file named as input: its rows say what their codes were made of."""
+    encoded = encode(make_raw(3), codec_folder)
+    rows = read_rows(encoded)
+    rows[1]["codes_source"]["num_bytes"] += 1
+    rows[1]["audio_codes"] = [[7] * 16] * 4
+    again = encoded.with_name("again.jsonl")
+    write_rows(again, rows)
+    result = read_rows(encode(again, codec_folder, output=again.with_name("result.jsonl")))
+    assert result[0] == rows[0]
+    assert result[1]["audio_codes"] != [[7] * 16] * 4
+
+
+def test_a_clip_too_long_to_generate_is_not_encoded(
+    fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetuning.prepare.audio_duration_seconds", lambda path: 3600.0 if "01" in path.name else 1.0)
+    raw = make_raw(12)
+    encode(raw, codec_folder)
+    assert fake.take_num_clips() == 11
+    (listed,) = read_rows(raw.with_name("train.encoded.rejected.jsonl"))
+    assert "3600 s long" in listed["reason"]

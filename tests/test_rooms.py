@@ -12,8 +12,8 @@ from conftest import PROJECT
 
 #: A room imports only from rooms before it.
 ORDER = (
-    "errors", "settings", "stock", "tiny_model", "audio", "codec", "quality", "manifest", "prepare", "prompt",
-    "dataset", "speakers", "base_model", "layer_utils", "objective", "trainer", "checkpoint", "validation",
+    "errors", "console", "settings", "stock", "tiny_model", "audio", "codec", "quality", "manifest", "prepare",
+    "prompt", "dataset", "speakers", "base_model", "layer_utils", "objective", "trainer", "checkpoint", "validation",
     "roundtrip", "tracking", "session",
 )  # fmt: skip
 ROOMS = sorted(file for file in (PROJECT / "finetuning").glob("*.py") if file.stem != "__init__")

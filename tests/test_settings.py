@@ -508,17 +508,10 @@ def test_output_that_is_a_file(problems: Problems, tmp_path: Path) -> None:
     assert message.startswith("OUTPUT_DIR (environment): ") and "is a file" in message
 
 
-@pytest.mark.parametrize("output", ["models/base", "models", "models/other/../base"])
-def test_output_that_would_overwrite_the_base(problems: Problems, tmp_path: Path, output: str) -> None:
-    (tmp_path / "models" / "base").mkdir(parents=True)
-    (tmp_path / "models" / "other").mkdir()
-    (message,) = problems(OUTPUT_DIR=str(tmp_path / output), MODEL_PATH=str(tmp_path / "models" / "base"))
-    assert message.startswith("OUTPUT_DIR (environment): ") and "INIT_MODEL_PATH" in message
-
-
-def test_output_beside_the_base_is_fine(load: Load, tmp_path: Path) -> None:
-    (tmp_path / "models" / "base").mkdir(parents=True)
-    load(OUTPUT_DIR=str(tmp_path / "models" / "output"), MODEL_PATH=str(tmp_path / "models" / "base"))
+def test_settings_of_parts_to_come_are_named(load: Load) -> None:
+    settings = load(HUB_MODEL_ID_BEST="me/best", TRAIN_SPLIT="train", BATCH_SIZE="2")
+    assert settings.without_effect() == ["TRAIN_SPLIT", "HUB_MODEL_ID_BEST"]
+    assert load().without_effect() == []
 
 
 def test_cross_check_is_skipped_where_its_field_is_bad_itself(problems: Problems) -> None:

@@ -22,7 +22,7 @@ SECRET = "hf_trackingSecret"
 class FakeWandb(types.ModuleType):
     def __init__(self, key: str | None, fails: bool = False) -> None:
         super().__init__("wandb")
-        self.api = types.SimpleNamespace(api_key=key)
+        self.key = key
         self.calls: list[dict] = []
         self.fails = fails
 
@@ -38,6 +38,8 @@ def start(monkeypatch: pytest.MonkeyPatch, make_settings: Callable) -> Callable[
     def run(fake: FakeWandb, terminal: bool = False) -> tuple[Any, FakeWandb]:
         monkeypatch.setitem(sys.modules, "wandb", fake)
         monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setenv("WANDB_API_KEY", fake.key or "")
+        monkeypatch.setenv("NETRC", "/nonexistent")  # where `wandb login` would have left a key
         monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: terminal))
         return start_wandb(make_settings(wandb_project="voices", wandb_run_name="first", hf_token=SECRET)), fake
 
@@ -104,7 +106,6 @@ def test_bar_on_a_terminal(
 
 def test_other_processes_log_nothing(make_settings: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     with Tracker(make_settings(use_wandb=True), total_steps=2, is_main=False) as tracker:
-        tracker.say("hello")
         tracker.log_validation(1, 0, {"loss": 1.0, "accuracy": 0.5, "sub_talker_accuracy": 0.5})
     assert capsys.readouterr().out == ""
     assert not make_settings().output_dir.exists()
