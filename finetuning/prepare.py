@@ -139,7 +139,15 @@ def needs_encoding(jsonl: Path, setting: str, codec_folder: Path, row_format: Ro
             if _must_encode(row, codec_id):
                 return True
     # A raw row that cannot be used is for the encoder to report: it knows more than "no codes".
-    return any('"audio_codes"' not in line and line.startswith("{") for _, _, line in rejections.rows)
+    return any(_is_raw(line) for _, _, line in rejections.rows)
+
+
+def _is_raw(line: str) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and row.get("audio_codes") is None
 
 
 def _must_encode(row: Row, codec_id: str, force: bool = False) -> bool:

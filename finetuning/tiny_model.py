@@ -79,7 +79,7 @@ class TinyShape:
 SHAPES = {
     "tiny-random": TinyShape(),
     "tiny-random-0.6b": TinyShape(talker_width=80, text_width=96, sub_talker_width=64, model_size="0b6"),
-    "tiny-random-large-vocabulary": TinyShape(text_width=16, min_vocabulary=100_352),
+    "tiny-random-large-vocabulary": TinyShape(text_width=8, min_vocabulary=100_352),
 }
 #: Until a trained embedded model ships, `tiny` is the first of the random ones.
 ALIASES = {"tiny": "tiny-random"}
@@ -304,7 +304,7 @@ def _write_talker_weights(folder: Path, config: dict, dtype) -> None:
 
 
 def _codec_config() -> dict:
-    width, code_width = 48, 16
+    width, code_width = 48, 32
     return {
         "architectures": ["Qwen3TTSTokenizerV2Model"],
         "model_type": "qwen3_tts_tokenizer_12hz",
