@@ -1,6 +1,5 @@
 """Fine-tuning for Qwen3-TTS-12Hz: from audio files to a checkpoint that the stock ``qwen-tts`` package speaks with.
 
-The rooms, in the order in which data flows through them (a room imports only from rooms before it)::
-
-    settings → audio → codec → manifest → prompt → dataset → speakers → base_model → objective → trainer → checkpoint
+Data flows one way: settings → audio → codec → manifest → prompt → dataset → objective → trainer → checkpoint. A room
+imports only from rooms before it; README.md lists them all, and tests/test_rooms.py holds them to it.
 """
