@@ -134,10 +134,17 @@ def needs_encoding(jsonl: Path, setting: str, codec_folder: Path, row_format: Ro
     for row in read_rows(jsonl, setting, row_format, rejections, needs_codes=False):
         if row.codes is None:
             return True
-        if "codes_source" in row.raw:
-            codec_id = codec_id or codec_fingerprint(codec_folder)
-            if _must_encode(row, codec_id):
-                return True
+        recorded = row.raw.get("codes_source")
+        if not isinstance(recorded, dict):
+            continue
+        codec_id = codec_id or codec_fingerprint(codec_folder)
+        if _must_encode(row, codec_id):
+            return True
+        if recorded.get("codec") != codec_id:
+            raise UserError(
+                f"{setting}: {jsonl} line {row.line}: its codes were made by another codec and its audio is gone; "
+                "name that codec in TOKENIZER_PATH, or bring the audio back"
+            )
     # A raw row that cannot be used is for the encoder to report: it knows more than "no codes".
     return any(_is_raw(line) for _, _, line in rejections.rows)
 
@@ -156,8 +163,13 @@ def _must_encode(row: Row, codec_id: str, force: bool = False) -> bool:
         return True
     if row.audio is None or not row.audio.is_file():
         return False
-    recorded = row.raw.get("codes_source")
-    return force or (isinstance(recorded, dict) and recorded != vars(_source(row, codec_id)))
+    return force or _is_stale(row, codec_id)
+
+
+def _is_stale(row: Row, codec_id: str) -> bool:
+    recorded, now = row.raw.get("codes_source"), vars(_source(row, codec_id))
+    # The path may differ: a folder that was moved with its times is the same.
+    return isinstance(recorded, dict) and any(recorded.get(key) != now[key] for key in now if key != "audio")
 
 
 def encode_jsonl(

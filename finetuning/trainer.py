@@ -113,7 +113,7 @@ class Trainer:
         self.step = self.epoch = 0
         self.best_loss = math.inf
         self._learning_rate = 0.0  # of the last step
-        self._evaluated_at = self._stop_signal = None
+        self._evaluated_at = self._stop_signal = self._agreed_stop = None
         self._last_train_loss: float | None = None
         self._window = _Window()
 
@@ -187,14 +187,15 @@ class Trainer:
         return scaler is None or scaler.get_scale() >= before
 
     def _sum_over_processes(self, losses: torch.Tensor) -> torch.Tensor:
-        """(2,) losses summed; a signal that any process has noted becomes every process's."""
-        if self.accelerator.num_processes == 1:
-            return losses
-        noted = torch.tensor([float(self._stop_signal is not None)], device=losses.device)
-        summed = self.accelerator.reduce(torch.cat([losses, noted]), reduction="sum")
-        if summed[2] > 0 and self._stop_signal is None:
-            self._stop_signal = signal.SIGTERM
-        return summed[:2]
+        """(2,) losses summed. Here the processes agree to stop, too: a signal may reach them at different steps."""
+        noted = self._stop_signal
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor([float(noted is not None)], device=losses.device)
+            summed = self.accelerator.reduce(torch.cat([losses, flag]), reduction="sum")
+            losses, any_noted = summed[:2], bool(summed[2] > 0)
+            noted = (noted or signal.SIGTERM) if any_noted else None
+        self._agreed_stop = noted
+        return losses
 
     def _count_over_processes(self, batches: list[Batch]) -> tuple[int, int]:
         counts = count_tokens(batches)
@@ -236,9 +237,9 @@ class Trainer:
         names = [f"checkpoint-{self.step}"] if self.step % settings.save_steps == 0 else []
         if self.step % settings.eval_steps == 0 and self._evaluate():
             names.append("best")
-        if self._stop_signal is not None:
+        if self._agreed_stop is not None:
             self._save([*names, "last"])
-            raise Stopped(self._stop_signal)
+            raise Stopped(self._agreed_stop)
         self._save(names)
 
     def _after_epoch(self, mean_loss: float) -> None:

@@ -851,3 +851,31 @@ def test_a_clip_too_long_to_generate_is_not_encoded(
     assert fake.take_num_clips() == 11
     (listed,) = read_rows(raw.with_name("train.encoded.rejected.jsonl"))
     assert "3600 s long" in listed["reason"]
+
+
+def test_codes_of_another_codec_without_audio_are_refused(
+    fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base
+) -> None:
+    raw = make_raw(3)
+    open_rows(run_settings(make_settings, raw), base)
+    rows = read_rows(encoded_path(raw))
+    for row in rows:
+        row["codes_source"]["codec"] = "another"
+    moved = raw.with_name("moved.jsonl")
+    write_rows(moved, [row | {"audio": "gone.wav"} for row in rows])
+    with pytest.raises(UserError, match=r"moved\.jsonl line 1: its codes were made by another codec"):
+        open_rows(run_settings(make_settings, moved, output_dir=raw.parent / "out"), base)
+
+
+def test_an_encoded_file_that_was_moved_with_its_clips_is_taken_as_it_is(
+    fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base
+) -> None:
+    raw = make_raw(3)
+    open_rows(run_settings(make_settings, raw), base)
+    built = fake.num_built
+    new = raw.parent.with_name("moved")
+    raw.parent.rename(new)
+    rows = read_rows(new / encoded_path(raw).name)
+    write_rows(new / "rows.jsonl", [row | {"audio": row["audio"].replace("/data/", "/moved/")} for row in rows])
+    open_rows(run_settings(make_settings, new / "rows.jsonl", output_dir=new / "out"), base)
+    assert fake.num_built == built
