@@ -25,6 +25,9 @@ def main() -> None:
 
 def train(settings: Settings) -> None:
     """The run from settings to checkpoints; heavy imports come after the settings were checked."""
+    from finetuning.prepare import check_files
+
+    check_files(settings)
     from finetuning import session
 
     base, device = session.check_inputs(settings)

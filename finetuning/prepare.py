@@ -71,9 +71,7 @@ def open_training_rows(
     """
     has_validation_file = settings.validation_jsonl.is_file() or settings.is_set("validation_jsonl")
     if build:
-        check_train_jsonl(settings)
-        if has_validation_file and not settings.validation_jsonl.is_file():
-            raise UserError(f"VALIDATION_JSONL: {settings.validation_jsonl} does not exist")
+        check_files(settings)
         for setting in ["TRAIN_JSONL"] + ["VALIDATION_JSONL"] * has_validation_file:
             _index_rows(settings, codec_folder, row_format, device, setting)
     train = Manifest(_arrow_file(settings, "TRAIN_JSONL"))
@@ -99,6 +97,15 @@ def check_train_jsonl(settings: Settings) -> None:
         f"TRAIN_JSONL: {settings.train_jsonl} does not exist; "
         'write one JSON object a line, such as {"audio": "clips/1.wav", "text": "What is said."}'
     )
+
+
+def check_files(settings: Settings) -> None:
+    """Raises UserError for a named file that is missing; cheap enough to come before any heavy import."""
+    check_train_jsonl(settings)
+    for field in ("validation_jsonl", "ref_audio_path"):
+        path = getattr(settings, field)
+        if path is not None and settings.is_set(field) and not path.is_file():
+            raise UserError(f"{field.upper()}: {path} does not exist")
 
 
 def _index_rows(settings: Settings, codec_folder: Path, row_format: RowFormat, device: str, setting: str) -> None:

@@ -33,7 +33,7 @@ from finetuning.errors import UserError
 from finetuning.layer_utils import replace_and_add_layers
 from finetuning.manifest import Manifest, RowFormat, remove_empty_folders
 from finetuning.objective import TrainingObjective
-from finetuning.prepare import TrainingRows, check_train_jsonl, open_training_rows
+from finetuning.prepare import TrainingRows, open_training_rows
 from finetuning.prompt import LayoutIds, resolve_language
 from finetuning.roundtrip import judge
 from finetuning.settings import Settings
@@ -71,11 +71,8 @@ class Run:
 
 
 def check_inputs(settings: Settings) -> tuple[Base, str]:
-    """What can be checked in seconds: hardware, base, output folder, data file. Returns the base and the device."""
+    """What can be checked in seconds: hardware, base, output folder. Returns the base and the device."""
     device = choose_device(settings)
-    check_train_jsonl(settings)
-    if settings.ref_audio_path and not settings.ref_audio_path.is_file():
-        raise UserError(f"REF_AUDIO_PATH: {settings.ref_audio_path} does not exist")
     base = resolve_base(settings)
     if not settings.prepare_only:
         check_output_folder(settings, base)

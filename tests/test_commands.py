@@ -360,6 +360,13 @@ def test_least_rows_unknown_language_and_instructions(
     assert "1 validation rows" in shown
 
 
+def test_files_are_checked_before_heavy_imports() -> None:
+    code = (
+        "import finetuning.prepare, sys; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    assert run([sys.executable, "-c", code]).out.strip() == "[]"
+
+
 def test_exit_code_and_single_message(tmp_path: Path) -> None:
     done = python("train.py", TRAIN_JSONL=str(tmp_path / "none.jsonl"), DEVICE="cpu", USE_WANDB="false")
     assert done.code == 2
