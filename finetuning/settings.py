@@ -93,7 +93,7 @@ class Settings(BaseSettings):
     overwrite_output: bool = _model(False, "replace the run that OUTPUT_DIR already holds")
 
     data_mode: Literal["jsonl", "direct", "none"] = _data(
-        "jsonl", "jsonl (encodes rows without codes), direct (stream a dataset), none (never encodes or downloads)"
+        "jsonl", "jsonl (encodes rows without codes), none (never encodes or downloads); direct is not built yet"
     )
     train_jsonl: UserPath = _data(Path("./data/train.jsonl"), "training rows")
     validation_jsonl: UserPath = _data(Path("./data/validation.jsonl"), "validation rows; may be missing")
@@ -106,15 +106,15 @@ class Settings(BaseSettings):
     audio_column: ColumnName = _data("audio", "row key or column of the audio file")
     speaker_column: ColumnName | None = _data(None, "row key or column of the speaker; default the key speaker")
     language_column: ColumnName | None = _data(None, "row key or column of the language; default the key language")
-    dataset_name: str = _data("vaghawan/hausa-tts-22k", "Hugging Face speech dataset, Hub id or local folder")
-    dataset_config: str | None = _data(None, "configuration name of the dataset")
-    train_split: str = _data("train", "split to train on", min_length=1)
-    validation_split: str = _data("validation", "split to validate on", min_length=1)
+    dataset_name: str = _data("vaghawan/hausa-tts-22k", "Hugging Face speech dataset; preparing it is not built yet")
+    dataset_config: str | None = _data(None, "configuration name of the dataset (not read yet)")
+    train_split: str = _data("train", "split to train on (not read yet)", min_length=1)
+    validation_split: str = _data("validation", "split to validate on (not read yet)", min_length=1)
     prepare_only: bool = _data(False, "prepare the data, walk the loader once, print shapes and stop")
 
     speaker_name: str = _voice("reference_speaker", "speaker of rows that name none; the name to speak with later")
     ref_audio_path: UserPath | None = _voice(None, "reference clip for rows that name none; default one is chosen")
-    ref_text: str | None = _voice(None, "transcript of REF_AUDIO_PATH")
+    ref_text: str | None = _voice(None, "transcript of REF_AUDIO_PATH (not read yet)")
     freeze_speaker_encoder: bool = _voice(
         True, "the encoder is only read before training; false is accepted and says so"
     )
@@ -159,8 +159,8 @@ class Settings(BaseSettings):
     wandb_run_name: str | None = _sharing(None, "W&B run name")
     wandb_entity: str | None = _sharing(None, "W&B user or team")
     upload_to_hub: bool = _sharing(False, "upload best/ and last/ (not built yet: true is refused)", "UPLOAD_TO_HF")
-    hub_model_id_best: str | None = _sharing(None, "repository for best/", "HF_BEST_MODEL_REPO")
-    hub_model_id_last: str | None = _sharing(None, "repository for last/", "HF_LAST_MODEL_REPO")
+    hub_model_id_best: str | None = _sharing(None, "repository for best/ (not read yet)", "HF_BEST_MODEL_REPO")
+    hub_model_id_last: str | None = _sharing(None, "repository for last/ (not read yet)", "HF_LAST_MODEL_REPO")
     hf_token: SecretStr | None = _sharing(None, "Hugging Face token; never printed, logged or saved")
 
     @classmethod
