@@ -27,7 +27,12 @@ from finetuning.tiny_model import embedded_model_folder
 #: the tokenizer's regex for local folders of 4.57.3 or without a version (``_patch_mistral_regex``).
 UNPATCHED_TRANSFORMERS_VERSION = "4.57.2"
 
-TOKENIZER_FILES = ("tokenizer_config.json", "vocab.json", "merges.txt", "preprocessor_config.json")
+TOKENIZER_FILES = ("tokenizer_config.json", "vocab.json", "merges.txt")
+#: Files of the text processor that stock reads where they are there.
+OPTIONAL_TOKENIZER_FILES = (
+    "preprocessor_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,11 @@ def check_weights(base: Base) -> None:
 # --------------------------------------------------------------------------------------------------------- loading
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a base's text tokenizer and processor."""
+    return [folder / name for name in (*TOKENIZER_FILES, *OPTIONAL_TOKENIZER_FILES) if (folder / name).is_file()]
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The text tokenizer exactly as stock qwen-tts will load it from our export.
 
@@ -215,8 +225,8 @@ def load_tokenizer(folder: Path) -> Any:
     AutoConfig.register("qwen3_tts", Qwen3TTSConfig, exist_ok=True)
     AutoProcessor.register(Qwen3TTSConfig, Qwen3TTSProcessor, exist_ok=True)
     with tempfile.TemporaryDirectory() as export_like:
-        for name in TOKENIZER_FILES:
-            shutil.copy(folder / name, export_like)
+        for file in tokenizer_files(folder):
+            shutil.copy(file, export_like)
         config = {"model_type": "qwen3_tts", "transformers_version": UNPATCHED_TRANSFORMERS_VERSION}
         (Path(export_like) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         processor = AutoProcessor.from_pretrained(export_like, fix_mistral_regex=True)

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from finetuning.base_model import TOKENIZER_FILES, UNPATCHED_TRANSFORMERS_VERSION, Base
+from finetuning.base_model import UNPATCHED_TRANSFORMERS_VERSION, Base, tokenizer_files
 from finetuning.console import say
 from finetuning.errors import UserError
 from finetuning.settings import Settings
@@ -186,8 +186,7 @@ Use a voice only with the consent of the person it belongs to.
 
 def unchanged_files(base: Base) -> list[Path]:
     """Files of the base that an export carries as they are (the codec's folder besides)."""
-    names = ("generation_config.json", *TOKENIZER_FILES)
-    return [base.folder / name for name in names if (base.folder / name).is_file()]
+    return [base.folder / "generation_config.json", *tokenizer_files(base.folder)]
 
 
 # ------------------------------------------------------------------------------------------------------ the folder

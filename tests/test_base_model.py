@@ -75,6 +75,16 @@ def test_incomplete_folder_is_refused(edited_base: Callable, make_settings: Call
         resolve_base(make_settings(init_model_path=str(folder)))
 
 
+def test_a_base_without_optional_files_is_whole(edited_base: Callable, make_settings: Callable) -> None:
+    """Stock needs no preprocessor_config.json; the tokenizer is the same without it."""
+    folder = edited_base()
+    (folder / "preprocessor_config.json").unlink()
+    base = resolve_base(make_settings(init_model_path=str(folder)))
+    text = "My iPhone, please."
+    with_file = load_tokenizer(embedded_model_folder("tiny-random"))
+    assert load_tokenizer(base.folder)(text)["input_ids"] == with_file(text)["input_ids"]
+
+
 def lfs_pointer(folder: Path) -> None:
     """What `git clone` leaves without Git LFS."""
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
