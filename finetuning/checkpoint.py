@@ -47,7 +47,6 @@ class Exporter:
         self.base, self.model, self.speakers = base, model, speakers
         self._dtypes = base.weight_dtypes()
         self._save_total_limit = settings.save_total_limit
-        self._settings = settings.public()
         self._said_files = False
 
     def save(self, names: Sequence[str], state: Mapping[str, Any]) -> None:

@@ -34,8 +34,7 @@ def replace_and_add_layers(
         UserError: more layers to replace than there are.
     """
     layers = model.talker.model.layers
-    if not 0 <= replace_last_n <= len(layers):
-        raise UserError(f"REPLACE_LAST_N_LAYERS: {replace_last_n} is more than the base's {len(layers)} talker layers")
+    check_layer_count(replace_last_n, len(layers))
     for index in range(len(layers) - replace_last_n, len(layers)):
         layers[index] = _new_layer(model, index, like=layers[index], layer_init=layer_init, replaces=True)
     for _ in range(add_new_layers):
@@ -46,6 +45,12 @@ def replace_and_add_layers(
     if verbose:
         print_model_summary(model)
     return model
+
+
+def check_layer_count(replace_last_n: int, num_layers: int) -> None:
+    """Raises UserError when there are fewer layers than are to be replaced."""
+    if not 0 <= replace_last_n <= num_layers:
+        raise UserError(f"REPLACE_LAST_N_LAYERS: {replace_last_n} is more than the base's {num_layers} talker layers")
 
 
 def _new_layer(model: Any, index: int, like: nn.Module, layer_init: str, replaces: bool) -> nn.Module:

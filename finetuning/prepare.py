@@ -204,11 +204,11 @@ def encode_jsonl(
     rejections = Rejections(input_jsonl)
     read = {"needs_codes": False, "max_rows": max_rows}
     # Only rows to encode are kept; the others are read a second time when the result is written.
-    wanted, stale, speakers = [], 0, {}
+    wanted, had_codes, speakers = [], set(), {}
     for row in read_rows(input_jsonl, setting, row_format, rejections, **read):
         speakers.setdefault(row.speaker, (input_jsonl, row.line))
         if _must_encode(row, codec_id, force):
-            stale += row.codes is not None
+            had_codes |= {row.line} if row.codes is not None else set()
             wanted.append(replace(row, codes=None, raw={**row.raw, "audio_codes": None}))
     rejections.check_share()  # before hours are spent on encoding the rest
     check_speaker_names(speakers)
@@ -216,9 +216,10 @@ def encode_jsonl(
         journal.unlink(missing_ok=True)
     known = {} if force else _known_codes((encoded_path(input_jsonl), output_jsonl, journal), codec_id)
     missing = [row for row in wanted if _source(row, codec_id).key not in known]
-    stale += 0 if force else _count_stale(wanted, output_jsonl, codec_id, known)
-    if stale and not force:
-        say(f"{stale} clips or their codec changed since they were encoded; they are encoded again")
+    before = {record["codes_source"]["audio"] for record in _records((output_jsonl,))}
+    num_stale = sum(row.line in had_codes or str(row.audio.resolve()) in before for row in missing)
+    if num_stale and not force:
+        say(f"{num_stale} clips or their codec changed since they were encoded; they are encoded again")
     codec = Codec(codec_folder, device) if missing else None
     try:
         if codec:
@@ -290,12 +291,6 @@ def _records(files: tuple[Path, ...]) -> Iterator[dict]:
                 except (ValueError, TypeError, KeyError):
                     continue
                 yield record
-
-
-def _count_stale(rows: list[Row], output_jsonl: Path, codec_id: str, known: dict) -> int:
-    before = {record["codes_source"]["audio"] for record in _records((output_jsonl,))}
-    sources = [_source(row, codec_id) for row in rows if row.codes is None]
-    return sum(source.audio in before and source.key not in known for source in sources)
 
 
 # --------------------------------------------------------------------------------------------------------- encoding

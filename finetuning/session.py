@@ -29,8 +29,7 @@ from finetuning.checkpoint import (
 from finetuning.codec import FRAMES_PER_SECOND
 from finetuning.console import say
 from finetuning.dataset import RowEncoder, StepDataset, StepSampler, step_loader, unknown_languages
-from finetuning.errors import UserError
-from finetuning.layer_utils import replace_and_add_layers
+from finetuning.layer_utils import check_layer_count, replace_and_add_layers
 from finetuning.manifest import Manifest, RowFormat, remove_empty_folders
 from finetuning.objective import TrainingObjective
 from finetuning.prepare import TrainingRows, open_training_rows
@@ -76,12 +75,7 @@ def check_inputs(settings: Settings) -> tuple[Base, str]:
     base = resolve_base(settings)
     if not settings.prepare_only:
         check_output_folder(settings, base)
-    num_layers = base.talker_config["num_hidden_layers"]
-    if settings.replace_last_n_layers > num_layers:
-        raise UserError(
-            f"REPLACE_LAST_N_LAYERS: {settings.replace_last_n_layers} is more than the base's "
-            f"{num_layers} talker layers"
-        )
+    check_layer_count(settings.replace_last_n_layers, base.talker_config["num_hidden_layers"])
     return base, device
 
 

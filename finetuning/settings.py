@@ -52,20 +52,9 @@ OptionalCount = Annotated[Count | None, BeforeValidator(_all_is_none)]
 ColumnName = Annotated[str, Field(min_length=1)]
 
 
-def _setting(default: Any, help: str, *aliases: str, group: str, **constraints: Any) -> Any:
-    extra = {"aliases": list(aliases), "group": group}
-    return Field(default, description=help, json_schema_extra=extra, **constraints)
-
-
-def _group(name: str) -> Callable[..., Any]:
-    def setting(default: Any, help: str, *aliases: str, **constraints: Any) -> Any:
-        return _setting(default, help, *aliases, group=name, **constraints)
-
-    return setting
-
-
-_hardware, _model, _data, _voice = map(_group, ("Hardware", "Model", "Data", "Voice"))
-_training, _layers, _running, _sharing = map(_group, ("Training", "Layers", "Running", "Tracking and sharing"))
+def _setting(default: Any, help: str, *aliases: str, **constraints: Any) -> Any:
+    """A field with its one-line meaning and its other names."""
+    return Field(default, description=help, json_schema_extra={"aliases": list(aliases)}, **constraints)
 
 
 class Settings(BaseSettings):
@@ -73,95 +62,95 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
-    device: Literal["auto", "cuda", "cpu", "mps"] = _hardware("auto", "where to train: auto, cuda, cpu, mps")
-    mixed_precision: Literal["bf16", "fp16", "no"] = _hardware(
+    device: Literal["auto", "cuda", "cpu", "mps"] = _setting("auto", "where to train: auto, cuda, cpu, mps")
+    mixed_precision: Literal["bf16", "fp16", "no"] = _setting(
         "bf16", "precision of the computation: bf16, fp16, no; master weights are fp32 in each case"
     )
-    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = _hardware(
+    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = _setting(
         "auto", "attention: auto (FlashAttention 2 where it works, else sdpa), flash_attention_2, sdpa, eager"
     )
-    num_workers: int = _hardware(0, "data loading workers per process", ge=0, le=64)
+    num_workers: int = _setting(0, "data loading workers per process", ge=0, le=64)
 
-    init_model_path: str = _model(
+    init_model_path: str = _setting(
         "Qwen/Qwen3-TTS-12Hz-1.7B-Base",
         "base: Hub id, folder, or tiny / tiny-random / tiny-random-0.6b for an embedded model",
         "MODEL_PATH",
         min_length=1,
     )
-    tokenizer_path: str | None = _model(None, "12 Hz speech tokenizer, Hub id or folder; default the base's own")
-    output_dir: UserPath = _model(Path("./output"), "where checkpoints and logs go", "OUTPUT_MODEL_PATH")
-    overwrite_output: bool = _model(False, "replace the run that OUTPUT_DIR already holds")
+    tokenizer_path: str | None = _setting(None, "12 Hz speech tokenizer, Hub id or folder; default the base's own")
+    output_dir: UserPath = _setting(Path("./output"), "where checkpoints and logs go", "OUTPUT_MODEL_PATH")
+    overwrite_output: bool = _setting(False, "replace the run that OUTPUT_DIR already holds")
 
-    data_mode: Literal["jsonl", "direct", "none"] = _data(
+    data_mode: Literal["jsonl", "direct", "none"] = _setting(
         "jsonl", "jsonl (encodes rows without codes), none (never encodes or downloads); direct is not built yet"
     )
-    train_jsonl: UserPath = _data(Path("./data/train.jsonl"), "training rows")
-    validation_jsonl: UserPath = _data(Path("./data/validation.jsonl"), "validation rows; may be missing")
-    validation_fraction: float = _data(
+    train_jsonl: UserPath = _setting(Path("./data/train.jsonl"), "training rows")
+    validation_jsonl: UserPath = _setting(Path("./data/validation.jsonl"), "validation rows; may be missing")
+    validation_fraction: float = _setting(
         0.05, "share held out for validation where there is no validation file; 0 = none", ge=0, le=0.5
     )
-    max_train_samples: OptionalCount = _data(None, "use only the first so many training rows; default all")
-    max_eval_samples: OptionalCount = _data(None, "use only the first so many validation rows; default all")
-    text_column: ColumnName = _data("text", "row key or column of the transcript")
-    audio_column: ColumnName = _data("audio", "row key or column of the audio file")
-    speaker_column: ColumnName | None = _data(None, "row key or column of the speaker; default the key speaker")
-    language_column: ColumnName | None = _data(None, "row key or column of the language; default the key language")
-    dataset_name: str = _data("vaghawan/hausa-tts-22k", "Hugging Face speech dataset; preparing it is not built yet")
-    dataset_config: str | None = _data(None, "configuration name of the dataset (not read yet)")
-    train_split: str = _data("train", "split to train on (not read yet)", min_length=1)
-    validation_split: str = _data("validation", "split to validate on (not read yet)", min_length=1)
-    prepare_only: bool = _data(False, "prepare the data, walk the loader once, print shapes and stop")
+    max_train_samples: OptionalCount = _setting(None, "use only the first so many training rows; default all")
+    max_eval_samples: OptionalCount = _setting(None, "use only the first so many validation rows; default all")
+    text_column: ColumnName = _setting("text", "row key or column of the transcript")
+    audio_column: ColumnName = _setting("audio", "row key or column of the audio file")
+    speaker_column: ColumnName | None = _setting(None, "row key or column of the speaker; default the key speaker")
+    language_column: ColumnName | None = _setting(None, "row key or column of the language; default the key language")
+    dataset_name: str = _setting("vaghawan/hausa-tts-22k", "Hugging Face speech dataset; preparing it is not built yet")
+    dataset_config: str | None = _setting(None, "configuration name of the dataset (not read yet)")
+    train_split: str = _setting("train", "split to train on (not read yet)", min_length=1)
+    validation_split: str = _setting("validation", "split to validate on (not read yet)", min_length=1)
+    prepare_only: bool = _setting(False, "prepare the data, walk the loader once, print shapes and stop")
 
-    speaker_name: str = _voice("reference_speaker", "speaker of rows that name none; the name to speak with later")
-    ref_audio_path: UserPath | None = _voice(None, "reference clip for rows that name none; default one is chosen")
-    ref_text: str | None = _voice(None, "transcript of REF_AUDIO_PATH (not read yet)")
-    freeze_speaker_encoder: bool = _voice(
+    speaker_name: str = _setting("reference_speaker", "speaker of rows that name none; the name to speak with later")
+    ref_audio_path: UserPath | None = _setting(None, "reference clip for rows that name none; default one is chosen")
+    ref_text: str | None = _setting(None, "transcript of REF_AUDIO_PATH (not read yet)")
+    freeze_speaker_encoder: bool = _setting(
         True, "the encoder is only read before training; false is accepted and says so"
     )
 
-    num_epochs: int = _training(3, "passes over the training rows", ge=1, le=100_000)
-    max_steps: OptionalCount = _training(None, "stop after so many optimizer steps; default NUM_EPOCHS decides")
-    batch_size: int = _training(2, "utterances per process and micro-batch", ge=1, le=4096)
-    gradient_accumulation_steps: int = _training(4, "micro-batches per optimizer step", ge=1, le=65536)
-    effective_batch_size: OptionalCount = _training(
+    num_epochs: int = _setting(3, "passes over the training rows", ge=1, le=100_000)
+    max_steps: OptionalCount = _setting(None, "stop after so many optimizer steps; default NUM_EPOCHS decides")
+    batch_size: int = _setting(2, "utterances per process and micro-batch", ge=1, le=4096)
+    gradient_accumulation_steps: int = _setting(4, "micro-batches per optimizer step", ge=1, le=65536)
+    effective_batch_size: OptionalCount = _setting(
         None, "a check: must equal BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS x processes"
     )
-    learning_rate: float = _training(2e-5, "peak learning rate", "LR", gt=0, le=1)
-    lr_scheduler: str = _training("cosine", "a name of transformers' get_scheduler")
-    lr_min: float = _training(0.0, "final learning rate of the cosine schedule", ge=0, le=1)
-    lr_num_cycles: OptionalCount = _training(None, "warm restarts of the cosine schedule; default none")
-    warmup_steps: int = _training(100, "optimizer steps of linear warm-up; at most a tenth of the run", ge=0)
-    weight_decay: float = _training(0.01, "AdamW weight decay; none on embeddings, norms and biases", ge=0, le=1)
-    max_grad_norm: float = _training(1.0, "gradient norm is clipped to this", gt=0)
-    sub_talker_loss_weight: float = _training(0.3, "weight of codebooks 1-15 beside codebook 0", ge=0, le=100)
-    seed: int = _training(42, "seed of new weights, held-out rows and row order", ge=0, le=2**32 - 1)
+    learning_rate: float = _setting(2e-5, "peak learning rate", "LR", gt=0, le=1)
+    lr_scheduler: str = _setting("cosine", "a name of transformers' get_scheduler")
+    lr_min: float = _setting(0.0, "final learning rate of the cosine schedule", ge=0, le=1)
+    lr_num_cycles: OptionalCount = _setting(None, "warm restarts of the cosine schedule; default none")
+    warmup_steps: int = _setting(100, "optimizer steps of linear warm-up; at most a tenth of the run", ge=0)
+    weight_decay: float = _setting(0.01, "AdamW weight decay; none on embeddings, norms and biases", ge=0, le=1)
+    max_grad_norm: float = _setting(1.0, "gradient norm is clipped to this", gt=0)
+    sub_talker_loss_weight: float = _setting(0.3, "weight of codebooks 1-15 beside codebook 0", ge=0, le=100)
+    seed: int = _setting(42, "seed of new weights, held-out rows and row order", ge=0, le=2**32 - 1)
 
-    replace_last_n_layers: int = _layers(2, "how many of the talker's last layers are made anew", ge=0)
-    add_new_layers: int = _layers(4, "how many layers are added on top", ge=0, le=128)
-    freeze_original_layers: bool = _layers(
+    replace_last_n_layers: int = _setting(2, "how many of the talker's last layers are made anew", ge=0)
+    add_new_layers: int = _setting(4, "how many layers are added on top", ge=0, le=128)
+    freeze_original_layers: bool = _setting(
         True, "train only new layers, final norm, codec head and sub-talker; 0, 0 and false = full fine-tuning"
     )
-    layer_init: Literal["preserve", "xavier"] = _layers(
+    layer_init: Literal["preserve", "xavier"] = _setting(
         "preserve", "preserve (the model starts as the base) or xavier (new layers start from random weights)"
     )
 
-    logging_steps: Count = _running(10, "log every so many optimizer steps")
-    save_steps: Count = _running(500, "checkpoint-N/ every so many optimizer steps")
-    eval_steps: Count = _running(500, "validate every so many optimizer steps, besides every epoch's end")
-    save_total_limit: Count = _running(3, "how many checkpoint-N/ to keep")
-    save_epochs: bool = _running(False, "keep epoch-N/ as well, outside the rotation")
-    verify_roundtrip: int = _running(
+    logging_steps: Count = _setting(10, "log every so many optimizer steps")
+    save_steps: Count = _setting(500, "checkpoint-N/ every so many optimizer steps")
+    eval_steps: Count = _setting(500, "validate every so many optimizer steps, besides every epoch's end")
+    save_total_limit: Count = _setting(3, "how many checkpoint-N/ to keep")
+    save_epochs: bool = _setting(False, "keep epoch-N/ as well, outside the rotation")
+    verify_roundtrip: int = _setting(
         0, "after training, generate this many training clips with stock qwen-tts and count codes; 0 = off", ge=0
     )
 
-    use_wandb: bool = _sharing(True, "log to Weights & Biases; without a key and a terminal it logs offline")
-    wandb_project: str = _sharing("qwen3-tts-hausa", "W&B project", min_length=1)
-    wandb_run_name: str | None = _sharing(None, "W&B run name")
-    wandb_entity: str | None = _sharing(None, "W&B user or team")
-    upload_to_hub: bool = _sharing(False, "upload best/ and last/ (not built yet: true is refused)", "UPLOAD_TO_HF")
-    hub_model_id_best: str | None = _sharing(None, "repository for best/ (not read yet)", "HF_BEST_MODEL_REPO")
-    hub_model_id_last: str | None = _sharing(None, "repository for last/ (not read yet)", "HF_LAST_MODEL_REPO")
-    hf_token: SecretStr | None = _sharing(None, "Hugging Face token; never printed, logged or saved")
+    use_wandb: bool = _setting(True, "log to Weights & Biases; without a key and a terminal it logs offline")
+    wandb_project: str = _setting("qwen3-tts-hausa", "W&B project", min_length=1)
+    wandb_run_name: str | None = _setting(None, "W&B run name")
+    wandb_entity: str | None = _setting(None, "W&B user or team")
+    upload_to_hub: bool = _setting(False, "upload best/ and last/ (not built yet: true is refused)", "UPLOAD_TO_HF")
+    hub_model_id_best: str | None = _setting(None, "repository for best/ (not read yet)", "HF_BEST_MODEL_REPO")
+    hub_model_id_last: str | None = _setting(None, "repository for last/ (not read yet)", "HF_LAST_MODEL_REPO")
+    hf_token: SecretStr | None = _setting(None, "Hugging Face token; never printed, logged or saved")
 
     @classmethod
     def settings_customise_sources(cls, settings_cls: type[BaseSettings], init_settings: Any, **_: Any) -> tuple:
