@@ -118,7 +118,7 @@ class Preflight:
 
     def data(self) -> str:
         from finetuning.manifest import Rejections, RowFormat, read_rows
-        from finetuning.prepare import check_train_jsonl
+        from finetuning.training_rows import check_train_jsonl
 
         settings = self.settings
         check_train_jsonl(settings)

@@ -25,7 +25,7 @@ def main() -> None:
 
 def train(settings: Settings) -> None:
     """The run from settings to checkpoints; heavy imports come after the settings were checked."""
-    from finetuning.prepare import check_files
+    from finetuning.training_rows import check_files
 
     check_files(settings)
     from finetuning import session

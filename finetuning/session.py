@@ -32,13 +32,13 @@ from finetuning.dataset import RowEncoder, StepDataset, StepSampler, step_loader
 from finetuning.layer_utils import check_layer_count, replace_and_add_layers
 from finetuning.manifest import Manifest, RowFormat, remove_empty_folders
 from finetuning.objective import TrainingObjective
-from finetuning.prepare import TrainingRows, open_training_rows
 from finetuning.prompt import LayoutIds, resolve_language
 from finetuning.roundtrip import judge
 from finetuning.settings import Settings
 from finetuning.speakers import Speakers, prepare_speakers
 from finetuning.tracking import Tracker
 from finetuning.trainer import Trainer, make_accelerator, make_sampler, total_steps
+from finetuning.training_rows import TrainingRows, open_training_rows
 from finetuning.validation import Validator
 
 

@@ -22,15 +22,8 @@ from finetuning.base_model import Base, resolve_base
 from finetuning.codec import Codec
 from finetuning.errors import UserError
 from finetuning.manifest import RowFormat
-from finetuning.prepare import (
-    check_train_jsonl,
-    codec_fingerprint,
-    dataset_info,
-    encode_jsonl,
-    encoded_path,
-    format_info,
-    open_training_rows,
-)
+from finetuning.prepare import codec_fingerprint, dataset_info, encode_jsonl, encoded_path, format_info
+from finetuning.training_rows import check_train_jsonl, open_training_rows
 
 VOICE = Path(__file__).parent.parent / "voices" / "english_voice"
 MakeSettings = Callable[..., Any]
