@@ -145,21 +145,25 @@ def parse_row(line: str, number: int, folder: Path, row_format: RowFormat, needs
     ref_audio = _path(raw, "ref_audio", folder)
     if ref_audio is not None and not ref_audio.is_file():
         raise RowError(f"ref_audio file not found: {ref_audio}")
+    return Row(line=number, audio=audio, ref_audio=ref_audio, codes=codes, raw=raw, **check_fields(raw, row_format))
+
+
+def check_fields(raw: dict[str, Any], row_format: RowFormat) -> dict[str, Any]:
+    """``text``, ``language``, ``speaker``, ``instruct`` and ``ref_text`` of a row, checked and normalised.
+
+    Raises:
+        RowError
+    """
     speaker = _string(raw, row_format.speaker_key) or row_format.default_speaker
     if problem := speaker_name_problem(speaker):
         raise RowError(problem)
-    return Row(
-        line=number,
-        text=_text(raw, row_format.text_key, row_format.special_tokens, required=True),
-        language=_string(raw, row_format.language_key) or "Auto",
-        speaker=speaker,
-        instruct=_text(raw, "instruct", row_format.special_tokens) or None,
-        audio=audio,
-        ref_audio=ref_audio,
-        ref_text=_text(raw, "ref_text", row_format.special_tokens) or None,
-        codes=codes,
-        raw=raw,
-    )
+    return {
+        "text": _text(raw, row_format.text_key, row_format.special_tokens, required=True),
+        "language": _string(raw, row_format.language_key) or "Auto",
+        "speaker": speaker,
+        "instruct": _text(raw, "instruct", row_format.special_tokens) or None,
+        "ref_text": _text(raw, "ref_text", row_format.special_tokens) or None,
+    }
 
 
 def _check_surrogates(raw: dict[str, Any]) -> None:
