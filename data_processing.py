@@ -1,38 +1,93 @@
-"""Audio files to training rows.
+"""Audio files or a dataset to training rows, and what is wrong with them.
 
-    python data_processing.py --mode encode                   # TRAIN_JSONL of .env; the result stands beside it
-    python data_processing.py --mode encode --input_jsonl raw.jsonl --output_jsonl train.jsonl
+    python data_processing.py --mode prepare                  # DATASET_NAME of .env -> data/<split>.jsonl with codes
+    python data_processing.py --mode prepare --split train --max_samples 2000
+    accelerate launch --num_processes=4 data_processing.py --mode prepare       # shared by four GPUs
+    python data_processing.py --mode encode --input_jsonl raw.jsonl --output_jsonl train.jsonl    # files -> codes
+    python data_processing.py --mode check --input_jsonl train.jsonl            # table, report.html, report.json
+    python data_processing.py --mode check --input_jsonl raw.jsonl --trim_silence --output_jsonl new.jsonl
+    python data_processing.py --mode direct --max_samples 20                    # try the stream of DATA_MODE=direct
     python data_processing.py --mode info --input_jsonl train.jsonl
-    ENV_FILE=.env.demo python data_processing.py --mode encode    # a tiny one, on CPU
+    ENV_FILE=.env.demo python data_processing.py --mode check                   # a tiny one, on CPU
 
-Settings (base, codec, column names, device) come from `.env` as for train.py. An interrupted `encode` goes on where it
-stopped; `--force` encodes everything again.
+Settings (dataset, base, codec, column names, device) come from `.env` as for train.py. Interrupted work goes on where
+it stopped; `--force` makes everything again. As a library: `from data_processing import JSONLDataPreparer`, and the
+other names of INTERFACE.
 """
 
 import argparse
+import importlib
+import time
 from pathlib import Path
+from typing import Any
 
-from finetuning.errors import run_main
+from finetuning.errors import UserError, run_main
 from finetuning.settings import Settings, load_settings
+
+#: The Python interface -> the room it lives in; imported when asked for, so that a mistake in .env is reported at once.
+INTERFACE = {
+    "JSONLDataPreparer": "preparer",
+    "get_device_for_current_process": "processes",
+    "get_num_workers_for_dataloader": "processes",
+    "prepare_dataset": "library",
+    "HFDirectDataLoader": "library",
+    "get_dataloader": "library",
+    "load_jsonl_dataset": "library",
+    "create_dataloader": "library",
+    "get_dataset_info": "library",
+}
+#: Rows that `--mode direct` shows.
+NUM_SHOWN = 5
+
+
+def __getattr__(name: str) -> Any:
+    if name in INTERFACE:
+        return getattr(importlib.import_module(f"finetuning.{INTERFACE[name]}"), name)
+    raise AttributeError(f"data_processing has no {name}")
 
 
 def main() -> None:
     arguments = parse_arguments()
     settings = load_settings({"device": arguments.device} if arguments.device else None)
-    input_jsonl = arguments.input_jsonl or settings.train_jsonl
-    if arguments.mode == "info":
-        info(settings, input_jsonl)
+    modes = {"prepare": prepare, "encode": encode, "direct": direct, "info": info, "check": check}
+    modes[arguments.mode](settings, arguments)
+
+
+def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
+    """The dataset's splits -> JSONL files with codes."""
+    from finetuning.preparer import JSONLDataPreparer, device_of_this_process
+    from finetuning.processes import launched_processes
+
+    if arguments.output_jsonl and not arguments.split:
+        raise UserError("--output_jsonl names one file; say which split goes there with --split")
+    device = device_of_this_process(settings)
+    preparer = JSONLDataPreparer(
+        output_dir="data",
+        device=device,
+        settings=settings,
+        processes=launched_processes(device),
+        max_clips_per_batch=arguments.batch_size,
+        force=arguments.force,
+    )
+    if arguments.split:
+        outputs = [preparer.prepare_split(arguments.split, arguments.max_samples, arguments.output_jsonl)]
     else:
-        encode(settings, input_jsonl, arguments)
+        outputs = preparer.prepare_all_splits(arguments.max_samples).values()
+    for output in outputs if preparer.is_main else ():
+        show_info(settings, output)
 
 
-def encode(settings: Settings, input_jsonl: Path, arguments: argparse.Namespace) -> None:
+def encode(settings: Settings, arguments: argparse.Namespace) -> None:
     """Raw JSONL -> JSONL with codes."""
-    from finetuning.base_model import choose_device, resolve_base
+    from finetuning.base_model import resolve_base
+    from finetuning.encode_rows import encode_jsonl, encoded_path
     from finetuning.manifest import RowFormat
-    from finetuning.prepare import encode_jsonl, encoded_path
+    from finetuning.preparer import decoding_workers, device_of_this_process
+    from finetuning.processes import launched_processes
 
-    device = choose_device(settings)
+    input_jsonl = arguments.input_jsonl or settings.train_jsonl
+    device = device_of_this_process(settings)
+    processes = launched_processes(device)
     base = resolve_base(settings)
     output = encode_jsonl(
         input_jsonl,
@@ -43,29 +98,79 @@ def encode(settings: Settings, input_jsonl: Path, arguments: argparse.Namespace)
         setting="--input_jsonl" if arguments.input_jsonl else "TRAIN_JSONL",
         max_rows=arguments.max_samples,
         max_clips_per_batch=arguments.batch_size,
+        num_workers=decoding_workers(settings),
         force=arguments.force,
+        processes=processes,
     )
-    print(f"rows with codes: {output}")
-    info(settings, output)
+    if processes.is_main:
+        print(f"rows with codes: {output}")
+        show_info(settings, output)
 
 
-def info(settings: Settings, jsonl: Path) -> None:
+def direct(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Streams some rows of the dataset and shows what training would get."""
+    from finetuning.library import HFDirectDataLoader
+
+    start, seconds, count = time.monotonic(), 0.0, 0
+    stream = HFDirectDataLoader(
+        settings.dataset_name,
+        arguments.split or settings.train_split,
+        settings.tokenizer_path,
+        arguments.max_samples,
+        settings=settings,
+    )
+    for count, item in enumerate(stream, 1):
+        seconds += len(item["audio"]) / item["sr"]
+        if count <= NUM_SHOWN:
+            frames = f"{len(item['audio_codes'])} frames"
+            print(f'row {item["index"] + 1}: {item["speaker"]}, {item["language"]}, {frames}, "{item["text"][:60]}"')
+    wall_seconds = time.monotonic() - start
+    print(
+        f"{count} rows, {seconds / 60:.1f} minutes of audio in {wall_seconds:.1f} s: {count / wall_seconds:.1f} rows/s"
+    )
+
+
+def info(settings: Settings, arguments: argparse.Namespace) -> None:
     """Prints what a JSONL holds."""
+    show_info(settings, arguments.input_jsonl or settings.train_jsonl)
+
+
+def show_info(settings: Settings, jsonl: Path) -> None:
+    from finetuning.encode_rows import dataset_info, format_info
     from finetuning.manifest import RowFormat
-    from finetuning.prepare import dataset_info, format_info
 
     print(format_info(dataset_info(jsonl, RowFormat.from_settings(settings))))
 
 
+def check(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Judges the rows of a JSONL; writes the report and, where asked for, mended rows."""
+    from finetuning.check_rows import check_jsonl
+
+    check_jsonl(
+        settings,
+        arguments.input_jsonl or settings.train_jsonl,
+        max_rows=arguments.max_samples,
+        output_jsonl=arguments.output_jsonl,
+        trim_silence=arguments.trim_silence,
+        target_loudness_lufs=arguments.loudness,
+        drop_flagged=arguments.drop_flagged,
+    )
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", required=True, choices=["encode", "info"])
-    parser.add_argument("--input_jsonl", type=Path, help="default TRAIN_JSONL")
-    parser.add_argument("--output_jsonl", type=Path, help="default <input>.encoded.jsonl beside the input")
+    parser.add_argument("--mode", required=True, choices=["prepare", "encode", "direct", "info", "check"])
+    parser.add_argument("--split", help="prepare, direct: the split; default all (prepare) or TRAIN_SPLIT (direct)")
+    parser.add_argument("--input_jsonl", type=Path, help="encode, info, check: default TRAIN_JSONL")
+    parser.add_argument("--output_jsonl", type=Path, help="default data/<split>.jsonl or <input>.encoded.jsonl")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], help="default DEVICE")
     parser.add_argument("--max_samples", type=_positive, help="only the first so many rows")
     parser.add_argument("--batch_size", type=_positive, default=32, help="clips per batch of the codec (default 32)")
-    parser.add_argument("--force", action="store_true", help="encode again what has codes from an earlier run")
+    parser.add_argument("--force", action="store_true", help="make again what an earlier run made")
+    mending = parser.add_argument_group("mending (check; off by default, the input is never changed)")
+    mending.add_argument("--trim_silence", action="store_true", help="cut silence off both ends of the clips")
+    mending.add_argument("--loudness", type=float, metavar="LUFS", help="bring the clips to this loudness, such as -23")
+    mending.add_argument("--drop_flagged", action="store_true", help="leave out the rows that a check found fault with")
     return parser.parse_args()
 
 

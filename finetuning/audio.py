@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+#: An audio file, or its content (wav, flac, mp3, ogg, …) as a dataset embeds it.
+Audio = Path | bytes
 
 #: What the speaker encoder and the 12 Hz codec take.
 SAMPLE_RATE_HZ = 24_000
@@ -20,20 +25,20 @@ class AudioError(ValueError):
     """A clip that cannot be used; the message says why, without the path."""
 
 
-def load_audio(path: str | Path) -> np.ndarray:
-    """Reads any file that libsndfile reads, as (num_samples,) float32 at 24 kHz, channels averaged.
+def load_audio(audio: str | Audio) -> np.ndarray:
+    """Reads any audio that libsndfile reads, as (num_samples,) float32 at 24 kHz, channels averaged.
 
     Raises:
         AudioError: missing, unreadable, empty, shorter than MIN_AUDIO_SECONDS, silent, or not finite.
     """
     import soundfile
 
-    if not Path(path).is_file():
+    if not isinstance(audio, bytes) and not Path(audio).is_file():
         raise AudioError("file not found")
     try:
-        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
-        raise AudioError(f"not a readable audio file ({_short(error, path)})") from None
+        samples, rate = soundfile.read(_readable(audio), dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError, RuntimeError, TypeError) as error:
+        raise AudioError(f"not a readable audio file ({_short(error, audio)})") from None
     waveform = to_model_rate(samples.mean(axis=1), rate)
     check_waveform(waveform)
     return waveform
@@ -61,15 +66,24 @@ def check_waveform(waveform: np.ndarray) -> None:
         raise AudioError("silence only (no sample above -60 dB)")
 
 
-def audio_duration_seconds(path: str | Path) -> float | None:
-    """Duration from the file's header, or None when it cannot be read."""
+def audio_duration_seconds(audio: str | Audio) -> float | None:
+    """Duration from the header, or None when it cannot be read."""
     import soundfile
 
     try:
-        info = soundfile.info(str(path))
-    except (soundfile.LibsndfileError, OSError, RuntimeError):
+        info = soundfile.info(_readable(audio))
+    except (soundfile.LibsndfileError, OSError, RuntimeError, TypeError):
         return None
     return info.frames / info.samplerate if info.samplerate else None
+
+
+def audio_suffix(audio: Audio) -> str:
+    """The file name's ending for a clip: that of its file, or of the format that its content is in."""
+    if not isinstance(audio, bytes):
+        return audio.suffix
+    import soundfile
+
+    return f".{soundfile.info(_readable(audio)).format.lower()}"
 
 
 def pad_to_whole_frames(waveform: np.ndarray) -> np.ndarray:
@@ -81,6 +95,12 @@ def pad_to_whole_frames(waveform: np.ndarray) -> np.ndarray:
     return np.pad(waveform, (0, -len(waveform) % SAMPLES_PER_FRAME))
 
 
-def _short(error: Exception, path: str | Path) -> str:
-    message = str(error).partition("\n")[0].removeprefix("Error opening ").removeprefix(f"{str(path)!r}: ")
+def _readable(audio: str | Audio) -> Any:
+    return io.BytesIO(audio) if isinstance(audio, bytes) else str(audio)
+
+
+def _short(error: Exception, audio: str | Audio) -> str:
+    message = str(error).partition("\n")[0].removeprefix("Error opening ")
+    # "<_io.BytesIO object at 0x…>: Format not recognised.", or the path in its place
+    message = message.rpartition(">: ")[2] if isinstance(audio, bytes) else message.removeprefix(f"{str(audio)!r}: ")
     return message[:120] or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,16 @@ class Codec:
         """(T, 16) codes to (T * 1920,) float32 waveforms at 24 kHz."""
         waveforms, _ = self._tokenizer.decode([{"audio_codes": np.asarray(clip, dtype=np.int64)} for clip in codes])
         return waveforms
+
+
+def codec_fingerprint(folder: Path) -> str:
+    """A short hash of the codec's configuration and weights."""
+    digest = hashlib.sha256()
+    for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def check_codec_folder(folder: Path) -> None:

@@ -19,14 +19,13 @@ The batch (all tensors on the CPU; B rows, L positions, F real frames, 16 codebo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from finetuning.manifest import Manifest
 from finetuning.prompt import (
     IGNORE,
     NO_CODEC,
@@ -39,6 +38,7 @@ from finetuning.prompt import (
     language_codec_id,
     resolve_language,
 )
+from finetuning.row_index import Manifest
 
 #: See the module's table.
 Batch = dict[str, torch.Tensor]
@@ -153,7 +153,7 @@ def count_tokens(batches: Sequence[Batch]) -> tuple[int, int]:
 def unknown_languages(manifest: Manifest, languages: Mapping[str, int]) -> list[str]:
     """Languages of the rows that the base does not know; such rows are trained as Auto."""
     unknown = []
-    for name in dict.fromkeys(manifest.column("language")):
+    for name in manifest.distinct("language"):
         try:
             resolve_language(name, languages)
         except KeyError:
@@ -191,33 +191,70 @@ class StepSampler:
     def steps_per_epoch(self) -> int:
         return -(-len(self.lengths) // self.rows_per_step)
 
-    def epoch_plan(self, epoch: int, process: int = 0) -> list[StepPlan]:
+    def epoch_plan(self, epoch: int, process: int = 0) -> StepPlans:
         """The steps of one epoch for one process; all processes get as many micro-batches in each step."""
         generator = np.random.default_rng([self.seed, epoch])
-        order = generator.permutation(len(self.lengths))
+        order = generator.permutation(len(self.lengths)).astype(np.int32)
         window = self.rows_per_step * self.window_steps
-        steps = []
         for start in range(0, len(order), window):
             rows = order[start : start + window]
             rows = rows[np.argsort(self.lengths[rows], kind="stable")]
-            steps += self._shuffled_steps(rows, generator, is_last=start + window >= len(order))
-        return [[batch[process :: self.num_processes] for batch in step] for step in steps]
-
-    def _shuffled_steps(self, rows: np.ndarray, generator: np.random.Generator, is_last: bool) -> list[list[list[int]]]:
-        """Length-sorted rows to steps of micro-batches (over all processes) in random order, an incomplete one last."""
+            order[start : start + window] = self._shuffled_batches(rows, generator)
         size = self.batch_size * self.num_processes
-        batches = [rows[at : at + size].tolist() for at in range(0, len(rows), size)]
-        incomplete = [batches.pop()] if is_last and len(batches[-1]) < size else []
-        batches = [batches[index] for index in generator.permutation(len(batches))] + incomplete
-        return [batches[at : at + self.accumulation] for at in range(0, len(batches), self.accumulation)]
+        return StepPlans(order, size, self.accumulation, process, self.num_processes)
+
+    def _shuffled_batches(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Length-sorted rows with their micro-batches (over all processes) in random order, an incomplete one last."""
+        size = self.batch_size * self.num_processes
+        num_full = len(rows) // size
+        batches = rows[: num_full * size].reshape(num_full, size)[generator.permutation(num_full)]
+        return np.concatenate([batches.reshape(-1), rows[num_full * size :]])
 
 
-def step_loader(dataset: StepDataset, plans: list[StepPlan], num_workers: int = 0) -> DataLoader:
+@dataclass(frozen=True, eq=False)
+class StepPlans(Sequence[StepPlan]):
+    """The steps of an epoch for one process, each made when it is asked for: lists of all rows would take 100 B a row.
+
+    Attributes:
+        order: (num_rows,) row indices, micro-batch after micro-batch, each over all processes.
+        batch_size: rows of a micro-batch over all processes.
+        accumulation: micro-batches of a step.
+    """
+
+    order: np.ndarray
+    batch_size: int
+    accumulation: int = 1
+    process: int = 0
+    num_processes: int = 1
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self._rows_per_step)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """A step's plan, or the plans of consecutive steps."""
+        steps = range(len(self))[index]
+        if isinstance(index, slice):
+            if steps.step != 1:
+                raise ValueError("steps in another order")
+            return replace(self, order=self.order[steps.start * self._rows_per_step : steps.stop * self._rows_per_step])
+        rows = self.order[steps * self._rows_per_step : (steps + 1) * self._rows_per_step]
+        batches = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
+        return [batch[self.process :: self.num_processes].tolist() for batch in batches]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    @property
+    def _rows_per_step(self) -> int:
+        return self.batch_size * self.accumulation
+
+
+def step_loader(dataset: StepDataset, plans: Sequence[StepPlan], num_workers: int = 0) -> DataLoader:
     """Iterates over the steps of one epoch; each item is the step's list of micro-batches."""
     return DataLoader(dataset, sampler=plans, batch_size=None, num_workers=num_workers)
 
 
-def sequential_plan(num_rows: int, batch_size: int, process: int = 0, num_processes: int = 1) -> list[StepPlan]:
+def sequential_plan(num_rows: int, batch_size: int, process: int = 0, num_processes: int = 1) -> StepPlans:
     """Every row once, in file order, one micro-batch a step, for validation; processes may get unequal numbers."""
-    batches = [list(range(at, min(at + batch_size, num_rows))) for at in range(0, num_rows, batch_size)]
-    return [[batch] for batch in batches[process::num_processes]]
+    rows = np.arange(num_rows, dtype=np.int32)
+    return StepPlans(rows[rows // batch_size % num_processes == process], batch_size)

@@ -1,4 +1,4 @@
-"""The row: one JSON object a line, read, checked, and served from a memory map.
+"""The row: one JSON object a line, read and checked.
 
 Keys: ``audio`` (path), ``text``, ``audio_codes`` (T lists of 16 ints; absent in a raw file), ``ref_audio``,
 ``ref_text``, ``language`` (default "Auto"), ``speaker`` (default SPEAKER_NAME), ``instruct``; others are kept. Paths
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +26,15 @@ from finetuning.settings import Settings, speaker_name_problem
 
 #: Above this share of bad rows the file itself is taken to be wrong.
 MAX_BAD_SHARE = 0.1
+#: So many bad rows stand in a message; the others are in the list.
+NUM_SHOWN = 5
 #: Stock generation makes at least two frames (min_new_tokens), so shorter rows could never be given back.
 MIN_CODEC_FRAMES = 2
 #: … and at most so many (max_new_tokens of the release), about eleven minutes.
 MAX_CODEC_FRAMES = 8192
+#: Where a line's codes begin, and one frame of them without its digits.
+_CODES_KEY = re.compile(r'"audio_codes": ?(?=\[\[)')
+_EMPTY_FRAME = b"[" + b"," * (NUM_CODEBOOKS - 1) + b"]"
 
 
 class RowError(ValueError):
@@ -72,7 +78,7 @@ class Row:
         line: line number in its file, from 1.
         codes: (T, 16) int16, or None in a raw row.
         audio, ref_audio: paths that were resolved, or None.
-        raw: the JSON object as it stood in the file.
+        raw: the JSON object as it stood in the file; a quick reading leaves ``audio_codes`` out.
     """
 
     line: int
@@ -90,14 +96,19 @@ class Row:
 # -------------------------------------------------------------------------------------------------------- reading
 
 
+def check_is_file(path: Path, setting: str) -> None:
+    """Raises UserError, which names the setting, when there is no such file."""
+    if not path.is_file():
+        raise UserError(f"{setting}: {path} does not exist")
+
+
 def read_lines(path: Path, setting: str) -> Iterator[tuple[int, str]]:
     """(line number, line) of every non-blank line.
 
     Raises:
         UserError: the file is missing, empty, or not UTF-8 text; the message names the setting.
     """
-    if not path.is_file():
-        raise UserError(f"{setting}: {path} does not exist")
+    check_is_file(path, setting)
     empty = True
     try:
         with path.open(encoding="utf-8-sig") as stream:
@@ -116,25 +127,20 @@ def normalize_text(text: str) -> str:
     return " ".join(text.split())
 
 
-def parse_row(line: str, number: int, folder: Path, row_format: RowFormat, needs_codes: bool) -> Row:
+def parse_row(
+    line: str, number: int, folder: Path, row_format: RowFormat, needs_codes: bool, quick: bool = False
+) -> Row:
     """Checks one line.
 
     Args:
         folder: where relative paths are looked up after the working directory.
         needs_codes: whether a row without codes is an error; if not, such a row must name an existing audio file.
+        quick: read good codes past the JSON parser, in half the time; ``raw`` then lacks them.
 
     Raises:
         RowError
     """
-    try:
-        raw = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RowError(f"not a JSON object (column {error.colno}: {error.msg}); is the line cut off?") from None
-    if not isinstance(raw, dict):
-        raise RowError("not a JSON object")
-    if "\\ud" in line.lower():
-        _check_surrogates(raw)
-    codes = None if raw.get("audio_codes") is None else check_codes(raw["audio_codes"])
+    raw, codes = (_load_quickly(line) if quick else None) or _load(line)
     audio = _path(raw, row_format.audio_key, folder)
     if codes is None and needs_codes:
         raise RowError("no audio_codes; data_processing.py --mode encode adds them")
@@ -164,6 +170,46 @@ def check_fields(raw: dict[str, Any], row_format: RowFormat) -> dict[str, Any]:
         "instruct": _text(raw, "instruct", row_format.special_tokens) or None,
         "ref_text": _text(raw, "ref_text", row_format.special_tokens) or None,
     }
+
+
+def _load(line: str) -> tuple[dict[str, Any], np.ndarray | None]:
+    """The line's object and its checked codes, if it has any."""
+    raw = _load_object(line)
+    return raw, None if raw.get("audio_codes") is None else check_codes(raw["audio_codes"])
+
+
+def _load_object(line: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RowError(f"not a JSON object (column {error.colno}: {error.msg}); is the line cut off?") from None
+    if not isinstance(raw, dict):
+        raise RowError("not a JSON object")
+    if "\\ud" in line.lower():
+        _check_surrogates(raw)
+    return raw
+
+
+def _load_quickly(line: str) -> tuple[dict[str, Any], np.ndarray] | None:
+    """What ``_load`` gives, but without the codes in the object; None where only ``_load`` can tell.
+
+    Nearly the whole line is codes, and as nested lists they cost more than all other work on a row.
+    """
+    if (key := _CODES_KEY.search(line)) is None or (end := line.find("]]", key.end()) + 2) < 2:
+        return None
+    text = line[key.end() : end].encode()
+    num_frames = text.count(b"]") - 1
+    # Nothing but digits and spaces within frames of 16; a space inside a number ends numpy's reading early.
+    if text.translate(None, b"0123456789 ") != b"[" + b",".join([_EMPTY_FRAME] * num_frames) + b"]":
+        return None
+    try:
+        codes = np.fromstring(text.translate(None, b"[]").decode(), dtype=np.int64, sep=",")
+        # "" stands for the codes: it must come back as the object's own key, not as one of something inside it.
+        raw = _load_object(f'{line[: key.end()]}""{line[end:]}')
+        codes = check_codes(codes.reshape(num_frames, NUM_CODEBOOKS))
+    except ValueError:
+        return None
+    return (raw, codes) if raw.pop("audio_codes", None) == "" else None
 
 
 def _check_surrogates(raw: dict[str, Any]) -> None:
@@ -256,6 +302,10 @@ class Rejections:
     def add(self, number: int, reason: str, line: str) -> None:
         self.rows.append((number, reason, line.rstrip("\n")))
 
+    @property
+    def num_bad(self) -> int:
+        return len(self.rows)
+
     def check(self, list_file: Path) -> None:
         """Writes the list of bad rows to ``list_file``, or stops when they are more than a tenth.
 
@@ -269,19 +319,24 @@ class Rejections:
         list_file.parent.mkdir(parents=True, exist_ok=True)
         with list_file.open("w", encoding="utf-8") as stream:
             for number, reason, line in self.rows:
-                record = {"file": str(self.file), "line": number, "reason": reason, "row": line}
-                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        say(f"skipped {self._first_few()}\n  listed in {list_file}")
+                stream.write(self.record(number, reason, line))
+        say(f"skipped {self.describe()}\n  listed in {list_file}")
 
     def check_share(self) -> None:
         """Stops when more than a tenth of the rows is bad."""
-        if len(self.rows) > MAX_BAD_SHARE * (self.num_good + len(self.rows)):
-            raise UserError(self._first_few("cannot be used"))
+        if self.num_bad > MAX_BAD_SHARE * (self.num_good + self.num_bad):
+            raise UserError(self.describe("cannot be used"))
 
-    def _first_few(self, verdict: str = "") -> str:
-        shown = [f"  {self.file} line {number}: {reason}" for number, reason, _ in self.rows[:5]]
-        more = [f"  … and {len(self.rows) - 5} more"] if len(self.rows) > 5 else []
-        heading = f"{len(self.rows)} of {self.num_good + len(self.rows)} rows {verdict}".rstrip()
+    def record(self, number: int, reason: str, line: str) -> str:
+        """One line of the list."""
+        record = {"file": str(self.file), "line": number, "reason": reason, "row": line}
+        return json.dumps(record, ensure_ascii=False) + "\n"
+
+    def describe(self, verdict: str = "") -> str:
+        """How many there are, and what is wrong with the first."""
+        shown = [f"  {self.file} line {number}: {reason}" for number, reason, _ in self.rows[:NUM_SHOWN]]
+        more = [f"  … and {self.num_bad - NUM_SHOWN} more"] if self.num_bad > NUM_SHOWN else []
+        heading = f"{self.num_bad} of {self.num_good + self.num_bad} rows {verdict}".rstrip()
         return "\n".join([f"{heading}:", *shown, *more])
 
 
@@ -310,13 +365,18 @@ def read_rows(
     *,
     needs_codes: bool,
     max_rows: int | None = None,
+    quick: bool = False,
 ) -> Iterator[Row]:
-    """The usable rows of a file, at most ``max_rows``; the others go to ``rejections``, which counts both."""
+    """The usable rows of a file, at most ``max_rows``; the others go to ``rejections``, which counts both.
+
+    Args:
+        quick: see ``parse_row``.
+    """
     for number, line in read_lines(jsonl, setting):
         if max_rows is not None and rejections.num_good >= max_rows:
             return
         try:
-            row = parse_row(line, number, jsonl.parent, row_format, needs_codes)
+            row = parse_row(line, number, jsonl.parent, row_format, needs_codes, quick)
         except RowError as error:
             rejections.add(number, str(error), line)
             continue
@@ -324,119 +384,8 @@ def read_rows(
         yield row
 
 
-# ------------------------------------------------------------------------------------------------------ memory map
-
-
-class Manifest:
-    """Checked rows with codes in an Arrow file, memory-mapped; only the rows that are asked for come into memory.
-
-    Columns: line, text, language, speaker, instruct, audio, ref_audio, ref_text, num_codec_frames, codes (T*16 int16).
-    """
-
-    def __init__(self, arrow_file: Path, indices: np.ndarray | None = None) -> None:
-        from datasets import Dataset
-
-        self.arrow_file = arrow_file
-        self._table = Dataset.from_file(str(arrow_file)).with_format("arrow")
-        self.indices = np.arange(len(self._table)) if indices is None else indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """The columns of one row; ``codes`` as (T, 16) int16."""
-        record = self._table[int(self.indices[index])]
-        row = {name: record.column(name)[0].as_py() for name in record.column_names if name != "codes"}
-        codes = record.column("codes")[0].values.to_numpy().reshape(-1, NUM_CODEBOOKS)
-        return row | {"codes": codes}
-
-    def column(self, name: str) -> np.ndarray:
-        """One column (any but codes) of all rows."""
-        return np.asarray(self._table.data.column(name).to_numpy())[self.indices]
-
-    def select(self, positions: np.ndarray) -> Manifest:
-        """A view of some rows, in the given order."""
-        return Manifest(self.arrow_file, self.indices[positions])
-
-
-def build_manifest(
-    jsonl: Path, arrow_file: Path, row_format: RowFormat, setting: str, max_rows: int | None, rejected_file: Path
-) -> Manifest:
-    """Checks a JSONL whose rows have codes and writes the Arrow file (to a temporary name, then renamed).
-
-    Raises:
-        UserError: too many bad rows, clashing speaker names, or all rows with the same codes.
-    """
-    from datasets import Features, List, Value
-    from datasets.arrow_writer import ArrowWriter
-
-    text_columns = ("text", "language", "speaker", "instruct", "audio", "ref_audio", "ref_text")
-    features = Features(
-        {name: Value("string") for name in text_columns}
-        | {"line": Value("int64"), "num_codec_frames": Value("int32"), "codes": List(Value("int16"))}
-    )
-    rejections, speakers = Rejections(jsonl), {}
-    code_hashes: set[int] = set()
-    speaker_ids: set[str] = set()
-    arrow_file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = arrow_file.with_suffix(".tmp")
-    try:
-        with ArrowWriter(path=str(unfinished), features=features, writer_batch_size=256) as writer:
-            for row in read_rows(jsonl, setting, row_format, rejections, needs_codes=True, max_rows=max_rows):
-                speakers.setdefault(row.speaker, (jsonl, row.line))
-                code_hashes.add(hash(row.codes.tobytes()))
-                speaker_ids.add(str(row.raw.get("speaker_id", "")))
-                writer.write({name: _optional_text(getattr(row, name)) for name in text_columns} | _numbers(row))
-            writer.finalize()
-        rejections.check_share()
-        check_speaker_names(speakers)
-        if rejections.num_good > 1 and len(code_hashes) == 1:
-            raise UserError(
-                f"{setting}: all {rejections.num_good} rows of {jsonl} have the same codes, so there is nothing to "
-                "learn; encode the audio again (data_processing.py --mode encode --force)"
-            )
-        if len(speaker_ids) > 1 and len(speakers) == 1:
-            say(
-                f"{jsonl}: rows carry {len(speaker_ids)} different speaker_id values but are trained as one speaker "
-                f"({next(iter(speakers))}); set SPEAKER_COLUMN=speaker_id to keep them apart",
-            )
-        rejections.check(rejected_file)
-        unfinished.rename(arrow_file)
-    finally:
-        unfinished.unlink(missing_ok=True)
-        remove_empty_folders(arrow_file.parent, arrow_file.parent.parent)
-    return Manifest(arrow_file)
-
-
 def remove_empty_folders(*folders: Path) -> None:
     """Removes those folders that are empty, in the given order: nothing is left behind by a refused run."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
-
-
-def _optional_text(value: str | Path | None) -> str | None:
-    return None if value is None else str(value)
-
-
-def _numbers(row: Row) -> dict[str, Any]:
-    return {"line": row.line, "num_codec_frames": len(row.codes), "codes": row.codes.reshape(-1)}
-
-
-def hold_out(manifest: Manifest, fraction: float, seed: int, min_rows: int = 20) -> tuple[Manifest, Manifest | None]:
-    """Splits rows into (training, validation): the fraction of each speaker's rows, seeded.
-
-    Speakers with fewer than ``min_rows`` rows hold none out; without any held-out row the second part is None.
-    """
-    speakers = manifest.column("speaker")
-    generator = np.random.default_rng(seed)
-    held: list[int] = []
-    for speaker in dict.fromkeys(speakers):
-        rows = np.flatnonzero(speakers == speaker)
-        if fraction > 0 and len(rows) >= min_rows:
-            held += generator.permutation(rows)[: max(1, round(fraction * len(rows)))].tolist()
-    if not held:
-        return manifest, None
-    mask = np.zeros(len(manifest), dtype=bool)
-    mask[held] = True
-    return manifest.select(np.flatnonzero(~mask)), manifest.select(np.flatnonzero(mask))

@@ -1,342 +1,398 @@
-"""Raw rows to rows with codes: one engine for ``data_processing.py --mode encode`` and for ``train.py``.
+"""A dataset's split to a JSONL with codes: resumable, shared by processes, the same bytes however it was made.
 
-Codes are reused as long as they belong to the same audio file (path, size, modification time) and the same codec; each
-encoded row says so under ``codes_source``. Work in progress is journalled, so an interrupted run goes on where it
-stopped, and the finished file appears under its name in one step.
+The rows of the split, with the keys that training reads, the other columns beside them, and for every speaker that has
+no reference one that is picked from the data: the cleanest clip of 5-10 s, saved under ``voices/<speaker>/``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from finetuning.audio import SAMPLE_RATE_HZ, AudioError, audio_duration_seconds, load_audio
-from finetuning.codec import FRAMES_PER_SECOND, Codec
+from finetuning.audio import Audio, audio_suffix
+from finetuning.codec import codec_fingerprint
 from finetuning.console import say
+from finetuning.encode_rows import Source
+from finetuning.encoding import CHUNK_ROWS, ClipEncoder, EncodedChunk, EncodedClip, Progress
 from finetuning.errors import UserError
-from finetuning.manifest import (
-    MAX_CODEC_FRAMES,
-    Rejections,
-    Row,
-    RowFormat,
-    check_speaker_names,
-    read_rows,
-)
+from finetuning.manifest import RowError, RowFormat, check_fields
+from finetuning.processes import Processes
+from finetuning.quality import reference_score
+from finetuning.source import SourceRow, Split
+from finetuning.workspace import Digest, Tally, Workspace, disk_errors, read_stamp, unfinished
 
-#: Seconds of audio in one batch of the codec; on a GPU of 16 GB this stays far below its memory.
-MAX_SECONDS_PER_BATCH = 120.0
-
-
-def encoded_path(raw_jsonl: Path, max_rows: int | None = None) -> Path:
-    """Where the rows with codes of a raw file are kept: beside it. A part of the file has a name of its own."""
-    part = f".first-{max_rows}" if max_rows else ""
-    return raw_jsonl.with_name(f"{raw_jsonl.stem}{part}.encoded.jsonl")
-
-
-def rejected_path(output_jsonl: Path) -> Path:
-    """Where the rows that could not be encoded are listed."""
-    return output_jsonl.with_name(f"{output_jsonl.stem}.rejected.jsonl")
-
-
-def needs_encoding(jsonl: Path, setting: str, codec_folder: Path, row_format: RowFormat) -> bool:
-    """Whether any usable row of the file lacks codes or has codes of another clip or codec."""
-    codec_id, rejections = None, Rejections(jsonl)
-    for row in read_rows(jsonl, setting, row_format, rejections, needs_codes=False):
-        if row.codes is None:
-            return True
-        recorded = row.raw.get("codes_source")
-        if not isinstance(recorded, dict):
-            continue
-        codec_id = codec_id or codec_fingerprint(codec_folder)
-        if _must_encode(row, codec_id):
-            return True
-        if recorded.get("codec") != codec_id:
-            raise UserError(
-                f"{setting}: {jsonl} line {row.line}: its codes were made by another codec and its audio is gone; "
-                "name that codec in TOKENIZER_PATH, or bring the audio back"
-            )
-    # A raw row that cannot be used is for the encoder to report: it knows more than "no codes".
-    return any(_is_raw(line) for _, _, line in rejections.rows)
-
-
-def _is_raw(line: str) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(row, dict) and row.get("audio_codes") is None
-
-
-def _must_encode(row: Row, codec_id: str, force: bool = False) -> bool:
-    """Codes that came with a row are taken as they are, unless they say what they were made of and that has changed."""
-    if row.codes is None:
-        return True
-    if row.audio is None or not row.audio.is_file():
-        return False
-    return force or _is_stale(row, codec_id)
-
-
-def _is_stale(row: Row, codec_id: str) -> bool:
-    recorded, now = row.raw.get("codes_source"), vars(_source(row, codec_id))
-    # The path may differ: a folder that was moved with its times is the same.
-    return isinstance(recorded, dict) and any(recorded.get(key) != now[key] for key in now if key != "audio")
-
-
-def encode_jsonl(
-    input_jsonl: Path,
-    output_jsonl: Path,
-    codec_folder: Path,
-    row_format: RowFormat,
-    *,
-    device: str = "cpu",
-    setting: str = "TRAIN_JSONL",
-    max_rows: int | None = None,
-    max_clips_per_batch: int = 32,
-    force: bool = False,
-) -> Path:
-    """Writes ``output_jsonl``: the rows of ``input_jsonl`` in their order, each with ``audio_codes``.
-
-    Args:
-        force: encode again what has codes from an earlier run.
-
-    Raises:
-        UserError: no rows, too many bad rows, clashing speakers, or an output that cannot be written.
-    """
-    codec_id = codec_fingerprint(codec_folder)
-    journal = output_jsonl.with_name(output_jsonl.name + ".partial")
-    rejections = Rejections(input_jsonl)
-    read = {"needs_codes": False, "max_rows": max_rows}
-    # Only rows to encode are kept; the others are read a second time when the result is written.
-    wanted, had_codes, speakers = [], set(), {}
-    for row in read_rows(input_jsonl, setting, row_format, rejections, **read):
-        speakers.setdefault(row.speaker, (input_jsonl, row.line))
-        if _must_encode(row, codec_id, force):
-            had_codes |= {row.line} if row.codes is not None else set()
-            wanted.append(replace(row, codes=None, raw={**row.raw, "audio_codes": None}))
-    rejections.check_share()  # before hours are spent on encoding the rest
-    check_speaker_names(speakers)
-    if force:
-        journal.unlink(missing_ok=True)
-    known = {} if force else _known_codes((encoded_path(input_jsonl), output_jsonl, journal), codec_id)
-    missing = [row for row in wanted if _source(row, codec_id).key not in known]
-    before = {record["codes_source"]["audio"] for record in _records((output_jsonl,))}
-    num_stale = sum(row.line in had_codes or str(row.audio.resolve()) in before for row in missing)
-    if num_stale and not force:
-        say(f"{num_stale} clips or their codec changed since they were encoded; they are encoded again")
-    codec = Codec(codec_folder, device) if missing else None
-    try:
-        if codec:
-            known |= _encode_missing(missing, journal, codec, codec_id, rejections, max_clips_per_batch)
-        rejections.num_good -= sum(_source(row, codec_id).key not in known for row in wanted)
-        rejections.check(rejected_path(output_jsonl))
-        rows = read_rows(input_jsonl, setting, row_format, Rejections(input_jsonl), **read)
-        encoded = {row.line: _source(row, codec_id) for row in wanted}
-        _write_rows(rows, encoded, known, output_jsonl, row_format)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {output_jsonl}: {error.strerror}; use another --output_jsonl or folder"
-        ) from None
-    journal.unlink(missing_ok=True)
-    return output_jsonl
-
-
-# --------------------------------------------------------------------------------------------- what codes belong to
+#: A reference is chosen among clips of this length …
+REFERENCE_SECONDS = (3.0, 30.0)
+#: … and among these, if there are any.
+BEST_REFERENCE_SECONDS = (5.0, 10.0)
+#: Keys that a prepared row gets; a column of that name gives way.
+RESERVED_KEYS = ("audio_codes", "codes_source", "measures", "dataset_index")
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a clip's codes were made of."""
+class Reference:
+    """A speaker's reference clip and what is said in it."""
 
-    audio: str
-    num_bytes: int
-    modified_ns: int
-    codec: str
-
-    @property
-    def key(self) -> tuple:
-        return (self.audio, self.num_bytes, self.modified_ns, self.codec)
+    audio: Path
+    text: str | None
 
 
-def codec_fingerprint(folder: Path) -> str:
-    """A short hash of the codec's configuration and weights."""
-    digest = hashlib.sha256()
-    for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How a split is prepared.
+
+    Attributes:
+        max_rows: only the first so many rows of the split.
+        save_audio: keep the clips that the dataset embeds, as they are, in a folder beside the JSONL.
+        voices_folder: where chosen references go.
+        reference: given for all rows; None = one is chosen for every speaker.
+        chooses_references: False leaves rows without a reference as they are.
+        force: make again what is there.
+    """
+
+    device: str = "cpu"
+    max_rows: int | None = None
+    max_clips_per_batch: int = 32
+    num_workers: int = 0
+    save_audio: bool = False
+    voices_folder: Path = Path("voices")
+    reference: Reference | None = None
+    chooses_references: bool = True
+    force: bool = False
+    processes: Processes = field(default_factory=Processes)
 
 
-def _source(row: Row, codec_id: str) -> Source:
-    status = row.audio.stat()
-    return Source(str(row.audio.resolve()), status.st_size, status.st_mtime_ns, codec_id)
-
-
-def _known_codes(files: tuple[Path, ...], codec_id: str) -> dict[tuple, np.ndarray]:
-    """Codes of earlier runs by source. A line cut off by a kill is skipped: its clip is encoded again."""
-    known = {}
-    for record in _records(files):
-        source = Source(**record["codes_source"])
-        if source.codec == codec_id:
-            known[source.key] = np.asarray(record["audio_codes"], dtype=np.int16)
-    return known
-
-
-def _records(files: tuple[Path, ...]) -> Iterator[dict]:
-    for file in files:
-        if not file.is_file():
-            continue
-        with file.open(encoding="utf-8") as stream:
-            for line in stream:
-                try:
-                    record = json.loads(line)
-                    Source(**record["codes_source"])
-                except (ValueError, TypeError, KeyError):
-                    continue
-                yield record
-
-
-# --------------------------------------------------------------------------------------------------------- encoding
-
-
-def _encode_missing(
-    rows: list[Row], journal: Path, codec: Codec, codec_id: str, rejections: Rejections, max_clips: int
-) -> dict[tuple, np.ndarray]:
-    """Encodes rows in batches of similar length, journalling each batch; unusable clips become rejections."""
-    rows = sorted(rows, key=lambda row: audio_duration_seconds(row.audio) or 0.0)
-    encoded: dict[tuple, np.ndarray] = {}
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(total=len(rows), desc="encode", unit="clip", disable=None)  # off where there is no terminal
-    with journal.open("a", encoding="utf-8") as stream, progress:
-        stream.write("\n")  # closes a line that a kill may have cut off
-        for batch, waveforms in _batches(rows, rejections, progress, max_clips):
-            sources = [_source(row, codec_id) for row in batch]
-            for source, codes in zip(sources, codec.encode(waveforms), strict=True):
-                encoded[source.key] = codes
-                record = {"audio_codes": codes.tolist(), "codes_source": vars(source)}
-                stream.write(json.dumps(record) + "\n")
-            stream.flush()
-            progress.update(len(batch))
-    say(f"encoded {len(encoded)} clips")
-    return encoded
-
-
-def _batches(
-    rows: list[Row], rejections: Rejections, progress: tqdm, max_clips: int
-) -> Iterator[tuple[list[Row], list[np.ndarray]]]:
-    batch: list[Row] = []
-    waveforms: list[np.ndarray] = []
-    for row in rows:
-        try:
-            waveform = _load_clip(row.audio)
-        except AudioError as error:
-            rejections.add(row.line, f"{row.audio}: {error}", json.dumps(row.raw, ensure_ascii=False))
-            progress.update(1)
-            continue
-        longest = max([len(waveform), *map(len, waveforms)]) / SAMPLE_RATE_HZ
-        if len(batch) == max_clips or (batch and longest * (len(batch) + 1) > MAX_SECONDS_PER_BATCH):
-            yield batch, waveforms
-            batch, waveforms = [], []
-        batch.append(row)
-        waveforms.append(waveform)
-    if batch:
-        yield batch, waveforms
-
-
-def _load_clip(path: Path) -> np.ndarray:
-    seconds = audio_duration_seconds(path) or 0.0
-    if seconds * FRAMES_PER_SECOND > MAX_CODEC_FRAMES:
-        raise AudioError(f"{seconds:.0f} s long, more than the {MAX_CODEC_FRAMES} frames that can be generated; cut it")
-    return load_audio(path)
-
-
-def _write_rows(
-    rows: Iterable[Row], encoded: dict[int, Source], known: dict, output_jsonl: Path, row_format: RowFormat
-) -> None:
-    """Rows in their order; a path that would not be found from the output's folder becomes absolute.
+def prepare_split(
+    split: Split,
+    output_jsonl: Path,
+    codec_folder: Path,
+    row_format: RowFormat,
+    options: PrepareOptions,
+    references: dict[str, Reference] | None = None,
+) -> Path:
+    """Writes ``output_jsonl`` with the rows of a split in their order.
 
     Args:
-        encoded: line -> source of the rows whose codes come from ``known``; those without codes there are left out.
+        references: speaker -> reference, of splits that were prepared before; those that are chosen here are added.
+
+    Raises:
+        UserError: too many bad rows, an output that is not ours or cannot be written, unreadable data.
     """
-    output_jsonl.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output_jsonl.with_name(output_jsonl.name + ".tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as stream:
-            for row in rows:
-                record, source = dict(row.raw), encoded.get(row.line)
-                if source is not None and source.key not in known:
-                    continue
-                for key, path in ((row_format.audio_key, row.audio), ("ref_audio", row.ref_audio)):
-                    if path is not None and path.exists() and not _same_file(output_jsonl.parent / record[key], path):
-                        record[key] = str(path.resolve())
-                if source is not None:
-                    record |= {"audio_codes": known[source.key].tolist(), "codes_source": vars(source)}
-                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        unfinished.rename(output_jsonl)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    references = {} if references is None else references
+    processes = options.processes
+    codec_id = codec_fingerprint(codec_folder)
+    audio_folder = output_jsonl.with_name(f"{output_jsonl.stem}_audio") if options.save_audio else None
+    rows = DatasetRows(split, row_format, codec_id, options.max_rows, audio_folder)
+    made_of = [rows.digest(), options.reference, sorted(references.items()), options.chooses_references]
+    digests = [Digest(*made_of, rows.num_rows_in([number])).hex() for number in range(rows.num_chunks)]
+    workspace = Workspace(output_jsonl, digests, options.max_rows)
+    if options.force:
+        workspace.discard(processes)
+    elif workspace.is_current():
+        say(f"{output_jsonl} is up to date")
+        return output_jsonl
+    else:
+        _check_is_ours(output_jsonl)
+    encoder = ClipEncoder(codec_folder, options.device, options.num_workers, options.max_clips_per_batch)
+    with workspace.opened():
+        _encode_missing(rows, workspace, encoder, processes)
+        processes.wait()
+        if processes.is_main:
+            finisher = _Finisher(rows, output_jsonl, options)
+            finisher.references = references
+            finisher.choose(workspace.chunks())
+            workspace.assemble(finisher.finish)
+        processes.wait()
+    return output_jsonl
 
 
-def _same_file(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
-
-
-# ------------------------------------------------------------------------------------------------------------- info
-
-
-def dataset_info(jsonl: Path, row_format: RowFormat) -> dict[str, Any]:
-    """What a JSONL holds: num_samples, num_with_codes, num_bad, hours, seconds (min, median, max), languages, speakers.
-
-    ``languages`` and ``speakers`` map names to numbers of rows; lengths come from codes, else from the audio's header.
-    """
-    rejections = Rejections(jsonl)
-    languages: Counter[str] = Counter()
-    speakers: Counter[str] = Counter()
-    seconds, num_with_codes = [], 0
-    for row in read_rows(jsonl, "--input_jsonl", row_format, rejections, needs_codes=False):
-        num_with_codes += row.codes is not None
-        languages[row.language] += 1
-        speakers[row.speaker] += 1
-        length = audio_duration_seconds(row.audio) if row.codes is None else len(row.codes) / FRAMES_PER_SECOND
-        seconds.append(length or 0.0)
-    lengths = {"min": min(seconds), "median": float(np.median(seconds)), "max": max(seconds)} if seconds else {}
-    first_bad = [f"line {number}: {reason}" for number, reason, _ in rejections.rows[:1]]
-    return {
-        "file": str(jsonl),
-        "num_samples": rejections.num_good,
-        "num_with_codes": num_with_codes,
-        "num_bad": len(rejections.rows),
-        **({"first_bad": first_bad[0]} if first_bad else {}),
-        "hours": sum(seconds) / 3600,
-        "seconds": lengths,
-        "languages": dict(languages.most_common()),
-        "speakers": dict(speakers.most_common()),
-    }
-
-
-def format_info(info: dict[str, Any]) -> str:
-    """``dataset_info`` as lines for a terminal."""
-    lines = [
-        f"{info['file']}: {info['num_samples']} rows ({info['num_with_codes']} with codes), "
-        f"{info['hours'] * 60:.1f} minutes"
-    ]
-    if info["seconds"]:
-        lengths = info["seconds"]
-        lines.append(
-            f"  length: {lengths['min']:.1f} to {lengths['max']:.1f} s, half of them under {lengths['median']:.1f} s"
+def _check_is_ours(output_jsonl: Path) -> None:
+    if not output_jsonl.is_file():
+        return
+    if read_stamp(output_jsonl) is None:
+        raise UserError(
+            f"{output_jsonl} exists and was not made by --mode prepare, or was changed since; move it away, choose "
+            "another --output_jsonl, or replace it with --force"
         )
-    for name in ("speakers", "languages"):
-        shown = [f"{key} ({count})" for key, count in list(info[name].items())[:10]]
-        more = ", …" if len(info[name]) > 10 else ""
-        lines.append(f"  {name}: {', '.join(shown)}{more}")
-    if info["num_bad"]:
-        lines.append(f"  {info['num_bad']} bad rows, the first in {info['first_bad']}")
-    return "\n".join(lines)
+    say(f"{output_jsonl} was made from other data or settings; it is made again")
+
+
+def _encode_missing(rows: DatasetRows, workspace: Workspace, encoder: ClipEncoder, processes: Processes) -> None:
+    """Encodes those of this process's chunks that have no file yet; they are neighbours, so it reads only its part."""
+    mine = set(np.array_split(np.arange(rows.num_chunks), processes.count)[processes.index].tolist())
+    missing = [number for number in workspace.missing() if number in mine]
+    if len(missing) < len(mine):
+        say(f"going on: {len(mine) - len(missing)} of {len(mine)} chunks of {CHUNK_ROWS} rows are done already")
+    tally = Tally()
+    with Progress(rows.num_rows_in(missing), f"prepare {rows.split.name}", processes.is_main) as progress:
+        for number, chunk, _ in encode_chunks(rows, missing, encoder):
+            workspace.save(number, chunk)
+            tally.add(len(chunk.records), chunk.rejected)
+            tally.check_share(rows.num_rows)  # does not wait for the rest where no rest could help
+            seconds = sum(record["measures"]["seconds"] for record in chunk.records)
+            progress.advance(len(chunk.records) + len(chunk.rejected), seconds)
+
+
+# ------------------------------------------------------------------------------------------- a dataset's rows as ours
+
+
+@dataclass(frozen=True)
+class DatasetRows:
+    """The rows of a split as they stand in a JSONL of ours.
+
+    Attributes:
+        codec_id: fingerprint of the codec.
+        max_rows: only the first so many.
+        audio_folder: where embedded clips are saved; None = they are not.
+    """
+
+    split: Split
+    row_format: RowFormat
+    codec_id: str
+    max_rows: int | None = None
+    audio_folder: Path | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the split, up to ``max_rows``; where the split does not say, ``max_rows`` is an upper bound."""
+        known = self.split.num_rows
+        if known is None and self.max_rows is None:
+            raise UserError(
+                f"{self.split.dataset_name}: the number of rows of split {self.split.name} is not recorded anywhere; "
+                "say how many to use: --max_samples or MAX_TRAIN_SAMPLES"
+            )
+        return min(known if known is not None else self.max_rows, self.max_rows or known)
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_rows // CHUNK_ROWS)
+
+    def num_rows_in(self, chunks: Sequence[int]) -> int:
+        return sum(min(CHUNK_ROWS, self.num_rows - number * CHUNK_ROWS) for number in chunks)
+
+    def digest(self) -> str:
+        """Changes when the prepared rows would."""
+        split = self.split
+        parts = [split.dataset_name, split.name, split.fingerprint, split.columns, self.row_format, self.codec_id]
+        return Digest(*parts, self.audio_folder, CHUNK_ROWS).hex()
+
+    def check(self, row: SourceRow) -> str | None:
+        """Why a row cannot be used, as far as that is known before its audio is decoded; None = it can."""
+        if row.audio is None:
+            return "no audio"
+        try:
+            check_fields(self._fields(row), self.row_format)
+        except RowError as error:
+            return str(error)
+        return None
+
+    def speaker(self, record: dict[str, Any]) -> str:
+        """The speaker of a prepared row."""
+        return check_fields(record, self.row_format)["speaker"]
+
+    def record(self, row: SourceRow, clip: EncodedClip) -> dict[str, Any]:
+        """A usable row as it will stand in the JSONL, without its codes; saves its audio where that is asked for."""
+        audio = self._audio_file(row)
+        record = {} if audio is None else {self.row_format.audio_key: audio}
+        source: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Source))
+        if audio is not None:
+            path = row.audio if isinstance(row.audio, Path) else self.audio_folder.parent / audio
+            status = path.stat()
+            source |= {"audio": str(path.resolve()), "num_bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+        record |= self._fields(row)
+        described = {"measures": clip.measures, "codes_source": source | {"codec": self.codec_id}}
+        return record | {"dataset_index": row.index} | described
+
+    def rejected(self, row: SourceRow, reason: str) -> dict[str, Any]:
+        """A row that is left out, as it is listed."""
+        place = f"{self.split.dataset_name}, split {self.split.name},"
+        return {"file": place, "line": row.index + 1, "reason": reason, "row": self._fields(row)}
+
+    def _fields(self, row: SourceRow) -> dict[str, Any]:
+        names = self.row_format
+        fields = {names.text_key: row.text, names.language_key: row.language, names.speaker_key: row.speaker}
+        kept = {key: value for key, value in fields.items() if value is not None}
+        taken = {*fields, names.audio_key, *RESERVED_KEYS}
+        return kept | {key: value for key, value in row.other.items() if key not in taken}
+
+    def _audio_file(self, row: SourceRow) -> str | None:
+        """The path of the row's clip, from the JSONL's folder where it was saved there; None when there is no file."""
+        if isinstance(row.audio, Path):
+            return str(row.audio.resolve())
+        if self.audio_folder is None:
+            return None
+        path = self.audio_folder / f"{row.index:08d}{audio_suffix(row.audio)}"
+        if not path.is_file() or path.stat().st_size != len(row.audio):
+            _write_bytes(path, row.audio)
+        return str(path.relative_to(self.audio_folder.parent))
+
+
+class _ChunkReader:
+    """Reads chunks of a split; neighbouring ones share one pass through it."""
+
+    def __init__(self, rows: DatasetRows) -> None:
+        self._rows = rows
+        self._reader: Iterator[SourceRow] = iter(())
+        self._position = -1
+
+    def read(self, number: int) -> list[SourceRow]:
+        start = number * CHUNK_ROWS
+        if start != self._position:
+            self._reader = self._rows.split.rows(start, self._rows.num_rows)
+        self._position = start + CHUNK_ROWS
+        return list(islice(self._reader, CHUNK_ROWS))
+
+
+def encode_chunks(
+    rows: DatasetRows,
+    numbers: Iterable[int],
+    encoder: ClipEncoder,
+    known: Callable[[int], EncodedChunk | None] = lambda number: None,
+    keep_source: bool = False,
+) -> Iterator[tuple[int, EncodedChunk, list[SourceRow]]]:
+    """Reads, decodes and encodes chunks of a split, in the given order: (chunk number, chunk, its source rows).
+
+    Args:
+        known: gives a chunk that need not be encoded.
+        keep_source: give the source rows as well; otherwise the list is empty, and a known chunk is not even read.
+    """
+
+    reader = _ChunkReader(rows)
+
+    def wanted() -> Iterator[tuple[_Work, list[Audio]]]:
+        for number in numbers:
+            chunk = known(number)
+            source = reader.read(number) if chunk is None or keep_source else []
+            clips = [row.audio for row in source if rows.check(row) is None] if chunk is None else []
+            yield _Work(number, chunk, source), clips
+
+    for work, clips in encoder.encode(wanted()):
+        chunk = work.chunk or _finish_chunk(rows, work.source, clips)
+        yield work.number, chunk, work.source if keep_source else []
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A chunk on its way through the encoder; ``chunk`` where it was encoded before."""
+
+    number: int
+    chunk: EncodedChunk | None
+    source: list[SourceRow]
+
+
+def _finish_chunk(rows: DatasetRows, source_rows: list[SourceRow], clips: list[EncodedClip]) -> EncodedChunk:
+    records, codes, rejected = [], [], []
+    remaining = iter(clips)
+    for row in source_rows:
+        problem = rows.check(row)
+        clip = None if problem else next(remaining)
+        if problem or clip.problem:
+            name = f"{row.audio_name}: " if row.audio_name and clip else ""
+            rejected.append(rows.rejected(row, problem or name + clip.problem))
+            continue
+        records.append(rows.record(row, clip))
+        codes.append(clip.codes)
+    return EncodedChunk(records, codes, rejected)
+
+
+# ------------------------------------------------------------------------------------------------------ references
+
+
+@dataclass(order=True, frozen=True)
+class Candidate:
+    """A clip that may stand for its speaker; the greatest is the best."""
+
+    fits: int  # 2: of the best length, 1: of a usable one, 0: neither
+    score: float
+    order: int  # the earlier row wins a tie
+    index: int = field(compare=False)
+    text: str = field(compare=False)
+
+    @classmethod
+    def of(cls, measures: dict[str, Any], index: int, text: str) -> Candidate:
+        """Of a row of the split."""
+        seconds = measures["seconds"]
+        fits = sum(low <= seconds <= high for low, high in (REFERENCE_SECONDS, BEST_REFERENCE_SECONDS))
+        score = reference_score(measures) if fits else seconds
+        return cls(fits, score, -index, index, text)
+
+
+class _Finisher:
+    """Gives every row its reference, and each speaker without one a clip of the split."""
+
+    def __init__(self, rows: DatasetRows, output_jsonl: Path, options: PrepareOptions) -> None:
+        self.rows, self.folder, self.options = rows, output_jsonl.parent, options
+        self.references: dict[str, Reference] = {}
+
+    def choose(self, chunks: Iterable[EncodedChunk]) -> None:
+        """Picks and saves a clip for each speaker that has rows without a reference."""
+        if self.options.reference is not None or not self.options.chooses_references:
+            return
+        best: dict[str, Candidate] = {}
+        for record in (record for chunk in chunks for record in chunk.records):
+            speaker = self.rows.speaker(record)
+            if record.get("ref_audio") or speaker in self.references:
+                continue
+            text = record[self.rows.row_format.text_key]
+            candidate = Candidate.of(record["measures"], record["dataset_index"], text)
+            best[speaker] = max(best.get(speaker, candidate), candidate)
+        self.references |= save_references(self.rows.split, best, self.options.voices_folder)
+
+    def finish(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A row with its reference."""
+        if record.get("ref_audio"):
+            return record
+        reference = self.options.reference or self.references.get(self.rows.speaker(record))
+        if reference is None:
+            return record
+        text = {"ref_text": reference.text} if reference.text else {}
+        return record | {"ref_audio": _path_from(self.folder, reference.audio)} | text
+
+
+def save_references(split: Split, chosen: dict[str, Candidate], voices_folder: Path) -> dict[str, Reference]:
+    """Saves each speaker's chosen clip as it is, with its transcript beside it, and says so."""
+    saved = {}
+    for speaker, candidate in sorted(chosen.items(), key=lambda item: item[1].index):
+        row = next(split.rows(candidate.index, candidate.index + 1))
+        content = row.audio if isinstance(row.audio, bytes) else row.audio.read_bytes()
+        name = f"{folder_name(Path(split.dataset_name).name)}-{folder_name(split.name)}-{candidate.index}"
+        path = voices_folder / folder_name(speaker) / f"{name}{audio_suffix(row.audio)}"
+        with disk_errors(path):
+            _write_bytes(path, content)
+            _write_bytes(path.with_suffix(".txt"), f"{candidate.text}\n".encode())
+        saved[speaker] = Reference(path, candidate.text)
+        remark = "" if candidate.fits == 2 else "; a clean one of 5-10 s would be better (REF_AUDIO_PATH)"
+        say(f'reference of speaker "{speaker}": {path} (row {candidate.index + 1} of {split.name}){remark}')
+    return saved
+
+
+def folder_name(name: str) -> str:
+    """A name of letters, digits, ``-``, ``_`` and ``.`` for a folder; another name never gives the same one."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).strip(".")
+    if plain == name:
+        return name
+    return f"{plain[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def _path_from(folder: Path, path: Path) -> str:
+    """As found from the JSONL's folder where both lie in the project, else absolute."""
+    project = Path.cwd()
+    inside = all(project in [one, *one.parents] for one in (folder.resolve(), path.resolve()))
+    return os.path.relpath(path.resolve(), folder.resolve()) if inside else str(path.resolve())
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    with unfinished(path) as file:
+        file.write_bytes(content)
+        file.rename(path)
+
+
+from finetuning.encode_rows import dataset_info, encode_jsonl, encoded_path, format_info, needs_encoding  # noqa: E402,F401

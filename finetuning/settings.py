@@ -25,10 +25,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from finetuning.errors import UserError
 
 DEFAULT_ENV_FILE = ".env"
-#: Fields of parts that are not built yet (datasets, upload, in-context rows); setting one is said, not refused.
-NOT_READ_YET = (
-    "dataset_config", "train_split", "validation_split", "ref_text", "hub_model_id_best", "hub_model_id_last",
-)  # fmt: skip
+#: Fields of parts that are not built yet (upload); setting one is said, not refused.
+NOT_READ_YET = ("hub_model_id_best", "hub_model_id_last")
 #: Variables of other tools that may stand in the file; they are exported before those tools are imported.
 PASS_THROUGH_PREFIXES = (
     "WANDB_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "NCCL_", "CUDA_", "TORCH_",
@@ -82,7 +80,9 @@ class Settings(BaseSettings):
     overwrite_output: bool = _setting(False, "replace the run that OUTPUT_DIR already holds")
 
     data_mode: Literal["jsonl", "direct", "none"] = _setting(
-        "jsonl", "jsonl (encodes rows without codes), none (never encodes or downloads); direct is not built yet"
+        "jsonl",
+        "jsonl (rows of TRAIN_JSONL, encoded where codes are missing), direct (streams DATASET_NAME), "
+        "none (jsonl, but never encodes or downloads)",
     )
     train_jsonl: UserPath = _setting(Path("./data/train.jsonl"), "training rows")
     validation_jsonl: UserPath = _setting(Path("./data/validation.jsonl"), "validation rows; may be missing")
@@ -95,15 +95,26 @@ class Settings(BaseSettings):
     audio_column: ColumnName = _setting("audio", "row key or column of the audio file")
     speaker_column: ColumnName | None = _setting(None, "row key or column of the speaker; default the key speaker")
     language_column: ColumnName | None = _setting(None, "row key or column of the language; default the key language")
-    dataset_name: str = _setting("vaghawan/hausa-tts-22k", "Hugging Face speech dataset; preparing it is not built yet")
-    dataset_config: str | None = _setting(None, "configuration name of the dataset (not read yet)")
-    train_split: str = _setting("train", "split to train on (not read yet)", min_length=1)
-    validation_split: str = _setting("validation", "split to validate on (not read yet)", min_length=1)
+    dataset_name: str = _setting(
+        "vaghawan/hausa-tts-22k",
+        "speech dataset: Hub id, folder or table file; if set, a missing TRAIN_JSONL is prepared from it",
+        min_length=1,
+    )
+    dataset_config: str | None = _setting(None, "configuration name of the dataset")
+    train_split: str = _setting("train", "split to train on", min_length=1)
+    validation_split: str = _setting("validation", "split to validate on; may be missing", min_length=1)
+    save_audio: bool = _setting(False, "prepare: keep the clips that the dataset embeds as files beside the JSONL")
+    shuffle_buffer_rows: int = _setting(1000, "direct: rows of the shuffle buffer; 0 = the order of the split", ge=0)
+    codes_cache_dir: UserPath = _setting(Path("./data/codes_cache"), "direct: where codes are kept for later epochs")
+    codes_cache_gb: float = _setting(20.0, "direct: how large that folder may grow; 0 = codes are not kept", ge=0)
+    data_check: Literal["stop", "warn", "off"] = _setting(
+        "stop", "check of the rows before training: stop (errors stop the run), warn (they are only shown), off"
+    )
     prepare_only: bool = _setting(False, "prepare the data, walk the loader once, print shapes and stop")
 
     speaker_name: str = _setting("reference_speaker", "speaker of rows that name none; the name to speak with later")
     ref_audio_path: UserPath | None = _setting(None, "reference clip for rows that name none; default one is chosen")
-    ref_text: str | None = _setting(None, "transcript of REF_AUDIO_PATH (not read yet)")
+    ref_text: str | None = _setting(None, "transcript of REF_AUDIO_PATH; written into prepared rows")
     freeze_speaker_encoder: bool = _setting(
         True, "the encoder is only read before training; false is accepted and says so"
     )
@@ -397,9 +408,9 @@ def _check_unbuilt_upload(settings: Settings, _: int) -> str | None:
     )
 
 
-def _check_unbuilt_direct(settings: Settings, _: int) -> str | None:
-    if settings.data_mode == "direct":
-        return "streaming a dataset (direct) is not built yet; use jsonl"
+def _check_direct(settings: Settings, _: int) -> str | None:
+    if settings.data_mode == "direct" and not settings.is_set("dataset_name"):
+        return "direct streams a dataset; name it in DATASET_NAME"
     return None
 
 
@@ -413,7 +424,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("output_dir",), _check_output),
     (("speaker_name",), _check_speaker),
     (("upload_to_hub",), _check_unbuilt_upload),
-    (("data_mode",), _check_unbuilt_direct),
+    (("data_mode", "dataset_name"), _check_direct),
 )
 
 

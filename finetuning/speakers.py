@@ -7,8 +7,10 @@ the dtype that the export stores, so that what training inserts is what inferenc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,8 @@ from finetuning.audio import SAMPLE_RATE_HZ, AudioError, load_audio
 from finetuning.codec import FRAMES_PER_SECOND
 from finetuning.console import say
 from finetuning.errors import UserError
-from finetuning.manifest import Manifest
 from finetuning.quality import cleanliness_db
+from finetuning.row_index import Manifest
 from finetuning.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ REFERENCE_SECONDS = (3.0, 30.0)
 BEST_REFERENCE_SECONDS = (5.0, 10.0)
 #: At most so many candidates are read, those nearest to 7.5 s first.
 MAX_REFERENCE_CANDIDATES = 32
+#: So many distinct references of a speaker are read at most; the mean over more would be the same voice.
+MAX_REFERENCES = 1000
+#: Paths that are looked up at a time.
+_PATHS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def prepare_speakers(manifest: Manifest, model: Any, base: Base, settings: Setti
     Raises:
         UserError: no reference can be had, a name is a preset's, or the table is full.
     """
-    names = list(dict.fromkeys(manifest.column("speaker")))
+    names = manifest.distinct("speaker")
     presets = base.talker_config.get("spk_id") or {}
     if not base.has_speaker_encoder:
         return _preset_speakers(names, presets, model, base)
@@ -122,35 +128,49 @@ def find_references(manifest: Manifest, names: Sequence[str], settings: Settings
     """
     if settings.ref_audio_path and not settings.ref_audio_path.is_file():
         raise UserError(f"REF_AUDIO_PATH: {settings.ref_audio_path} does not exist")
-    speakers, references = manifest.column("speaker"), manifest.column("ref_audio")
+    all_names, speakers = manifest.labels("speaker")
+    references = manifest.label_numbers("ref_audio")
     found: dict[str, list[str]] = {}
     for name in names:
-        own = [reference or None for reference in references[speakers == name]]
-        distinct = dict.fromkeys(str(Path(path).resolve()) for path in own if path)
-        if any(path is None for path in own):
+        rows = np.flatnonzero(speakers == all_names.index(name))
+        own = manifest.select(_first_uses(rows, references[rows], name)).column("ref_audio")
+        distinct = dict.fromkeys(str(Path(path).resolve()) for path in own)
+        if (references[rows] < 0).any():
             default = settings.ref_audio_path or choose_reference(manifest, name)
             distinct[str(Path(default).resolve())] = None
         found[name] = list(distinct)
     return found
 
 
+def _first_uses(rows: np.ndarray, references: np.ndarray, name: str) -> np.ndarray:
+    """The rows that use a reference for the first time, in their order; evenly thinned where they are too many."""
+    distinct, first = np.unique(references, return_index=True)
+    uses = rows[np.sort(first[distinct >= 0])]
+    if len(uses) <= MAX_REFERENCES:
+        return uses
+    say(f'speaker "{name}" has {len(uses)} references; its vector is the mean over {MAX_REFERENCES} of them')
+    return uses[np.linspace(0, len(uses) - 1, MAX_REFERENCES).astype(int)]
+
+
 def choose_reference(manifest: Manifest, speaker: str) -> str:
     """The cleanest clip of a speaker: of 5–10 s if there is one, else of 3–30 s, else the longest."""
-    mine = np.flatnonzero(manifest.column("speaker") == speaker)
-    seconds = manifest.column("num_codec_frames")[mine] / FRAMES_PER_SECOND
-    audio = manifest.column("audio")[mine]
-    clips = [(path, length) for path, length in zip(audio, seconds, strict=True) if path and Path(path).is_file()]
-    if not clips:
+    names, speakers = manifest.labels("speaker")
+    rows = np.flatnonzero((speakers == names.index(speaker)) & manifest.has("audio"))
+    clips = manifest.select(rows)
+    seconds = clips.column("num_codec_frames") / FRAMES_PER_SECOND
+    for shortest, longest in (BEST_REFERENCE_SECONDS, REFERENCE_SECONDS):
+        fitting = np.flatnonzero((shortest <= seconds) & (seconds <= longest))
+        by_distance = np.argsort(np.abs(seconds[fitting] - sum(BEST_REFERENCE_SECONDS) / 2), kind="stable")
+        if chosen := _cleanest(_existing_files(clips.select(fitting[by_distance]), MAX_REFERENCE_CANDIDATES)):
+            say(f'reference of speaker "{speaker}": {chosen} (chosen among {len(fitting)} clips)')
+            return chosen
+    longest_first = np.argsort(-seconds, kind="stable")
+    chosen = next(iter(_existing_files(clips.select(longest_first), 1)), None)
+    if chosen is None:
         raise UserError(
             f'speaker "{speaker}": its rows name no ref_audio and have no audio file to choose from; '
             "set REF_AUDIO_PATH or give the rows a ref_audio"
         )
-    for shortest, longest in (BEST_REFERENCE_SECONDS, REFERENCE_SECONDS):
-        fitting = [clip for clip in clips if shortest <= clip[1] <= longest]
-        if chosen := _cleanest(fitting):
-            say(f'reference of speaker "{speaker}": {chosen} (chosen among {len(fitting)} clips)')
-            return chosen
-    chosen = max(clips, key=lambda clip: clip[1])[0]
     say(
         f'reference of speaker "{speaker}": {chosen}, the longest clip, because none is between '
         f"{REFERENCE_SECONDS[0]:g} and {REFERENCE_SECONDS[1]:g} s; a clean 5-10 s REF_AUDIO_PATH would be better",
@@ -158,11 +178,21 @@ def choose_reference(manifest: Manifest, speaker: str) -> str:
     return chosen
 
 
-def _cleanest(clips: list[tuple[str, float]]) -> str | None:
-    middle = sum(BEST_REFERENCE_SECONDS) / 2
-    candidates = sorted(clips, key=lambda clip: abs(clip[1] - middle))[:MAX_REFERENCE_CANDIDATES]
+def _existing_files(clips: Manifest, count: int) -> list[str]:
+    """Paths of the first so many clips whose audio file is there."""
+    files: list[str] = []
+    for start in range(0, len(clips), _PATHS_AT_ONCE):
+        positions = np.arange(start, min(start + _PATHS_AT_ONCE, len(clips)))
+        paths = clips.select(positions).column("audio")
+        files += islice(filter(os.path.isfile, paths), count - len(files))
+        if len(files) == count:
+            break
+    return files
+
+
+def _cleanest(candidates: Sequence[str]) -> str | None:
     scored = []
-    for path, _ in candidates:
+    for path in candidates:
         try:
             scored.append((cleanliness_db(load_audio(path)), path))
         except AudioError:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from finetuning.codec import codec_fingerprint
 from finetuning.console import say
+from finetuning.encode_rows import encode_jsonl, encoded_path
 from finetuning.errors import UserError
-from finetuning.manifest import Manifest, RowFormat, build_manifest, hold_out
-from finetuning.prepare import encode_jsonl, encoded_path, needs_encoding
+from finetuning.manifest import Row, RowFormat
+from finetuning.row_index import Manifest, RowStop, codes_source, file_stamp, find_index, hold_out, open_rows
 from finetuning.settings import Settings
+from finetuning.workspace import rejected_path
+
+#: Rows whose audio files are looked up at a time.
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -28,21 +39,24 @@ def open_training_rows(
     """Training and validation rows as the settings name them, encoded first where codes are missing.
 
     Args:
-        build: encode and index (the main process); else open what the main process has indexed.
+        build: encode and index (the main process); else open what the main process has opened.
 
     Raises:
-        UserError: see ``encode_jsonl`` and ``build_manifest``.
+        UserError: see ``encode_jsonl`` and ``open_rows``.
     """
     has_validation_file = settings.validation_jsonl.is_file() or settings.is_set("validation_jsonl")
+    names = ["TRAIN_JSONL"] + ["VALIDATION_JSONL"] * has_validation_file
     if build:
         check_files(settings)
-        for setting in ["TRAIN_JSONL"] + ["VALIDATION_JSONL"] * has_validation_file:
-            _index_rows(settings, codec_folder, row_format, device, setting)
-    train = Manifest(_arrow_file(settings, "TRAIN_JSONL"))
-    if has_validation_file:
-        validation = _of_known_speakers(Manifest(_arrow_file(settings, "VALIDATION_JSONL")), train)
+        opened = [_File(settings, name, codec_folder, row_format, device).open() for name in names]
+        for name, rows in zip(names, opened, strict=True):
+            _write_pointer(settings, name, rows)
     else:
-        train, validation = hold_out(train, settings.validation_fraction, settings.seed)
+        opened = [_follow_pointer(settings, name) for name in names]
+    if has_validation_file:
+        train, validation = opened[0], _of_known_speakers(opened[1], opened[0])
+    else:
+        train, validation = hold_out(opened[0], settings.validation_fraction, settings.seed)
     if validation is not None and settings.max_eval_samples:
         validation = validation.select(np.arange(min(len(validation), settings.max_eval_samples)))
     return TrainingRows(train, validation)
@@ -72,28 +86,195 @@ def check_files(settings: Settings) -> None:
             raise UserError(f"{field.upper()}: {path} does not exist")
 
 
-def _index_rows(settings: Settings, codec_folder: Path, row_format: RowFormat, device: str, setting: str) -> None:
-    """Encodes one file where needed, and writes its Arrow file."""
-    is_train = setting == "TRAIN_JSONL"
-    jsonl = settings.train_jsonl if is_train else settings.validation_jsonl
-    max_rows = settings.max_train_samples if is_train else settings.max_eval_samples
-    if settings.data_mode != "none" and needs_encoding(jsonl, setting, codec_folder, row_format):
-        output = encoded_path(jsonl, max_rows)
-        jsonl = encode_jsonl(jsonl, output, codec_folder, row_format, device=device, setting=setting, max_rows=max_rows)
-        say(f"codes of {setting} are kept in {jsonl}")
-    arrow_file = _arrow_file(settings, setting)
-    rejected = settings.output_dir / f"rejected.{arrow_file.stem}.jsonl"
-    build_manifest(jsonl, arrow_file, row_format, setting, max_rows, rejected)
+# ------------------------------------------------------------------------------------------------------- one file
 
 
-def _arrow_file(settings: Settings, setting: str) -> Path:
-    return settings.output_dir / "rows" / ("train.arrow" if setting == "TRAIN_JSONL" else "validation.arrow")
+@dataclass(frozen=True)
+class _File:
+    """TRAIN_JSONL or VALIDATION_JSONL on its way to rows with codes."""
+
+    settings: Settings
+    setting: str
+    codec_folder: Path
+    row_format: RowFormat
+    device: str
+
+    def open(self) -> Manifest:
+        """The rows as they stand where all have codes that are not stale, else the rows of the encoded file."""
+        if self.settings.data_mode == "none":
+            return self._open(self.jsonl)
+        if not self._is_encoded():
+            codes = CodesCheck(self.jsonl, self.setting, self.codec_folder)
+            if (rows := self._find(self.jsonl)) is None or not codes.any_stale(rows):
+                try:
+                    return self._open(self.jsonl, stop_at=codes.is_stale)
+                except RowStop:
+                    pass
+            self._encode()
+        say(f"codes of {self.setting} are kept in {self.encoded}")
+        rows = self._open(self.encoded)
+        self._note_origin(rows)
+        return rows
+
+    @property
+    def is_train(self) -> bool:
+        return self.setting == "TRAIN_JSONL"
+
+    @property
+    def jsonl(self) -> Path:
+        return self.settings.train_jsonl if self.is_train else self.settings.validation_jsonl
+
+    @property
+    def max_rows(self) -> int | None:
+        return self.settings.max_train_samples if self.is_train else self.settings.max_eval_samples
+
+    @property
+    def encoded(self) -> Path:
+        return encoded_path(self.jsonl, self.max_rows)
+
+    def _find(self, jsonl: Path) -> Manifest | None:
+        return find_index(jsonl, self.row_format, max_rows=self.max_rows, spare_folder=_rows_folder(self.settings))
+
+    def _open(self, jsonl: Path, stop_at: Any = None) -> Manifest:
+        return open_rows(
+            jsonl,
+            self.row_format,
+            self.setting,
+            max_rows=self.max_rows,
+            rejected_file=self.settings.output_dir / f"rejected.{_name(self.setting)}.jsonl",
+            spare_folder=_rows_folder(self.settings),
+            stop_at=stop_at,
+        )
+
+    def _encode(self) -> None:
+        encode_jsonl(
+            self.jsonl,
+            self.encoded,
+            self.codec_folder,
+            self.row_format,
+            device=self.device,
+            setting=self.setting,
+            max_rows=self.max_rows,
+        )
+
+    def _is_encoded(self) -> bool:
+        """Whether the encoded file's index was made of this very file, so that neither has to be read again."""
+        rows = self._find(self.encoded)
+        if rows is None or _read_json(_origin_file(rows)) != self._origin():
+            return False
+        return not CodesCheck(self.encoded, self.setting, self.codec_folder).any_stale(rows)
+
+    def _note_origin(self, rows: Manifest) -> None:
+        # A clip that was left out may be mended without a trace in this file: then the encoder has to look.
+        if not rejected_path(self.encoded).exists():
+            with contextlib.suppress(OSError):  # somebody else's index: it only takes longer
+                _write_json(_origin_file(rows), self._origin())
+
+    def _origin(self) -> dict[str, str]:
+        return {"jsonl": os.path.abspath(self.jsonl), "stamp": file_stamp(self.jsonl)}
+
+
+class CodesCheck:
+    """Whether a file's codes belong to its audio files as they are now, and to this codec."""
+
+    def __init__(self, jsonl: Path, setting: str, codec_folder: Path) -> None:
+        self.jsonl, self.setting, self.codec_folder = jsonl, setting, codec_folder
+        self._codec_id = ""  # hashing a codec takes a second; most files do not need it
+
+    def is_stale(self, row: Row) -> bool:
+        """Whether a row says what its codes were made of, and that has changed.
+
+        Raises:
+            UserError: the codec has changed and the audio is gone.
+        """
+        num_bytes, modified_ns, codec = codes_source(row.raw)
+        audio = None if row.audio is None else str(row.audio)
+        return codec is not None and self._has_changed(row.line, audio, num_bytes, modified_ns, codec)
+
+    def any_stale(self, rows: Manifest) -> bool:
+        """``is_stale`` for all rows of an index, a few at a time."""
+        says = np.flatnonzero(rows.has("codes_codec"))
+        for start in range(0, len(says), _ROWS_AT_ONCE):
+            part = rows.select(says[start : start + _ROWS_AT_ONCE])
+            columns = ("line", "audio", "audio_bytes", "audio_modified_ns", "codes_codec")
+            if any(map(self._has_changed, *(part.column(name).tolist() for name in columns))):
+                return True
+        return False
+
+    def _has_changed(self, line: int, audio: str | None, num_bytes: int, modified_ns: int, codec: str) -> bool:
+        self._codec_id = self._codec_id or codec_fingerprint(self.codec_folder)
+        status = _file_status(audio)
+        if status is not None:
+            return (num_bytes, modified_ns, codec) != (status.st_size, status.st_mtime_ns, self._codec_id)
+        if codec != self._codec_id:
+            raise UserError(
+                f"{self.setting}: {self.jsonl} line {line}: its codes were made by another codec and its audio is "
+                "gone; name that codec in TOKENIZER_PATH, or bring the audio back"
+            )
+        return False
+
+
+def _file_status(path: str | None) -> os.stat_result | None:
+    try:
+        status = None if path is None else os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status if status and stat.S_ISREG(status.st_mode) else None
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+def _rows_folder(settings: Settings) -> Path:
+    return settings.output_dir / "rows"
+
+
+def _name(setting: str) -> str:
+    return "train" if setting == "TRAIN_JSONL" else "validation"
+
+
+def _pointer(settings: Settings, setting: str) -> Path:
+    """Names the Arrow file for the other processes, which need not see the JSONL."""
+    return _rows_folder(settings) / f"{_name(setting)}.json"
+
+
+def _write_pointer(settings: Settings, setting: str, rows: Manifest) -> None:
+    _write_json(_pointer(settings, setting), {"rows": os.path.abspath(rows.arrow_file)})
+
+
+def _follow_pointer(settings: Settings, setting: str) -> Manifest:
+    pointer = _read_json(_pointer(settings, setting))
+    if pointer is None:
+        raise UserError(f"OUTPUT_DIR: {_pointer(settings, setting)} is not there; all processes must see OUTPUT_DIR")
+    return Manifest(Path(pointer["rows"]))
+
+
+def _origin_file(rows: Manifest) -> Path:
+    return rows.arrow_file.with_name("origin.json")
+
+
+def _write_json(file: Path, value: dict[str, str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.tmp")
+    unfinished.write_text(json.dumps(value), encoding="utf-8")
+    unfinished.replace(file)
+
+
+def _read_json(file: Path) -> dict[str, str] | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------- speakers
 
 
 def _of_known_speakers(validation: Manifest, train: Manifest) -> Manifest | None:
     """Validation rows whose speaker is trained; a voice that nothing is learnt of would only blur the figure."""
-    known = {speaker.lower() for speaker in train.column("speaker")}
-    keep = np.array([speaker.lower() in known for speaker in validation.column("speaker")])
+    known = {speaker.lower() for speaker in train.distinct("speaker")}
+    names, speakers = validation.labels("speaker")
+    keep = np.array([name.lower() in known for name in names])[speakers]
     if not keep.all():
         say(f"{(~keep).sum()} validation rows are left out: their speakers have no training rows")
     return validation.select(np.flatnonzero(keep)) if keep.any() else None

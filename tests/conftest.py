@@ -77,3 +77,23 @@ def make_settings(tmp_path: Path) -> Callable[..., Any]:
         return load_settings(defaults | fields, environment={})
 
     return make
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stands in for the codec wherever clips are encoded."""
+    from fakes import FakeCodec
+
+    fake_codec = FakeCodec()
+    monkeypatch.setattr("finetuning.encoding.Codec", fake_codec.build)
+    return fake_codec
+
+
+@pytest.fixture
+def codec_folder(tmp_path: Path) -> Path:
+    """What a fingerprint is taken of."""
+    folder = tmp_path / "codec"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder

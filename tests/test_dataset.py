@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+from torch.utils.data import Dataset
 
-from finetuning.dataset import StepSampler, sequential_plan
+from finetuning.dataset import StepPlans, StepSampler, sequential_plan, step_loader, unknown_languages
+from finetuning.manifest import RowFormat
+from finetuning.row_index import open_rows
 
 LENGTHS = np.random.default_rng(0).integers(10, 300, 1003)
 
@@ -64,3 +71,93 @@ def test_sequential_plan_shares_rows() -> None:
     parts = [sequential_plan(11, 2, process, 3) for process in range(3)]
     assert sorted(row for part in parts for row in rows_of(part)) == list(range(11))
     assert rows_of(sequential_plan(5, 2)) == [0, 1, 2, 3, 4]
+
+
+def plan_of_lists(sampler: StepSampler, epoch: int, process: int) -> list[list[list[int]]]:
+    """The same plan made the plain way, as lists of all rows: orders of old runs must not move."""
+    generator = np.random.default_rng([sampler.seed, epoch])
+    order = generator.permutation(len(sampler.lengths))
+    size = sampler.batch_size * sampler.num_processes
+    window = size * sampler.accumulation * sampler.window_steps
+    steps: list[list[list[int]]] = []
+    for start in range(0, len(order), window):
+        rows = order[start : start + window]
+        rows = rows[np.argsort(sampler.lengths[rows], kind="stable")]
+        batches = [rows[at : at + size].tolist() for at in range(0, len(rows), size)]
+        incomplete = [batches.pop()] if start + window >= len(order) and len(batches[-1]) < size else []
+        batches = [batches[index] for index in generator.permutation(len(batches))] + incomplete
+        steps += [batches[at : at + sampler.accumulation] for at in range(0, len(batches), sampler.accumulation)]
+    return [[batch[process :: sampler.num_processes] for batch in step] for step in steps]
+
+
+@pytest.mark.parametrize("num_processes, accumulation", [(1, 1), (1, 3), (2, 2), (3, 1)])
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 16, 96, 384, 1003])
+def test_plans_are_those_of_plain_lists(num_rows: int, num_processes: int, accumulation: int) -> None:
+    sampler = StepSampler(
+        LENGTHS[:num_rows],
+        batch_size=2,
+        accumulation=accumulation,
+        num_processes=num_processes,
+        seed=5,
+        window_steps=16,
+    )
+    for epoch in (0, 3):
+        for process in range(num_processes):
+            plan, expected = sampler.epoch_plan(epoch, process), plan_of_lists(sampler, epoch, process)
+            assert list(plan) == expected and plan == expected and len(plan) == sampler.steps_per_epoch
+            assert [type(row) for row in rows_of(expected)] == [type(row) for row in rows_of(plan)]
+
+
+def test_plans_can_be_cut() -> None:
+    plan = StepSampler(LENGTHS, batch_size=4, accumulation=2, num_processes=2, seed=5).epoch_plan(0, 1)
+    steps = list(plan)
+    for cut in (
+        slice(10, None),
+        slice(None, 3),
+        slice(5, 9),
+        slice(60, None),
+        slice(62, 70),
+        slice(70, 80),
+        slice(-2, None),
+    ):
+        assert isinstance(plan[cut], StepPlans) and list(plan[cut]) == steps[cut]
+    assert plan[-1] == steps[-1]
+    with pytest.raises(IndexError):
+        plan[len(steps)]
+    with pytest.raises(ValueError):
+        plan[::2]
+
+
+def test_a_plan_holds_four_bytes_a_row() -> None:
+    plan = StepSampler(np.zeros(100_000, np.int32), batch_size=2, seed=5).epoch_plan(0)
+    assert plan.order.nbytes == 400_000
+    assert sequential_plan(100_000, 2).order.nbytes == 400_000
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 11])
+def test_sequential_plans_are_those_of_plain_lists(num_rows: int, num_processes: int) -> None:
+    batches = [list(range(at, min(at + 2, num_rows))) for at in range(0, num_rows, 2)]
+    for process in range(num_processes):
+        assert sequential_plan(num_rows, 2, process, num_processes) == [[b] for b in batches[process::num_processes]]
+
+
+class Echo(Dataset):
+    """Gives back what it is asked for."""
+
+    def __getitem__(self, plan: Any) -> Any:
+        return plan
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_takes_plans_and_lists(num_workers: int) -> None:
+    plan = StepSampler(LENGTHS, batch_size=16, accumulation=2, seed=5).epoch_plan(0)
+    for plans in (plan, list(plan), plan[3:]):
+        assert list(step_loader(Echo(), plans, num_workers)) == list(plans)
+
+
+def test_unknown_languages(write_jsonl: Callable[..., Path]) -> None:
+    languages = ["Klingon", "English", "Auto", "Elvish", "Klingon"]
+    rows = [{"text": "a", "audio_codes": [[n] * 16] * 2, "language": name} for n, name in enumerate(languages)]
+    manifest = open_rows(write_jsonl(rows), RowFormat(), "TRAIN_JSONL")
+    assert unknown_languages(manifest, {"english": 2050}) == ["Klingon", "Elvish"]

@@ -1,9 +1,8 @@
-"""The row: every check, what happens to bad rows, the memory map, and held-out rows."""
+"""The row: every check, and the list of bad ones."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from finetuning import manifest
 from finetuning.errors import UserError
 from finetuning.manifest import (
-    Manifest,
     Rejections,
     Row,
     RowError,
     RowFormat,
-    build_manifest,
     check_codes,
     check_speaker_names,
-    hold_out,
     parse_row,
     read_lines,
 )
@@ -55,17 +52,6 @@ def clip(tmp_path: Path) -> Path:
     path = tmp_path / "clip.wav"
     path.write_bytes(b"RIFF")
     return path
-
-
-@pytest.fixture
-def build(tmp_path: Path) -> Callable[..., Manifest]:
-    """build_manifest into tmp_path/output."""
-
-    def build_from(jsonl: Path, max_rows: int | None = None, **row_format: Any) -> Manifest:
-        arrow, rejected = tmp_path / "output" / "rows" / "train.arrow", tmp_path / "output" / "rejected.jsonl"
-        return build_manifest(jsonl, arrow, RowFormat(**row_format), "TRAIN_JSONL", max_rows, rejected)
-
-    return build_from
 
 
 # ------------------------------------------------------------------------------------------------------- good rows
@@ -288,121 +274,95 @@ def test_lines_are_numbered_with_the_blank_ones(tmp_path: Path) -> None:
     ]
 
 
+# ----------------------------------------------------------------------------------------------------------- quick
+
+
+def quickly(line: str) -> tuple[Any, ...]:
+    """What ``_load_quickly`` gives of a line, as plain values; () where it leaves the line to the JSON parser."""
+    loaded = manifest._load_quickly(line)
+    return () if loaded is None else (loaded[0], loaded[1].tolist())
+
+
+@pytest.mark.parametrize("separators", [(", ", ": "), (",", ":"), (", ", ":"), (",", ": ")])
+@pytest.mark.parametrize("first", [True, False])
+def test_quick_reading_gives_what_the_json_parser_gives(separators: tuple[str, str], first: bool) -> None:
+    rest = {"text": 'He said "audio_codes": [[1]] \\"audio_codes\\": [[2]]\u00e9', "extra": {"list": [[1, 2], [3]]}}
+    given = codes(1, 40)
+    whole = {"audio_codes": given} | rest if first else rest | {"audio_codes": given}
+    line = json.dumps(whole, separators=separators)
+    taken = quickly(line)
+    assert taken == (rest, given) or (taken == () and not first)  # the text holds the key's look-alike
+    slow, quick = (parse_row(line, 1, Path("."), RowFormat(), True, quick) for quick in (False, True))
+    assert np.array_equal(slow.codes, quick.codes) and quick.codes.dtype == np.int16
+    assert (slow.text, slow.speaker) == (quick.text, quick.speaker)
+
+
+def test_ordinary_lines_are_read_quickly() -> None:
+    """Else nothing would be gained, and no other test here would tell."""
+    for line in (
+        json.dumps(row(3)),
+        json.dumps(row(3), ensure_ascii=False) + "\n",
+        json.dumps(row(3), separators=(",", ":")),
+    ):
+        assert quickly(line) == ({"text": "Sentence 3."}, codes(3))
+
+
 @pytest.mark.parametrize(
-    "content, part",
-    [(None, "does not exist"), (b"", "is empty"), (b"\n \n", "is empty"), (b'{"text": "\xff"}\n', "is not UTF-8 text")],
-    ids=["missing", "empty", "blank", "latin-1"],
+    "codes_text",
+    [
+        json.dumps(codes(0, 1)), json.dumps(np.array(codes()).T.tolist()), json.dumps([[1] * 15] * 3),
+        json.dumps([[1] * 17] * 3), json.dumps([[2048] * 16] * 3), json.dumps([[-1] * 16] * 3),
+        json.dumps([[1.0] * 16] * 3), json.dumps([[1] * 16, [1] * 15 + [[1]]]), json.dumps([[10**30] * 16] * 3),
+        json.dumps([["1"] * 16] * 3), json.dumps([[True] * 16] * 3), json.dumps([[1] * 16, [1] * 15]),
+        "[[]]", "[[], []]", "[[1, 2", "[[1 2]]",
+        json.dumps([[1] * 16] * 2).replace("1, 1", "1 1", 1), json.dumps([[1] * 16] * 2).replace("1, 1", "1,, 1", 1),
+        json.dumps([[1] * 16] * 2).replace("1, 1", ", 1", 1), json.dumps([[1] * 16] * 2).replace("[1", "[", 1),
+    ],
+)  # fmt: skip
+def test_quick_reading_leaves_what_is_wrong_to_the_checks(codes_text: str) -> None:
+    line = f'{{"text": "a", "audio_codes": {codes_text}}}'
+    assert quickly(line) == ()
+    reasons = []
+    for quick in (False, True):
+        with pytest.raises(RowError) as error:
+            parse_row(line, 1, Path("."), RowFormat(), True, quick)
+        reasons.append(str(error.value))
+    assert reasons[0] == reasons[1]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'{{"text": "a", "inner": {{"audio_codes": {codes()}}}}}',
+        f'{{"text": "a", "inner": {{"audio_codes": {codes()}}}, "audio_codes": {codes(1)}}}',
+        f'{{"text": "a", "audio_codes": {codes()}, "audio_codes": {codes(1)}}}',
+        f'{{"text": "a", "audio_codes": {codes()}, "audio_codes": null}}',
+        f'{{"text": "a", "x\\"audio_codes": {codes()}, "audio_codes": {codes(1)}}}',
+        f'{{"text": "a", "x\\\\"audio_codes": {codes()}}}',
+        f'{{"text": "a", "audio_codes": {codes()}',
+        f'{{"text": "a", "audio_codes": {codes()}}} {{}}',
+        f'["audio_codes": {codes()}]',
+        f'{{"text": "\\ud800", "audio_codes": {codes()}}}',
+        f'{{"text": "a", "audio_codes": {{"audio_codes": {codes()}}}}}',
+    ],
 )
-def test_unusable_file_names_setting_and_path(
-    build: Callable[..., Manifest], tmp_path: Path, content: bytes | None, part: str
-) -> None:
-    file = tmp_path / "rows.jsonl"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(UserError, match=part) as error:
-        build(file)
-    assert str(error.value).startswith(f"TRAIN_JSONL: {file} ")
-    assert not (tmp_path / "output").exists()
+def test_quick_reading_is_not_fooled(line: str) -> None:
+    """Codes that are not the row's own, twice there, or in a line that is no object."""
+    results = []
+    for quick in (False, True):
+        try:
+            results.append(parse_row(line, 1, Path("."), RowFormat(), True, quick).codes.tolist())
+        except RowError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
 
 
-def test_utf_16_file_is_refused_as_a_whole(build: Callable[..., Manifest], tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(row()), encoding="utf-16")
-    with pytest.raises(UserError, match="is not UTF-8 text"):
-        build(file)
+def test_quick_rows_lack_their_codes_in_raw() -> None:
+    line = json.dumps(row(2, mood=5))
+    assert parse_row(line, 1, Path("."), RowFormat(), True, quick=True).raw == {"text": "Sentence 2.", "mood": 5}
 
 
-def test_file_with_bom_and_blank_lines_is_built(build: Callable[..., Manifest], tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n\n".join(json.dumps(row(seed)) for seed in range(3)), encoding="utf-8-sig")
-    assert build(file).column("line").tolist() == [1, 3, 5]
-
-
-def test_few_bad_rows_are_skipped_and_listed(
-    build: Callable[..., Manifest], write_jsonl: WriteJsonl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows: list[Any] = [row(seed) for seed in range(20)]
-    rows[3], rows[11] = row(3, text=" "), '{"text": "Ü'
-    jsonl = write_jsonl(rows)
-    built = build(jsonl)
-    assert built.column("line").tolist() == [n for n in range(1, 21) if n not in (4, 12)]
-    listed = [json.loads(line) for line in (tmp_path / "output/rejected.jsonl").read_text("utf-8").splitlines()]
-    assert [(item["file"], item["line"]) for item in listed] == [(str(jsonl), 4), (str(jsonl), 12)]
-    assert listed[0]["reason"] == "text is empty" and json.loads(listed[0]["row"]) == rows[3]
-    assert "cut off" in listed[1]["reason"] and listed[1]["row"] == rows[11]
-    said = capsys.readouterr().out
-    assert "2 of 20" in said and f"{jsonl} line 4: text is empty" in said and "rejected.jsonl" in said
-
-
-def test_list_of_bad_rows_goes_when_they_were_mended(
-    build: Callable[..., Manifest], write_jsonl: WriteJsonl, tmp_path: Path
-) -> None:
-    build(write_jsonl([*(row(seed) for seed in range(19)), row(19, text="")]))
-    assert (tmp_path / "output/rejected.jsonl").exists()
-    build(write_jsonl([row(seed) for seed in range(20)]))
-    assert not (tmp_path / "output/rejected.jsonl").exists()
-
-
-@pytest.mark.parametrize("num_bad, refused", [(1, False), (2, True)])
-def test_a_tenth_is_the_limit(
-    build: Callable[..., Manifest], write_jsonl: WriteJsonl, num_bad: int, refused: bool
-) -> None:
-    jsonl = write_jsonl([row(seed) for seed in range(10 - num_bad)] + [row(text="")] * num_bad)
-    if not refused:
-        assert len(build(jsonl)) == 9
-        return
-    with pytest.raises(UserError):
-        build(jsonl)
-
-
-def test_many_bad_rows_stop_everything_and_leave_nothing(
-    build: Callable[..., Manifest], write_jsonl: WriteJsonl, tmp_path: Path
-) -> None:
-    jsonl = write_jsonl([row(seed) for seed in range(20)] + [row(text="")] * 7)
-    with pytest.raises(UserError) as error:
-        build(jsonl)
-    message = str(error.value)
-    assert message.startswith("7 of 27 rows cannot be used")
-    assert all(f"{jsonl} line {number}: text is empty" in message for number in range(21, 26))
-    assert "line 26" not in message and "2 more" in message
-    assert list(tmp_path.iterdir()) == [jsonl]
-
-
-def test_file_of_one_bad_row(build: Callable[..., Manifest], write_jsonl: WriteJsonl) -> None:
-    with pytest.raises(UserError, match=r"1 of 1 rows cannot be used:\n.* line 1: no text"):
-        build(write_jsonl([{"audio_codes": codes()}]))
-
-
-def test_rows_that_all_have_the_same_codes(
-    build: Callable[..., Manifest], write_jsonl: WriteJsonl, tmp_path: Path
-) -> None:
-    jsonl = write_jsonl([row(0, text=f"Sentence {number}.") for number in range(3)])
-    with pytest.raises(UserError, match=r"all 3 rows .* have the same codes"):
-        build(jsonl)
-    assert list(tmp_path.iterdir()) == [jsonl]
-
-
-def test_one_row_alone_and_two_equal_ones_among_others_are_fine(
-    build: Callable[..., Manifest], write_jsonl: WriteJsonl
-) -> None:
-    assert len(build(write_jsonl([row()]))) == 1
-    assert len(build(write_jsonl([row(), row(), row(1)]))) == 3
-
-
-def test_speaker_names_that_differ_in_case_only(
-    build: Callable[..., Manifest], write_jsonl: WriteJsonl, tmp_path: Path
-) -> None:
-    jsonl = write_jsonl([row(0, speaker="Ada"), row(1, speaker="Bea"), row(2, speaker="Ada"), row(3, speaker="ADA")])
-    with pytest.raises(UserError) as error:
-        build(jsonl)
-    message = str(error.value)
-    assert f'"Ada" ({jsonl} line 1)' in message and f'"ADA" ({jsonl} line 4)' in message
-    assert list(tmp_path.iterdir()) == [jsonl]
-
-
-def test_speaker_name_clashes_with_the_default(build: Callable[..., Manifest], write_jsonl: WriteJsonl) -> None:
-    with pytest.raises(UserError, match="clash"):
-        build(write_jsonl([row(0), row(1, speaker="ada")]), default_speaker="Ada")
+# ------------------------------------------------------------------------------------------------------- bad rows
 
 
 def test_speaker_names_across_files() -> None:
@@ -410,49 +370,6 @@ def test_speaker_names_across_files() -> None:
     check_speaker_names({"Ada": first, "Bea": second})
     with pytest.raises(UserError, match=r"a\.jsonl line 1.*b\.jsonl line 9"):
         check_speaker_names({"Ada": first, "ada": second})
-
-
-@pytest.mark.parametrize("last", [row(9, speaker="ADA"), None], ids=["clash", "same codes"])
-def test_refused_build_leaves_no_list_of_bad_rows_behind(
-    build: Callable[..., Manifest], write_jsonl: WriteJsonl, tmp_path: Path, last: dict[str, Any] | None
-) -> None:
-    good = [row(seed if last else 0, speaker="Ada") for seed in range(12)]
-    jsonl = write_jsonl([*good, row(text=""), *([last] if last else [])])
-    with pytest.raises(UserError):
-        build(jsonl)
-    assert list(tmp_path.iterdir()) == [jsonl]
-
-
-def test_refused_build_keeps_what_was_there(build: Callable[..., Manifest], write_jsonl: WriteJsonl) -> None:
-    before = build(write_jsonl([row(seed) for seed in range(3)], "good.jsonl"))
-    content = before.arrow_file.read_bytes()
-    with pytest.raises(UserError):
-        build(write_jsonl([row(text="")]))
-    assert before.arrow_file.read_bytes() == content
-    assert [path.name for path in before.arrow_file.parent.iterdir()] == ["train.arrow"]
-
-
-@pytest.mark.parametrize("max_rows, last_line", [(1, 1), (10, 11), (11, 12), (50, 12)])
-def test_max_rows_counts_good_rows(
-    build: Callable[..., Manifest], write_jsonl: WriteJsonl, max_rows: int, last_line: int
-) -> None:
-    rows = [row(seed) for seed in range(12)]
-    rows[1] = row(1, text="")
-    built = build(write_jsonl(rows), max_rows)
-    assert built.column("line").tolist() == [number for number in range(1, last_line + 1) if number != 2]
-
-
-def test_several_speaker_ids_trained_as_one_are_said_once(
-    build: Callable[..., Manifest], write_jsonl: WriteJsonl, capsys: pytest.CaptureFixture[str]
-) -> None:
-    jsonl = write_jsonl([row(seed, speaker_id=seed % 3) for seed in range(6)])
-    build(jsonl)
-    assert capsys.readouterr().out.count("SPEAKER_COLUMN=speaker_id") == 1
-    assert set(build(jsonl, speaker_key="speaker_id").column("speaker")) == {"0", "1", "2"}
-    assert "SPEAKER_COLUMN" not in capsys.readouterr().out
-    build(write_jsonl([row(seed, speaker_id=5) for seed in range(6)]))
-    build(write_jsonl([row(seed) for seed in range(6)]))
-    assert "SPEAKER_COLUMN" not in capsys.readouterr().out
 
 
 def test_rejections_list_in_a_new_folder(tmp_path: Path) -> None:
@@ -463,117 +380,3 @@ def test_rejections_list_in_a_new_folder(tmp_path: Path) -> None:
     rejections.check(tmp_path / "new" / "list.jsonl")
     (listed,) = [json.loads(line) for line in (tmp_path / "new" / "list.jsonl").read_text("utf-8").splitlines()]
     assert listed == {"file": str(tmp_path / "rows.jsonl"), "line": 3, "reason": "why", "row": '{"text": "ß"}'}
-
-
-# ------------------------------------------------------------------------------------------------------ memory map
-
-
-@pytest.fixture
-def three(build: Callable[..., Manifest], write_jsonl: WriteJsonl, clip: Path) -> Manifest:
-    """Rows with all, some and no optional fields, of 2, 40 and 3 frames."""
-    full = {
-        "audio": str(clip), "ref_audio": str(clip), "ref_text": "R.", "language": "English", "speaker": "Ada",
-        "instruct": "Softly.",
-    }  # fmt: skip
-    rows = [
-        row(0, audio_codes=codes(0, 2), **full),
-        row(1, audio_codes=codes(1, 40), audio="gone.wav"),
-        row(2, text="नमस्ते"),
-    ]
-    return build(write_jsonl(rows))
-
-
-def test_rows_come_back_exactly(three: Manifest, clip: Path) -> None:
-    assert len(three) == 3
-    rows = [three[index] for index in range(3)]
-    assert [item.pop("codes").tolist() for item in rows] == [codes(0, 2), codes(1, 40), codes(2, 3)]
-    audio = str(clip)
-    assert rows[0] == {
-        "line": 1, "text": "Sentence 0.", "language": "English", "speaker": "Ada", "instruct": "Softly.",
-        "audio": audio, "ref_audio": audio, "ref_text": "R.", "num_codec_frames": 2,
-    }  # fmt: skip
-    nothing = {"instruct": None, "audio": None, "ref_audio": None, "ref_text": None}
-    default = {"language": "Auto", "speaker": "reference_speaker"}
-    assert rows[1] == nothing | default | {"line": 2, "text": "Sentence 1.", "audio": "gone.wav"} | {
-        "num_codec_frames": 40
-    }
-    assert rows[2] == nothing | default | {"line": 3, "text": "नमस्ते", "num_codec_frames": 3}
-
-
-def test_codes_are_int16_frames(three: Manifest) -> None:
-    assert three[1]["codes"].dtype == np.int16 and three[1]["codes"].shape == (40, 16)
-
-
-def test_columns(three: Manifest) -> None:
-    assert three.column("num_codec_frames").tolist() == [2, 40, 3]
-    assert three.column("instruct").tolist() == ["Softly.", None, None]
-
-
-def test_select_keeps_the_given_order_and_selects_again(three: Manifest) -> None:
-    part = three.select(np.array([2, 0]))
-    assert len(part) == 2 and [part[index]["line"] for index in range(2)] == [3, 1]
-    assert part.column("line").tolist() == [3, 1]
-    assert part[0]["codes"].tolist() == codes(2, 3)
-    assert part.select(np.array([1])).column("line").tolist() == [1]
-    with pytest.raises(IndexError):
-        part[2]
-
-
-def test_manifest_opens_again_from_its_file(three: Manifest) -> None:
-    again = Manifest(three.arrow_file)
-    assert again[1]["codes"].tolist() == codes(1, 40) and again.column("line").tolist() == [1, 2, 3]
-
-
-def test_rows_across_write_batches(build: Callable[..., Manifest], write_jsonl: WriteJsonl) -> None:
-    """More rows than one Arrow record batch holds."""
-    many = build(write_jsonl([row(seed, audio_codes=codes(seed, 2 + seed % 3)) for seed in range(600)]))
-    assert len(many) == 600
-    for index in (0, 255, 256, 511, 512, 599):
-        assert many[index]["line"] == index + 1
-        assert many[index]["codes"].tolist() == codes(index, 2 + index % 3)
-
-
-# -------------------------------------------------------------------------------------------------------- held out
-
-
-@pytest.fixture
-def speakers(build: Callable[..., Manifest], write_jsonl: WriteJsonl) -> Manifest:
-    """100 rows of Ada, 40 of Bea, 20 of Cid, 19 of Dan; interleaved."""
-    names = ["Ada"] * 100 + ["Bea"] * 40 + ["Cid"] * 20 + ["Dan"] * 19
-    order = np.random.default_rng(0).permutation(len(names))
-    return build(write_jsonl([row(seed, speaker=names[index]) for seed, index in enumerate(order)]))
-
-
-def lines(manifest: Manifest | None) -> list[int]:
-    assert manifest is not None
-    return manifest.column("line").tolist()
-
-
-def test_held_out_share_of_each_speaker(speakers: Manifest) -> None:
-    train, validation = hold_out(speakers, 0.1, seed=1)
-    assert validation is not None
-    assert Counter(validation.column("speaker")) == {"Ada": 10, "Bea": 4, "Cid": 2}
-    assert sorted(lines(train) + lines(validation)) == list(range(1, 180))
-    assert lines(train) == sorted(lines(train))
-
-
-def test_small_share_still_holds_one_row_out(speakers: Manifest) -> None:
-    _, validation = hold_out(speakers, 0.001, seed=1)
-    assert validation is not None and Counter(validation.column("speaker")) == {"Ada": 1, "Bea": 1, "Cid": 1}
-
-
-def test_held_out_rows_hang_on_the_seed_alone(speakers: Manifest) -> None:
-    first, again, other = (lines(hold_out(speakers, 0.1, seed)[1]) for seed in (1, 1, 2))
-    assert first == again and first != other
-
-
-@pytest.mark.parametrize("num_rows", [5, 19])
-def test_no_row_is_held_out_of_few(build: Callable[..., Manifest], write_jsonl: WriteJsonl, num_rows: int) -> None:
-    manifest = build(write_jsonl([row(seed) for seed in range(num_rows)]))
-    train, validation = hold_out(manifest, 0.5, seed=1)
-    assert validation is None and len(train) == num_rows
-
-
-def test_zero_holds_nothing_out(speakers: Manifest) -> None:
-    train, validation = hold_out(speakers, 0.0, seed=1)
-    assert validation is None and lines(train) == lines(speakers)

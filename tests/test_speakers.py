@@ -17,12 +17,20 @@ from reference import load_stock
 from finetuning.audio import load_audio
 from finetuning.base_model import Base, load_model, resolve_base
 from finetuning.errors import UserError
-from finetuning.manifest import Manifest, RowFormat, build_manifest
-from finetuning.speakers import allocate_codec_rows, choose_reference, prepare_speakers, speaker_vector
+from finetuning.manifest import RowFormat
+from finetuning.row_index import Manifest, open_rows
+from finetuning.speakers import (
+    allocate_codec_rows,
+    choose_reference,
+    find_references,
+    prepare_speakers,
+    speaker_vector,
+)
 from finetuning.tiny_model import embedded_model_folder
 
 REFERENCE = VOICE / "english_voice.wav"
 CODES = np.arange(6 * 16).reshape(6, 16) % 2048
+SIX_SECONDS = [[1] * 16] * 75
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +42,12 @@ def loaded() -> SimpleNamespace:
 
 
 @pytest.fixture
-def manifest_of(write_jsonl: Callable[..., Path], tmp_path: Path) -> Callable[[list[dict]], Manifest]:
+def manifest_of(write_jsonl: Callable[..., Path]) -> Callable[[list[dict]], Manifest]:
     def build(rows: list[dict]) -> Manifest:
         full = [
             {"text": f"Row {index}.", "audio_codes": (CODES + index).tolist(), **row} for index, row in enumerate(rows)
         ]
-        path = write_jsonl(full)
-        arrow, rejected = tmp_path / "rows" / "train.arrow", tmp_path / "rejected.jsonl"
-        return build_manifest(path, arrow, RowFormat(default_speaker="anna"), "TRAIN_JSONL", None, rejected)
+        return open_rows(write_jsonl(full), RowFormat(default_speaker="anna"), "TRAIN_JSONL")
 
     return build
 
@@ -124,6 +130,52 @@ def test_choice_of_a_reference(
     manifest = manifest_of(clips(tmp_path, made))
     assert choose_reference(manifest, "anna") == str(tmp_path / f"clip{chosen}.wav")
     assert f"clip{chosen}.wav" in capsys.readouterr().out
+
+
+def test_a_reference_is_chosen_among_the_speakers_own_clips(manifest_of: Callable, tmp_path: Path) -> None:
+    made = clips(tmp_path, [(7, 0.0), (6, 0.05), (6, 0.001), (7.5, 0.0)])
+    made[0]["speaker"] = "Ben"
+    made[3]["audio"] = "gone.wav"
+    made.insert(0, {"speaker": "Ben"})
+    manifest = manifest_of(made)
+    assert choose_reference(manifest, "anna") == str(tmp_path / "clip2.wav")
+    assert choose_reference(manifest.select(np.array([2, 1, 0])), "anna") == str(tmp_path / "clip1.wav")
+
+
+def test_few_of_many_clips_are_looked_at(
+    manifest_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 3,000 clips of 6 s, of which the first 1,500 are gone, so many are looked for and 32 read."""
+    (made,) = clips(tmp_path, [(6, 0.001)])
+    rows = [
+        made | {"audio": made["audio"] if index >= 1500 else "gone.wav", "audio_codes": SIX_SECONDS}
+        for index in range(3000)
+    ]
+    rows[-1] = rows[-1] | {"audio_codes": SIX_SECONDS[1:]}  # all the same codes would be refused
+    looked, read = [], []
+    monkeypatch.setattr("finetuning.speakers.os.path.isfile", lambda path: looked.append(path) or Path(path).is_file())
+    monkeypatch.setattr("finetuning.speakers.load_audio", lambda path: read.append(path) or load_audio(path))
+    assert choose_reference(manifest_of(rows), "anna") == made["audio"]
+    assert looked.count("gone.wav") == 1500 and len(read) == 32
+    assert len(looked) < 1600
+
+
+def test_references_in_the_order_of_first_use(
+    manifest_of: Callable, make_settings: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name in "abcdefg":
+        (tmp_path / f"{name}.wav").write_bytes(b"RIFF")
+    used = ["d", "b", "d", "a", None, "c", "b", "g", "f"]
+    rows = [{"ref_audio": f"{name}.wav"} if name else {} for name in used] + [{"ref_audio": "e.wav", "speaker": "Ben"}]
+    manifest, settings = manifest_of(rows), make_settings(ref_audio_path=REFERENCE)
+    found = find_references(manifest, ["anna", "Ben"], settings)
+    assert found["anna"] == [str(tmp_path / f"{name}.wav") for name in "dbacgf"] + [str(REFERENCE)]
+    assert found["Ben"] == [str(tmp_path / "e.wav")] and "references" not in capsys.readouterr().out
+    monkeypatch.setattr("finetuning.speakers.MAX_REFERENCES", 3)
+    found = find_references(manifest, ["anna", "Ben"], settings)
+    assert found["anna"] == [str(tmp_path / f"{name}.wav") for name in "daf"] + [str(REFERENCE)]
+    assert 'speaker "anna" has 6 references; its vector is the mean over 3 of them' in capsys.readouterr().out
 
 
 def test_no_reference_to_be_had(manifest_of: Callable) -> None:

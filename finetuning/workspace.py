@@ -1,0 +1,216 @@
+"""A result in the making: chunks that are done, the stamp of what a result was made of, and the finished file.
+
+Work goes chunk by chunk (see ``encoding``) into ``<output>.partial/``; the finished file appears under its name in one
+step. A chunk's file is named by a digest of all that it was made of, so it is used again as long as that is unchanged,
+and a result that was made of exactly the same is not made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetuning.console import say
+from finetuning.encoding import EncodedChunk
+from finetuning.errors import UserError
+from finetuning.manifest import MAX_BAD_SHARE
+from finetuning.processes import Processes
+
+#: Bad rows that a message names.
+NUM_SHOWN = 5
+
+
+def rejected_path(output_jsonl: Path) -> Path:
+    """Where the rows that were left out are listed, with the reason."""
+    return output_jsonl.with_name(f"{output_jsonl.stem}.rejected.jsonl")
+
+
+@dataclass
+class Tally:
+    """Good and bad rows, counted; only the first few bad ones are remembered."""
+
+    num_good: int = 0
+    num_bad: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, num_good: int, rejected: Sequence[dict[str, Any]]) -> None:
+        self.num_good += num_good
+        self.num_bad += len(rejected)
+        free = NUM_SHOWN - len(self.first)
+        self.first += [f"  {bad['file']} line {bad['line']}: {bad['reason']}" for bad in rejected[:free]]
+
+    def check_share(self, total: int | None = None) -> None:
+        """Stops when more than a tenth of the rows (of ``total``, where more are to come) is bad."""
+        if self.num_bad > MAX_BAD_SHARE * (total or self.num_good + self.num_bad):
+            raise UserError(self.summary("cannot be used"))
+
+    def summary(self, verdict: str = "") -> str:
+        """The count and the first few."""
+        more = [f"  … and {self.num_bad - len(self.first)} more"] if self.num_bad > len(self.first) else []
+        heading = f"{self.num_bad} of {self.num_good + self.num_bad} rows {verdict}".rstrip()
+        return "\n".join([f"{heading}:", *self.first, *more])
+
+
+# ------------------------------------------------------------------------------------- what is done, and the result
+
+
+class Workspace:
+    """The chunks of one result while it is being made, and the result.
+
+    Args:
+        digests: what each chunk is made of; its file is named by it.
+        max_rows: the limit that the result was asked for with; recorded.
+    """
+
+    def __init__(self, output_jsonl: Path, digests: Sequence[str], max_rows: int | None) -> None:
+        self.output_jsonl, self.digests, self.max_rows = output_jsonl, digests, max_rows
+        self.folder = output_jsonl.with_name(output_jsonl.name + ".partial")
+
+    def chunk_file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}-{self.digests[number]}.safetensors"
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Finds out at once whether the folder can be written, and leaves nothing where nothing was done."""
+        with disk_errors(self.output_jsonl):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+
+    def missing(self) -> list[int]:
+        """Numbers of the chunks that are not done."""
+        return [number for number in range(len(self.digests)) if not self.chunk_file(number).is_file()]
+
+    def leftovers(self) -> list[Path]:
+        """Chunk files of an earlier run whose rows have changed since."""
+        expected = {self.chunk_file(number).name for number in range(len(self.digests))}
+        return sorted(file for file in self.folder.glob("*.safetensors") if file.name not in expected)
+
+    def save(self, number: int, chunk: EncodedChunk) -> None:
+        with disk_errors(self.output_jsonl):
+            chunk.save(self.chunk_file(number))
+
+    def chunks(self) -> Iterator[EncodedChunk]:
+        """All chunks in order, from their files."""
+        for number in range(len(self.digests)):
+            yield EncodedChunk.load(self.chunk_file(number))
+
+    def assemble(self, edit: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
+        """Writes the result and the list of rejected rows, each to a temporary name first, and removes the chunks.
+
+        Args:
+            edit: changes each record on its way out.
+
+        Raises:
+            UserError: more than a tenth of the rows is bad, or the disk is full; the chunks stay.
+        """
+        tally, rejected_file = Tally(), rejected_path(self.output_jsonl)
+        with (
+            disk_errors(self.output_jsonl),
+            unfinished(self.output_jsonl) as rows_file,
+            unfinished(rejected_file) as bad_file,
+        ):
+            with rows_file.open("w", encoding="utf-8") as rows, bad_file.open("w", encoding="utf-8") as bad:
+                for chunk in self.chunks():
+                    for record, codes in zip(chunk.records, chunk.codes, strict=True):
+                        record = edit(record) if edit else record
+                        rows.write(json.dumps(record | {"audio_codes": codes.tolist()}, ensure_ascii=False) + "\n")
+                    bad.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in chunk.rejected)
+                    tally.add(len(chunk.records), chunk.rejected)
+            tally.check_share()
+            rows_file.rename(self.output_jsonl)
+            if tally.num_bad:
+                bad_file.rename(rejected_file)
+                say(f"skipped {tally.summary()}\n  listed in {rejected_file}")
+            else:
+                rejected_file.unlink(missing_ok=True)  # of an earlier run
+            self._write_stamp()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def discard(self, processes: Processes) -> None:
+        """Forgets what is done, so that all of it is made again."""
+        processes.wait()
+        if processes.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            stamp_file(self.output_jsonl).unlink(missing_ok=True)
+        processes.wait()
+
+    def is_current(self) -> bool:
+        """Whether the result is there and was made of exactly this."""
+        stamp = read_stamp(self.output_jsonl)
+        return stamp is not None and stamp["made_of"] == self._made_of()
+
+    def _made_of(self) -> str:
+        return Digest(*self.digests).hex()
+
+    def _write_stamp(self) -> None:
+        status = self.output_jsonl.stat()
+        stamp = {"made_of": self._made_of(), "num_bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+        content = json.dumps(stamp | {"max_rows": self.max_rows})
+        with unfinished(stamp_file(self.output_jsonl)) as file:
+            file.write_text(content, encoding="utf-8")
+            file.rename(stamp_file(self.output_jsonl))
+
+
+def stamp_file(output_jsonl: Path) -> Path:
+    """Where it is recorded what a result was made of."""
+    return output_jsonl.with_name(f".{output_jsonl.name}.stamp")
+
+
+def read_stamp(output_jsonl: Path) -> dict[str, Any] | None:
+    """What the file was made of, or None when it was not made here, or was changed since."""
+    try:
+        stamp = json.loads(stamp_file(output_jsonl).read_text(encoding="utf-8"))
+        status = output_jsonl.stat()
+    except (OSError, ValueError):
+        return None
+    return stamp if (stamp["num_bytes"], stamp["modified_ns"]) == (status.st_size, status.st_mtime_ns) else None
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``; what is still there at the end is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        yield unfinished
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(output_jsonl: Path) -> Iterator[None]:
+    """Turns what the disk refuses into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {output_jsonl}: {error.strerror or error}; free the disk or choose another folder "
+            "(--output_jsonl). What was encoded so far is kept and used next time"
+        ) from None
+
+
+class Digest:
+    """A short hash of anything that has a stable text form."""
+
+    def __init__(self, *parts: Any) -> None:
+        self._hash = hashlib.sha256()
+        self.add(*parts)
+
+    def add(self, *parts: Any) -> None:
+        for part in parts:
+            content = part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogatepass")
+            self._hash.update(len(content).to_bytes(8, "little"))
+            self._hash.update(content)
+
+    def hex(self) -> str:
+        return self._hash.hexdigest()[:16]
