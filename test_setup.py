@@ -118,10 +118,14 @@ class Preflight:
 
     def data(self) -> str:
         from finetuning.manifest import Rejections, RowFormat, read_rows
-        from finetuning.training_rows import check_train_jsonl
+        from finetuning.preparer import open_dataset_split
+        from finetuning.training_rows import check_train_jsonl, comes_from_dataset
 
         settings = self.settings
         check_train_jsonl(settings)
+        if comes_from_dataset(settings):
+            split = open_dataset_split(settings, settings.train_split)
+            return f"{split.num_rows or 'an unknown number of'} rows in {split.dataset_name}, split {split.name}"
         row_format = RowFormat.from_settings(settings, self.base.special_tokens())
         files = [("TRAIN_JSONL", settings.train_jsonl)]
         if settings.is_set("validation_jsonl") or settings.validation_jsonl.is_file():
@@ -188,7 +192,7 @@ class Preflight:
             self.accelerator.wait_for_everyone()
             rows = session.open_rows(settings, self.base, self.accelerator)
             run = session.build_run(settings, self.base, rows, self.accelerator, verbose=False)
-            batch = to_device(run.train.batch(list(range(len(run.train)))), self.accelerator.device)
+            batch = to_device(next(iter(run.train.steps(0)))[0], self.accelerator.device)
             try:
                 with self.accelerator.autocast():
                     sums = run.objective.train()(batch)
@@ -198,7 +202,7 @@ class Preflight:
                     "two rows do not fit into the GPU's memory; train fewer layers or shorter clips"
                 ) from None
             self.accelerator.wait_for_everyone()
-        return f"{len(run.train)} rows, forward and backward"
+        return f"{run.train.num_rows} rows, forward and backward"
 
 
 def parameter_counts(base: Base, settings: Settings) -> tuple[int, int]:
@@ -249,13 +253,42 @@ def _two_row_settings(settings: Settings, base: Base, folder: Path, write: bool)
     """The settings with the first two rows that load, in a folder of their own, so that no real file is touched."""
     jsonl = folder / "two_rows.jsonl"
     if write:
-        lines = [json.dumps(row) for row in _rows_that_load(settings, base)]
+        from finetuning.training_rows import comes_from_dataset
+
+        find = _dataset_rows_that_load if comes_from_dataset(settings) else _rows_that_load
+        lines = [json.dumps(row) for row in find(settings, base, folder)]
         jsonl.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    changes = {"train_jsonl": jsonl, "validation_jsonl": jsonl, "output_dir": folder / "output"}
-    return settings.model_copy(update=changes)
+    changes = {"train_jsonl": jsonl, "validation_jsonl": jsonl, "output_dir": folder / "output", "batch_size": 2}
+    data_mode = "none" if settings.data_mode == "none" else "jsonl"
+    return settings.model_copy(update={**changes, "gradient_accumulation_steps": 1, "data_mode": data_mode})
 
 
-def _rows_that_load(settings: Settings, base: Base) -> Iterator[dict]:
+def _dataset_rows_that_load(settings: Settings, base: Base, folder: Path) -> Iterator[dict]:
+    """The first two rows of the dataset whose audio loads, saved in ``folder``."""
+    import soundfile
+
+    from finetuning.audio import SAMPLE_RATE_HZ, AudioError, load_audio
+    from finetuning.manifest import RowFormat
+    from finetuning.prepare import DatasetRows
+    from finetuning.preparer import open_dataset_split
+
+    row_format, found = RowFormat.from_settings(settings, base.special_tokens()), 0
+    rows = DatasetRows(open_dataset_split(settings, settings.train_split), row_format, "")
+    for row in rows.split.rows():
+        audio = folder / f"{row.index}.wav"
+        try:
+            if rows.check(row):
+                continue
+            soundfile.write(audio, load_audio(row.audio), SAMPLE_RATE_HZ)
+        except AudioError:
+            continue  # training lists and skips it
+        yield {row_format.audio_key: str(audio), row_format.text_key: row.text}
+        found += 1
+        if found == 2:
+            return
+
+
+def _rows_that_load(settings: Settings, base: Base, _: Path) -> Iterator[dict]:
     from finetuning.audio import AudioError, load_audio
     from finetuning.manifest import Rejections, RowFormat, read_rows
 

@@ -445,7 +445,7 @@ LIMITS = (
         "{:.0f} Hz",
         "Use the original recordings: the voice will sound as dull as these clips.",
         low=6000.0,
-        warn_share=WARN_SHARE_OF_ESTIMATES,
+        warn_share=0.1,
     ),
     Limit(
         "quiet_clips",

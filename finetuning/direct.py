@@ -22,6 +22,7 @@ from finetuning.errors import UserError
 from finetuning.manifest import RowError, RowFormat, check_fields, check_speaker_names
 from finetuning.prepare import Candidate, DatasetRows, PrepareOptions, prepare_split, save_references
 from finetuning.preparer import decoding_workers, given_reference, open_dataset_split
+from finetuning.processes import Processes
 from finetuning.quality import measure_clip
 from finetuning.row_index import Manifest, open_rows
 from finetuning.settings import Settings
@@ -61,27 +62,32 @@ class DirectData:
 
     Args:
         device: of this process, for the codec.
-        process, num_processes: this process's share.
+        processes: this one and those that share the stream with it.
     """
 
     def __init__(
-        self, settings: Settings, codec_folder: Path, row_format: RowFormat, device: str, process: int, count: int
+        self, settings: Settings, codec_folder: Path, row_format: RowFormat, device: str, processes: Processes
     ) -> None:
         self.settings, self.row_format = settings, row_format
         self.codec_folder, self.codec_id = codec_folder, codec_fingerprint(codec_folder)
-        self.process, self.num_processes = process, count
+        self.processes = processes
         self.encoder = ClipEncoder(codec_folder, device, decoding_workers(settings))
         split = open_dataset_split(settings, settings.train_split)
         self.rows = DatasetRows(split, row_format, self.codec_id, settings.max_train_samples)
         self._validation_split = _validation_split(settings)
 
-    def prepare(self) -> dict[str, list[str]]:
-        """Encodes the validation rows and gives every speaker a reference; returns the references."""
+    def prepare(self, needs_references: bool = True) -> dict[str, list[str]]:
+        """Encodes the validation rows and gives every speaker a reference; returns speaker -> references.
+
+        Args:
+            needs_references: False for a base that knows its speakers without one.
+        """
         if self._validation_split is not None:
             self._prepare_validation_split()
         elif len(self._held_out()):
             self._encode_held_out()
-        return self._references()
+        candidates = first_rows_of_speakers(self.rows, NUM_CANDIDATES)
+        return self._references(candidates) if needs_references else {name: [] for name in candidates}
 
     def open(self, references: dict[str, list[str]]) -> DirectRows:
         """The stream and the validation rows."""
@@ -91,16 +97,15 @@ class DirectData:
             settings_cache(self.settings, self.rows),
             self.settings.seed,
             self.settings.shuffle_buffer_rows,
-            self.process,
-            self.num_processes,
+            self.processes.index,
+            self.processes.count,
             self._held_out() if self._validation_split is None else np.empty(0, dtype=np.int64),
         )
         return DirectRows(stream, self.row_format, references, self._open_validation(references))
 
     # --------------------------------------------------------------------------------------------------- speakers
 
-    def _references(self) -> dict[str, list[str]]:
-        candidates = first_rows_of_speakers(self.rows, NUM_CANDIDATES)
+    def _references(self, candidates: dict[str, list[int]]) -> dict[str, list[str]]:
         if (given := given_reference(self.settings)) is not None:
             return {name: [str(given.audio.resolve())] for name in candidates}
         best = {name: self._best_clip(name, indices) for name, indices in candidates.items()}

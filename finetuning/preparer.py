@@ -14,6 +14,7 @@ from finetuning.prepare import PrepareOptions, Reference, prepare_split
 from finetuning.processes import Processes, get_device_for_current_process, get_num_workers_for_dataloader
 from finetuning.settings import Settings, load_settings
 from finetuning.source import ColumnNames, Split, open_split, split_names
+from finetuning.training_rows import must_prepare
 
 
 class JSONLDataPreparer:
@@ -125,7 +126,9 @@ def decoding_workers(settings: Settings) -> int:
     return settings.num_workers if settings.is_set("num_workers") else get_num_workers_for_dataloader()
 
 
-def prepare_missing_rows(settings: Settings, row_format: RowFormat, codec_folder: Path, processes: Processes) -> None:
+def prepare_missing_rows(
+    settings: Settings, row_format: RowFormat, codec_folder: Path, device: str, processes: Processes
+) -> None:
     """Prepares DATASET_NAME where TRAIN_JSONL is missing and the user set DATASET_NAME, and its validation split too.
 
     A TRAIN_JSONL that was prepared from fewer rows than are asked for now is made again.
@@ -133,7 +136,7 @@ def prepare_missing_rows(settings: Settings, row_format: RowFormat, codec_folder
     if not must_prepare(settings):
         return
     preparer = JSONLDataPreparer(
-        settings=settings, tokenizer_path=codec_folder, row_format=row_format, processes=processes
+        tokenizer_path=codec_folder, device=device, settings=settings, row_format=row_format, processes=processes
     )
     preparer.prepare_split(settings.train_split, settings.max_train_samples, settings.train_jsonl)
     splits = split_names(settings.dataset_name, settings.dataset_config)

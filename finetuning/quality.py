@@ -44,12 +44,12 @@ BINS_PER_BAND = 4
 #: The quantile over time that is taken for noise, band by band. It lies some 5 dB under the mean of steady noise, which
 #: makes up for words that leave no moment of silence in short clips.
 NOISE_QUANTILE = 0.05
-#: A band carries speech when its loud moments are this far above its quiet ones …
-SPEECH_MODULATION_DB = 12.0
-#: … and not further than this below the strongest band.
-SPECTRUM_RANGE_DB = 85.0
+#: A band's level in loud moments: the quantile over time. High, because hissing sounds are short.
+LOUD_QUANTILE = 0.95
 #: A band limit is a cliff: the spectrum drops by this within CLIFF_HZ and does not come back. Voices fade more slowly.
 CLIFF_DB, CLIFF_HZ = 22.0, 700.0
+#: No recording ends lower than this; a hummed clip does.
+LOWEST_LIMIT_HZ = 2500.0
 #: No limit was found: half the sampling rate.
 FULL_BAND_HZ = SAMPLE_RATE_HZ / 2
 
@@ -289,12 +289,12 @@ def _spectral_figures(waveform: np.ndarray) -> tuple[float, float, float]:
     bands = bands[bands.sum(axis=1) > 10 ** (QUIETEST_DB / 10)]
     if len(bands) == 0:
         return QUIETEST_DB, 0.0, FULL_BAND_HZ
-    floor, quiet, loud = np.quantile(bands, (NOISE_QUANTILE, 0.1, 0.9), axis=0)
+    floor, loud = np.quantile(bands, (NOISE_QUANTILE, LOUD_QUANTILE), axis=0)
     powers = bands.sum(axis=1)
     speech_power = float(powers[powers >= np.quantile(powers, 0.6)].mean())
     noise_power = min(max(float(floor.sum()), 10 ** (QUIETEST_DB / 10)), speech_power)
     snr_db = _db(max(speech_power / noise_power - 1, 1e-2))
-    return _db(noise_power), snr_db, _bandwidth_hz(quiet, loud)
+    return _db(noise_power), snr_db, _bandwidth_hz(loud)
 
 
 def _band_powers(waveform: np.ndarray) -> np.ndarray:
@@ -308,27 +308,23 @@ def _band_powers(waveform: np.ndarray) -> np.ndarray:
     return scale * powers.reshape(len(frames), -1, BINS_PER_BAND).sum(axis=2, dtype=np.float64)
 
 
-def _bandwidth_hz(quiet: np.ndarray, loud: np.ndarray) -> float:
+def _bandwidth_hz(loud: np.ndarray) -> float:
     """Where the speech's spectrum breaks off, or FULL_BAND_HZ.
 
-    Noise may lie above a limit (added later, or of the rounding to 16 bits), so a band belongs to the speech only when
-    it is louder in loud moments than in quiet ones. A voice that fades into noise has no cliff, and so no limit.
+    The lowest band above which everything is CLIFF_DB weaker than what lies just below. Noise may lie above a limit
+    (added later, or of the rounding to 16 bits), and images of a poor resampler; a voice that fades has no cliff.
 
     Args:
-        quiet, loud: (num_bands,) powers, the 10th and the 90th percentile over time.
+        loud: (num_bands,) powers, the LOUD_QUANTILE over time.
     """
-    band_hz = FULL_BAND_HZ / len(loud)
-    quiet, loud = (10 * np.log10(power + 1e-20) for power in (quiet, loud))
-    speech = (loud - quiet > SPEECH_MODULATION_DB) & (loud > loud.max() - SPECTRUM_RANGE_DB)
-    if not speech.any():
-        return FULL_BAND_HZ
-    edge = int(np.flatnonzero(speech)[-1])
-    reach = round(CLIFF_HZ / band_hz)
-    above = loud[edge + 2 :]  # the next band may hold the slope of the filter
-    if len(above) < reach:
-        return FULL_BAND_HZ
-    drop = loud[max(0, edge - reach) : edge + 1].max() - above.max()
-    return float((edge + 1) * band_hz) if drop >= CLIFF_DB else FULL_BAND_HZ
+    levels = 10 * np.log10(loud + 1e-20)
+    band_hz = FULL_BAND_HZ / len(levels)
+    reach, first = round(CLIFF_HZ / band_hz), round(LOWEST_LIMIT_HZ / band_hz)
+    for edge in range(first, len(levels) - reach):
+        # The next band may hold the slope of the filter: the limit is in there.
+        if levels[edge - reach : edge + 1].max() - levels[edge + 2 :].max() >= CLIFF_DB:
+            return float((edge + 2) * band_hz)
+    return FULL_BAND_HZ
 
 
 # ------------------------------------------------------------------------------------------------------------ text

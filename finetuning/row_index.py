@@ -103,19 +103,19 @@ class Manifest:
         """
         import pyarrow as pa
 
-        reader, positions = _open_arrow(self.arrow_file, name), self._positions()
-        is_number = pa.types.is_integer(reader.schema.types[0])
-        values = np.empty(len(positions), dtype=reader.schema.types[0].to_pandas_dtype() if is_number else object)
+        type, positions = self._reader.schema.field(name).type, self._positions()
+        is_number = pa.types.is_integer(type)
+        values = np.empty(len(positions), dtype=type.to_pandas_dtype() if is_number else object)
         for batch, group in _groups(positions // ROWS_PER_BATCH):
-            part = reader.get_batch(batch).column(0)
+            part = self._reader.get_batch(batch).column(name)
             part = part.fill_null(-1) if is_number else part
             values[group] = part.to_numpy(zero_copy_only=False)[positions[group] % ROWS_PER_BATCH]
         return values
 
     def label_numbers(self, name: str) -> np.ndarray:
         """(num_rows,) int32: equal texts have equal numbers, none has -1. No text becomes a Python object."""
-        column = _open_arrow(self.arrow_file, name).read_all().column(0).dictionary_encode()
-        parts = [chunk.indices.fill_null(-1).to_numpy() for chunk in column.chunks]
+        encoded = self._whole_column(name).dictionary_encode()
+        parts = [chunk.indices.fill_null(-1).to_numpy() for chunk in encoded.chunks]
         return np.concatenate([np.empty(0, np.int32), *parts])[self._positions()]
 
     def labels(self, name: str) -> tuple[list[str], np.ndarray]:
@@ -136,22 +136,30 @@ class Manifest:
 
     def has(self, name: str) -> np.ndarray:
         """(num_rows,) bool: which rows have a value in a column."""
-        column = _open_arrow(self.arrow_file, name).read_all().column(0)
-        parts = [chunk.is_valid().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+        chunks = self._whole_column(name).chunks
+        parts = [chunk.is_valid().to_numpy(zero_copy_only=False) for chunk in chunks]
         return np.concatenate([np.empty(0, bool), *parts])[self._positions()]
+
+    def _whole_column(self, name: str) -> Any:
+        """A column of all rows of the file, still in its pages."""
+        import pyarrow as pa
+
+        batches = map(self._reader.get_batch, range(self._reader.num_record_batches))
+        return pa.chunked_array([batch.column(name) for batch in batches], self._reader.schema.field(name).type)
 
     def _positions(self) -> np.ndarray:
         """(num_rows,) int32, numbers of the rows in the file."""
         return np.arange(len(self), dtype=np.int32) if isinstance(self.indices, range) else self.indices
 
 
-def _open_arrow(file: Path, column: str | None = None) -> Any:
-    """A reader of the file's batches (of one column, if it is named); nothing is read yet but the table of contents."""
+def _open_arrow(file: Path) -> Any:
+    """A reader of the file's batches; nothing is read yet but the table of contents.
+
+    All columns are in its batches: if only some are asked for, Arrow copies the pages into memory of its own.
+    """
     import pyarrow as pa
 
-    fields = [_schema().get_field_index(column)] if column else None
-    options = pa.ipc.IpcReadOptions(use_threads=False, included_fields=fields)
-    return pa.ipc.open_file(pa.memory_map(str(file)), options=options)
+    return pa.ipc.open_file(pa.memory_map(str(file)), options=pa.ipc.IpcReadOptions(use_threads=False))
 
 
 def _count_rows(reader: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 from finetuning.base_model import (
     Base,
@@ -26,18 +26,22 @@ from finetuning.checkpoint import (
     clear_output_folder,
     reclaimable_bytes,
 )
-from finetuning.codec import FRAMES_PER_SECOND
 from finetuning.console import say
-from finetuning.dataset import RowEncoder, StepDataset, StepSampler, step_loader, unknown_languages
+from finetuning.dataset import RowEncoder, StepDataset, StepSampler, unknown_languages
+from finetuning.direct import DirectData, DirectRows
 from finetuning.layer_utils import check_layer_count, replace_and_add_layers
-from finetuning.manifest import Manifest, RowFormat, remove_empty_folders
+from finetuning.manifest import RowFormat, remove_empty_folders
 from finetuning.objective import TrainingObjective
+from finetuning.preparer import prepare_missing_rows
+from finetuning.processes import Processes
 from finetuning.prompt import LayoutIds, resolve_language
 from finetuning.roundtrip import judge
+from finetuning.row_index import Manifest
 from finetuning.settings import Settings
-from finetuning.speakers import Speakers, prepare_speakers
+from finetuning.speakers import Speakers, make_speakers, prepare_speakers
+from finetuning.steps import MappedSteps, StreamedSteps, TrainingSteps
 from finetuning.tracking import Tracker
-from finetuning.trainer import Trainer, make_accelerator, make_sampler, total_steps
+from finetuning.trainer import Trainer, make_accelerator, total_steps
 from finetuning.training_rows import TrainingRows, open_training_rows
 from finetuning.validation import Validator
 
@@ -52,7 +56,7 @@ class Run:
     model: Any
     speakers: Speakers
     objective: TrainingObjective
-    train: StepDataset
+    train: TrainingSteps
     validation: StepDataset | None
     exporter: Exporter
 
@@ -61,12 +65,8 @@ class Run:
         return self.accelerator.is_main_process
 
     @property
-    def sampler(self) -> StepSampler:
-        return make_sampler(self.settings, self.train, self.accelerator.num_processes)
-
-    @property
     def num_steps(self) -> int:
-        return total_steps(self.settings, self.sampler)
+        return total_steps(self.settings, self.train)
 
 
 def check_inputs(settings: Settings) -> tuple[Base, str]:
@@ -93,22 +93,33 @@ def device_name(accelerator: Accelerator) -> str:
     return "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
 
 
-def open_rows(settings: Settings, base: Base, accelerator: Accelerator) -> TrainingRows:
-    """The rows with codes; one process encodes and indexes, the others read its result."""
+def open_rows(settings: Settings, base: Base, accelerator: Accelerator) -> TrainingRows | DirectRows:
+    """The rows with codes, memory-mapped or streamed. What is made ahead is made by one process and read by all.
+
+    A dataset that has to be prepared first is shared by all processes.
+    """
+    row_format, device = RowFormat.from_settings(settings, base.special_tokens()), device_name(accelerator)
+    processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    if settings.data_mode == "direct":
+        data = DirectData(settings, base.codec_folder, row_format, device, processes)
+        references = [data.prepare(base.has_speaker_encoder) if processes.is_main else None]
+        return data.open(broadcast_object_list(references)[0])
+    prepare_missing_rows(settings, row_format, base.codec_folder, device, processes)
     with accelerator.main_process_first():
-        row_format = RowFormat.from_settings(settings, base.special_tokens())
-        device = device_name(accelerator)
-        return open_training_rows(settings, base.codec_folder, row_format, device, build=accelerator.is_main_process)
+        return open_training_rows(settings, base.codec_folder, row_format, device, build=processes.is_main)
 
 
 def build_run(
-    settings: Settings, base: Base, rows: TrainingRows, accelerator: Accelerator, verbose: bool = True
+    settings: Settings, base: Base, rows: TrainingRows | DirectRows, accelerator: Accelerator, verbose: bool = True
 ) -> Run:
     """Loads the model, computes speaker vectors, changes layers, and (verbose) says what is about to happen."""
     verbose = verbose and accelerator.is_main_process
     attention = choose_attention(settings, accelerator.device.type)
     model = load_model(base, attention, device=device_name(accelerator))
-    speakers = prepare_speakers(rows.train, model, base, settings)
+    if isinstance(rows, DirectRows):
+        speakers = make_speakers(list(rows.references), lambda: rows.references, model, base)
+    else:
+        speakers = prepare_speakers(rows.train, model, base, settings)
     replace_and_add_layers(
         model,
         settings.replace_last_n_layers,
@@ -119,14 +130,27 @@ def build_run(
     )
     encoder = make_row_encoder(base, speakers)
     objective = TrainingObjective(model.talker, speakers.vectors).to(accelerator.device)
-    train = StepDataset(rows.train, encoder)
+    train = make_steps(settings, rows, encoder, accelerator)
     validation = StepDataset(rows.validation, encoder) if rows.validation else None
     exporter = Exporter(settings, base, model, speakers)
     run = Run(settings, base, accelerator, model, speakers, objective, train, validation, exporter)
     if verbose:
-        say_row_notes(rows.train, base)
+        if isinstance(rows, TrainingRows):
+            say_row_notes(rows.train, base)
         say(describe_run(run, attention))
     return run
+
+
+def make_steps(
+    settings: Settings, rows: TrainingRows | DirectRows, encoder: RowEncoder, accelerator: Accelerator
+) -> TrainingSteps:
+    """This process's steps over the rows."""
+    batch_size, accumulation = settings.batch_size, settings.gradient_accumulation_steps
+    if isinstance(rows, DirectRows):
+        return StreamedSteps(rows.stream, encoder, rows.row_format, batch_size, accumulation)
+    lengths = rows.train.column("num_codec_frames")
+    sampler = StepSampler(lengths, batch_size, accumulation, accelerator.num_processes, settings.seed)
+    return MappedSteps(StepDataset(rows.train, encoder), sampler, accelerator.process_index, settings.num_workers)
 
 
 def make_row_encoder(base: Base, speakers: Speakers) -> RowEncoder:
@@ -147,25 +171,24 @@ def say_row_notes(rows: Manifest, base: Base) -> None:
     if unknown:
         known = ", ".join(sorted(base.talker_config.get("codec_language_id") or {}))
         say(f"languages unknown to the base are trained as Auto: {', '.join(unknown)} (it knows {known})")
-    if base.model_size == "0b6" and any(rows.column("instruct")):
+    if base.model_size == "0b6" and rows.has("instruct").any():
         say("instructions are ignored: stock qwen-tts drops them for 0.6B models")
 
 
 def describe_run(run: Run, attention: str) -> str:
     """Rows, speakers, steps and hardware in a few lines."""
-    accelerator, settings, sampler = run.accelerator, run.settings, run.sampler
-    minutes = run.train.manifest.column("num_codec_frames").sum() / FRAMES_PER_SECOND / 60
+    accelerator, settings = run.accelerator, run.settings
     num_validation = len(run.validation) if run.validation else 0
     speakers = ", ".join(
         f"{name} (codec row {row})" for name, row in zip(run.speakers.names, run.speakers.codec_rows, strict=True)
     )
     return "\n".join(
         [
-            f"Data: {len(run.train)} training rows ({minutes:.1f} min), {num_validation} validation rows",
+            f"Data: {run.train.describe()}, {num_validation} validation rows",
             f"Speakers: {speakers}",
             f"Device: {accelerator.device} x {accelerator.num_processes}, precision {settings.mixed_precision}, "
             f"attention {attention}",
-            f"Steps: {run.num_steps} ({sampler.steps_per_epoch} an epoch, {sampler.rows_per_step} rows each)",
+            f"Steps: {run.num_steps} ({run.train.steps_per_epoch} an epoch, {run.train.rows_per_step} rows each)",
         ]
         + ([] if run.validation else ["No validation rows: best/ follows the mean training loss of an epoch"])
     )
@@ -173,8 +196,7 @@ def describe_run(run: Run, attention: str) -> str:
 
 def walk_once(run: Run) -> None:
     """PREPARE_ONLY: one epoch through the loader, printing the shapes that the model would see."""
-    plans = run.sampler.epoch_plan(0, run.accelerator.process_index)
-    for number, step in enumerate(step_loader(run.train, plans, run.settings.num_workers), 1):
+    for number, step in enumerate(run.train.steps(0), 1):
         shapes = [f"{tuple(batch['text_ids'].shape)} with {len(batch['codes'])} frames" for batch in step]
         say(f"step {number}: {'; '.join(shapes)}")
     say("PREPARE_ONLY: the data is ready, nothing was trained")
@@ -220,8 +242,8 @@ def train(run: Run) -> None:
 def verify_roundtrip(run: Run, tracker: Tracker) -> None:
     """VERIFY_ROUNDTRIP: stock qwen-tts loads ``last/`` and generates training clips; prints and logs the share."""
     settings = run.settings
-    count = min(settings.verify_roundtrip, len(run.train))
-    spec = [roundtrip_row(run, index) for index in range(count)]
+    spec = [roundtrip_row(run, row) for row in run.train.rows(settings.verify_roundtrip)]
+    count = len(spec)
     device = device_name(run.accelerator)
     run.model.to("cpu")  # makes room on a GPU for the second copy
     if run.accelerator.device.type == "cuda":
@@ -238,9 +260,8 @@ def verify_roundtrip(run: Run, tracker: Tracker) -> None:
     tracker.log_result("roundtrip", record)
 
 
-def roundtrip_row(run: Run, index: int) -> dict[str, Any]:
+def roundtrip_row(run: Run, row: dict[str, Any]) -> dict[str, Any]:
     """One training row as ``roundtrip.judge`` takes it: what the row was trained as."""
-    row = run.train.manifest[index]
     languages = run.base.talker_config.get("codec_language_id") or {}
     try:
         language = resolve_language(row["language"], languages) or "Auto"

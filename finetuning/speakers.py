@@ -8,7 +8,7 @@ the dtype that the export stores, so that what training inserts is what inferenc
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -72,6 +72,17 @@ def prepare_speakers(manifest: Manifest, model: Any, base: Base, settings: Setti
         UserError: no reference can be had, a name is a preset's, or the table is full.
     """
     names = manifest.distinct("speaker")
+    return make_speakers(names, lambda: find_references(manifest, names, settings), model, base)
+
+
+def make_speakers(
+    names: list[str], references_of: Callable[[], Mapping[str, Sequence[str]]], model: Any, base: Base
+) -> Speakers:
+    """``prepare_speakers`` for names and references that come from elsewhere.
+
+    Args:
+        references_of: gives the reference files by name; not called for a base without a speaker encoder.
+    """
     presets = base.talker_config.get("spk_id") or {}
     if not base.has_speaker_encoder:
         return _preset_speakers(names, presets, model, base)
@@ -79,7 +90,7 @@ def prepare_speakers(manifest: Manifest, model: Any, base: Base, settings: Setti
     if taken:
         raise UserError(f'speaker "{taken[0]}" is a preset of the base; use another name, so that the preset stays')
     codec_rows = allocate_codec_rows(base.config, len(names))
-    references = find_references(manifest, names, settings)
+    references = references_of()
     dtype = base.weight_dtypes()["talker.model.codec_embedding.weight"]
     vectors = [_mean_vector(model, references[name]) for name in tqdm(names, desc="speakers", disable=len(names) < 4)]
     stored = torch.stack(vectors).to(dtype).float()

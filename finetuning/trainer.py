@@ -12,7 +12,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +20,13 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from finetuning.codec import NUM_CODEBOOKS
 from finetuning.console import say
-from finetuning.dataset import Batch, StepDataset, StepSampler, count_tokens, step_loader, to_device
+from finetuning.dataset import Batch, count_tokens, to_device
 from finetuning.errors import Stopped, UserError
 from finetuning.layer_utils import optimizer_groups
 from finetuning.objective import TrainingObjective, step_loss
+from finetuning.processes import MAX_WAIT
 from finetuning.settings import Settings
+from finetuning.steps import TrainingSteps
 
 if TYPE_CHECKING:  # rooms behind this one; the loop only calls what it is handed
     from finetuning.checkpoint import Exporter
@@ -36,7 +37,7 @@ if TYPE_CHECKING:  # rooms behind this one; the loop only calls what it is hande
 def make_accelerator(settings: Settings, device: str) -> Accelerator:
     """One process's Accelerator; see the module's docstring for what it must not do."""
     # The main process may encode for hours before the others have anything to do.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
+    patience = InitProcessGroupKwargs(timeout=MAX_WAIT)
     return Accelerator(
         mixed_precision=settings.mixed_precision,
         cpu=device == "cpu",
@@ -45,20 +46,9 @@ def make_accelerator(settings: Settings, device: str) -> Accelerator:
     )
 
 
-def make_sampler(settings: Settings, dataset: StepDataset, num_processes: int) -> StepSampler:
-    """The order of the training rows."""
-    return StepSampler(
-        lengths=dataset.manifest.column("num_codec_frames"),
-        batch_size=settings.batch_size,
-        accumulation=settings.gradient_accumulation_steps,
-        num_processes=num_processes,
-        seed=settings.seed,
-    )
-
-
-def total_steps(settings: Settings, sampler: StepSampler) -> int:
+def total_steps(settings: Settings, train: TrainingSteps) -> int:
     """Optimizer steps of the run."""
-    steps = settings.num_epochs * sampler.steps_per_epoch
+    steps = settings.num_epochs * train.steps_per_epoch
     return min(steps, settings.max_steps) if settings.max_steps else steps
 
 
@@ -86,6 +76,7 @@ class Trainer:
 
     Args:
         objective: not yet prepared by Accelerate, on any device.
+        train: this process's steps.
         validator: None where no row was held out; then ``best/`` follows the mean training loss of an epoch.
     """
 
@@ -94,15 +85,14 @@ class Trainer:
         settings: Settings,
         accelerator: Accelerator,
         objective: TrainingObjective,
-        train: StepDataset,
+        train: TrainingSteps,
         validator: Validator | None,
         exporter: Exporter,
         tracker: Tracker,
     ) -> None:
         self.settings, self.accelerator, self.exporter, self.tracker = settings, accelerator, exporter, tracker
-        self.train_dataset, self.validator = train, validator
-        self.sampler = make_sampler(settings, train, accelerator.num_processes)
-        self.num_steps = total_steps(settings, self.sampler)
+        self.train_steps, self.validator = train, validator
+        self.num_steps = total_steps(settings, train)
         optimizer = torch.optim.AdamW(
             optimizer_groups(objective, settings.weight_decay),
             lr=settings.learning_rate,
@@ -130,7 +120,7 @@ class Trainer:
         with self._signals_noted():
             for number in range(self.settings.num_epochs):
                 self.epoch, epoch = number, _Window()
-                for batches in self._steps():
+                for batches in self.train_steps.steps(self.epoch):
                     self._optimizer_step(batches, epoch)
                     self._after_step()
                     if self.step == self.num_steps:
@@ -143,10 +133,6 @@ class Trainer:
     def best_by(self) -> str:
         """What ``best/`` is the lowest of."""
         return "validation loss" if self.validator else "mean training loss of an epoch"
-
-    def _steps(self) -> Iterator[list[Batch]]:
-        plans = self.sampler.epoch_plan(self.epoch, self.accelerator.process_index)
-        return iter(step_loader(self.train_dataset, plans, self.settings.num_workers))
 
     def _optimizer_step(self, batches: list[Batch], epoch: _Window) -> None:
         """Forward and backward of all micro-batches, then one clipped optimizer step."""
@@ -223,9 +209,8 @@ class Trainer:
         lines = sorted({line for batch in batches if batch["weight"] > 0 for line in batch["lines"].tolist()})
         if not lines:
             return "those of another process"
-        manifest = self.train_dataset.manifest
-        text_of = dict(zip(manifest.column("line").tolist(), manifest.column("text"), strict=True))
-        return ", ".join(f'line {line} "{text_of[line][:40]}"' for line in lines)
+        text_of = self.train_steps.texts(lines)
+        return ", ".join(f'line {line} "{text_of.get(line, "")[:40]}"' for line in lines)
 
     # ---------------------------------------------------------------------------------------- between the steps
 

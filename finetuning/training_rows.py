@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import stat
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from finetuning.errors import UserError
 from finetuning.manifest import Row, RowFormat
 from finetuning.row_index import Manifest, RowStop, codes_source, file_stamp, find_index, hold_out, open_rows
 from finetuning.settings import Settings
-from finetuning.workspace import rejected_path
+from finetuning.workspace import read_stamp, rejected_path
 
 #: Rows whose audio files are looked up at a time.
 _ROWS_AT_ONCE = 4096
@@ -62,25 +63,43 @@ def open_training_rows(
     return TrainingRows(train, validation)
 
 
+def must_prepare(settings: Settings) -> bool:
+    """Whether TRAIN_JSONL is to be made from DATASET_NAME: it is missing, or was made from fewer rows than asked for.
+
+    Only where the user set DATASET_NAME: a mistyped path must not start a download.
+    """
+    if settings.data_mode != "jsonl" or not settings.is_set("dataset_name"):
+        return False
+    if not settings.train_jsonl.is_file():
+        return True
+    made_with = (read_stamp(settings.train_jsonl) or {}).get("max_rows")
+    return made_with is not None and (settings.max_train_samples or math.inf) > made_with
+
+
+def comes_from_dataset(settings: Settings) -> bool:
+    """Whether the run reads DATASET_NAME: it streams it, or prepares it first."""
+    return settings.data_mode == "direct" or must_prepare(settings)
+
+
 def check_train_jsonl(settings: Settings) -> None:
-    """Raises UserError when TRAIN_JSONL is missing; where the user set DATASET_NAME the message names both."""
-    if settings.train_jsonl.is_file():
+    """Raises UserError when TRAIN_JSONL is missing and is not going to be made."""
+    if settings.train_jsonl.is_file() or comes_from_dataset(settings):
         return
     if settings.is_set("dataset_name"):
         raise UserError(
-            f"TRAIN_JSONL: {settings.train_jsonl} does not exist, and DATASET_NAME {settings.dataset_name} cannot be "
-            "prepared by this version; write the rows to a JSONL (audio and text a line) and name it in TRAIN_JSONL"
+            f"TRAIN_JSONL: {settings.train_jsonl} does not exist, and DATA_MODE=none prepares nothing; "
+            f"DATA_MODE=jsonl prepares it from DATASET_NAME {settings.dataset_name}"
         )
     raise UserError(
-        f"TRAIN_JSONL: {settings.train_jsonl} does not exist; "
-        'write one JSON object a line, such as {"audio": "clips/1.wav", "text": "What is said."}'
+        f"TRAIN_JSONL: {settings.train_jsonl} does not exist; write one JSON object a line, such as "
+        '{"audio": "clips/1.wav", "text": "What is said."}, or set DATASET_NAME to have it prepared from a dataset'
     )
 
 
 def check_files(settings: Settings) -> None:
     """Raises UserError for a named file that is missing; cheap enough to come before any heavy import."""
     check_train_jsonl(settings)
-    for field in ("validation_jsonl", "ref_audio_path"):
+    for field in ["ref_audio_path"] + ["validation_jsonl"] * (not comes_from_dataset(settings)):
         path = getattr(settings, field)
         if path is not None and settings.is_set(field) and not path.is_file():
             raise UserError(f"{field.upper()}: {path} does not exist")

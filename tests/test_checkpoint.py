@@ -66,7 +66,7 @@ def bf16_run(
         "batch_size": 4, "speaker_name": "Anna", "validation_fraction": 0.0, "warmup_steps": 0,
     }  # fmt: skip
     run = build(load_settings(fields | FULL, environment={}))
-    batch = run.train.batch([0])
+    batch = run.train.dataset.batch([0])
     embeddings = run.objective.input_embeddings(batch)
     without = run.objective.speaker_vectors.clone()
     run.objective.speaker_vectors.zero_()

@@ -314,7 +314,7 @@ def test_ordinary_lines_are_read_quickly() -> None:
         json.dumps([[1] * 17] * 3), json.dumps([[2048] * 16] * 3), json.dumps([[-1] * 16] * 3),
         json.dumps([[1.0] * 16] * 3), json.dumps([[1] * 16, [1] * 15 + [[1]]]), json.dumps([[10**30] * 16] * 3),
         json.dumps([["1"] * 16] * 3), json.dumps([[True] * 16] * 3), json.dumps([[1] * 16, [1] * 15]),
-        "[[]]", "[[], []]", "[[1, 2", "[[1 2]]",
+        json.dumps([[1] * 15, [1] * 17]), "[[]]", "[[], []]", "[[1, 2", "[[1 2]]",
         json.dumps([[1] * 16] * 2).replace("1, 1", "1 1", 1), json.dumps([[1] * 16] * 2).replace("1, 1", "1,, 1", 1),
         json.dumps([[1] * 16] * 2).replace("1, 1", ", 1", 1), json.dumps([[1] * 16] * 2).replace("[1", "[", 1),
     ],

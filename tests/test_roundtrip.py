@@ -126,7 +126,7 @@ def test_cached_and_uncached_agree_after_layers_were_added(runs: dict, shape: st
 
     run = finished.run
     objective = TrainingObjective(stock.model.talker, run.speakers.vectors).eval()
-    batch = collate([run.train.encoder.encode(run.train.manifest[1])], [0])
+    batch = collate([run.train.encoder.encode(run.train.dataset.manifest[1])], [0])
     with torch.no_grad():
         hidden = objective.hidden_states(objective.input_embeddings(batch), batch["attention_mask"])
         talker = objective.talker_logits(hidden[batch["labels"] != IGNORE])
