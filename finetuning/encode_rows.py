@@ -21,7 +21,6 @@ from finetuning.audio import audio_duration_seconds
 from finetuning.codec import FRAMES_PER_SECOND, codec_fingerprint
 from finetuning.console import say
 from finetuning.encoding import CHUNK_ROWS, ClipEncoder, EncodedChunk, EncodedClip, Progress
-from finetuning.errors import UserError
 from finetuning.manifest import (
     Rejections,
     Row,
@@ -338,35 +337,6 @@ def _recorded_source(record: Any) -> Source | None:
         return Source(**record["codes_source"])
     except (TypeError, KeyError):
         return None
-
-
-def needs_encoding(jsonl: Path, setting: str, codec_folder: Path, row_format: RowFormat) -> bool:
-    """Whether any usable row of the file lacks codes or has codes of another clip or codec."""
-    codec_id, rejections = None, Rejections(jsonl)
-    for row in read_rows(jsonl, setting, row_format, rejections, needs_codes=False):
-        if row.codes is None:
-            return True
-        recorded = row.raw.get("codes_source")
-        if not isinstance(recorded, dict):
-            continue
-        codec_id = codec_id or codec_fingerprint(codec_folder)
-        if must_encode(row, codec_id):
-            return True
-        if recorded.get("codec") != codec_id:
-            raise UserError(
-                f"{setting}: {jsonl} line {row.line}: its codes were made by another codec and its audio is gone; "
-                "name that codec in TOKENIZER_PATH, or bring the audio back"
-            )
-    # A raw row that cannot be used is for the encoder to report: it knows more than "no codes".
-    return any(_is_raw(line) for _, _, line in rejections.rows)
-
-
-def _is_raw(line: str) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(row, dict) and row.get("audio_codes") is None
 
 
 # ------------------------------------------------------------------------------------------------------------- info

@@ -199,8 +199,10 @@ def _load_quickly(line: str) -> tuple[dict[str, Any], np.ndarray] | None:
         return None
     text = line[key.end() : end].encode()
     num_frames = text.count(b"]") - 1
-    # Nothing but digits and spaces within frames of 16; a space inside a number ends numpy's reading early.
+    # Nothing but numbers within frames of 16, and no space but behind a comma.
     if text.translate(None, b"0123456789 ") != b"[" + b",".join([_EMPTY_FRAME] * num_frames) + b"]":
+        return None
+    if text.count(b" ") != text.count(b", "):
         return None
     try:
         codes = np.fromstring(text.translate(None, b"[]").decode(), dtype=np.int64, sep=",")

@@ -5,10 +5,11 @@ The mended rows have no codes: they are encoded again, so that codes and audio b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,17 +108,13 @@ def mend(
         shutil.rmtree(unfinished_audio, ignore_errors=True)  # of a run that was killed
         output_jsonl.parent.mkdir(parents=True, exist_ok=True)
         with unfinished_jsonl.open("w", encoding="utf-8") as stream:
-            for row in rows:
-                summary.num_rows += 1
-                if row.line in drop_lines:
-                    summary.num_dropped += 1
-                    continue
-                clip = _mended_clip(row, trim_silence, target_loudness_lufs, summary)
-                name = f"{row.line:06d}.flac"
-                if clip is not None:
+            for row in _kept(rows, drop_lines, summary):
+                new_audio = None
+                if clip := _mended_clip(row, trim_silence, target_loudness_lufs, summary):
+                    name = f"{row.line:06d}.flac"
+                    new_audio = f"{audio_folder.name}/{name}"
                     unfinished_audio.mkdir(exist_ok=True)
                     _write_clip(unfinished_audio / name, *clip)
-                new_audio = None if clip is None else f"{audio_folder.name}/{name}"
                 record = _record(row, row_format, output_jsonl.parent, new_audio)
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         if summary.num_rows == summary.num_dropped:
@@ -128,9 +125,19 @@ def mend(
     except OSError as error:
         raise UserError(f"cannot write {output_jsonl}: {error.strerror or error}; name another output") from None
     finally:
-        unfinished_jsonl.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that could not be made
+            unfinished_jsonl.unlink(missing_ok=True)
         shutil.rmtree(unfinished_audio, ignore_errors=True)
     return summary
+
+
+def _kept(rows: Iterable[Row], drop_lines: set[int] | frozenset[int], summary: MendSummary) -> Iterator[Row]:
+    for row in rows:
+        summary.num_rows += 1
+        if row.line in drop_lines:
+            summary.num_dropped += 1
+        else:
+            yield row
 
 
 # ----------------------------------------------------------------------------------------------------------- a clip

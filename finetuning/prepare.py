@@ -393,6 +393,3 @@ def _write_bytes(path: Path, content: bytes) -> None:
     with unfinished(path) as file:
         file.write_bytes(content)
         file.rename(path)
-
-
-from finetuning.encode_rows import dataset_info, encode_jsonl, encoded_path, format_info, needs_encoding  # noqa: E402,F401

@@ -6,6 +6,7 @@ dark mode. Every word of the user's data is escaped.
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import textwrap
@@ -199,6 +200,9 @@ def write_report(folder: Path, findings: Sequence[Finding], figures: DataFigures
             unfinished.write_text(content, encoding="utf-8", errors="replace")
             unfinished.replace(folder / name)
     except OSError as error:
+        for name in contents:
+            with contextlib.suppress(OSError):
+                (folder / f"{name}.tmp").unlink(missing_ok=True)
         raise UserError(f"cannot write the report to {folder}: {error.strerror}; name another folder") from None
     return folder / "report.html"
 
