@@ -144,17 +144,13 @@ def show_info(settings: Settings, jsonl: Path) -> None:
 
 def check(settings: Settings, arguments: argparse.Namespace) -> None:
     """Judges the rows of a JSONL; writes the report and, where asked for, mended rows."""
-    from finetuning.check_rows import check_jsonl
+    from finetuning.check_rows import Mending, check_jsonl
 
-    check_jsonl(
-        settings,
-        arguments.input_jsonl or settings.train_jsonl,
-        max_rows=arguments.max_samples,
-        output_jsonl=arguments.output_jsonl,
-        trim_silence=arguments.trim_silence,
-        target_loudness_lufs=arguments.loudness,
-        drop_flagged=arguments.drop_flagged,
-    )
+    jsonl, setting = arguments.input_jsonl or settings.train_jsonl, "TRAIN_JSONL"
+    if arguments.input_jsonl:
+        setting = "--input_jsonl"
+    mending = Mending(arguments.output_jsonl, arguments.trim_silence, arguments.loudness, arguments.drop_flagged)
+    check_jsonl(settings, jsonl, mending, setting=setting, max_rows=arguments.max_samples)
 
 
 def parse_arguments() -> argparse.Namespace:

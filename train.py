@@ -34,6 +34,7 @@ def train(settings: Settings) -> None:
     accelerator = session.start(settings, device)
     try:
         rows = session.open_rows(settings, base, accelerator)
+        session.check_rows(settings, rows, accelerator)
         run = session.build_run(settings, base, rows, accelerator)
         if settings.prepare_only:
             session.walk_once(run)

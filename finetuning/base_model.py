@@ -6,15 +6,18 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
+from finetuning.audio import SAMPLE_RATE_HZ
 from finetuning.codec import check_codec_folder
 from finetuning.errors import UserError
 from finetuning.prompt import NUM_CLOSING_TOKENS, NUM_ROLE_TOKENS, LayoutIds, assistant_turn
@@ -70,15 +73,14 @@ class Base:
 
     def weight_dtypes(self) -> dict[str, torch.dtype]:
         """Name -> dtype of every saved tensor, from the files' headers."""
-        return {name: _SAFETENSORS_DTYPES[header.get_dtype()] for name, header in self._headers()}
+        return {name: _SAFETENSORS_DTYPES[header.get_dtype()] for name, header in self.stored_weights()}
 
     def weight_sizes(self) -> dict[str, int]:
         """Name -> number of weights of every saved tensor, from the files' headers."""
-        return {name: math.prod(header.get_shape()) for name, header in self._headers()}
+        return {name: math.prod(header.get_shape()) for name, header in self.stored_weights()}
 
-    def _headers(self) -> Iterator[tuple[str, Any]]:
-        from safetensors import safe_open
-
+    def stored_weights(self) -> Iterator[tuple[str, Any]]:
+        """(name, slice) of every tensor; ``slice[:]`` reads it."""
         for file in self.weight_files():
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - safe_open is no dict
@@ -255,6 +257,30 @@ def load_model(base: Base, attention: str, device: str = "cpu") -> Any:
         attn_implementation=attention,
         device_map=device,
     )
+
+
+def load_speaker_encoder(base: Base, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
+    """The base's speaker encoder alone, in fp32: (num_samples,) float32 at 24 kHz -> (H,) float32.
+
+    The same figures as ``extract_speaker_embedding`` of the whole model, which need not be loaded for it.
+    """
+    import_qwen_tts()
+    from qwen_tts.core.models import Qwen3TTSConfig, Qwen3TTSForConditionalGeneration
+    from qwen_tts.core.models.modeling_qwen3_tts import Qwen3TTSSpeakerEncoder
+
+    prefix = "speaker_encoder."
+    encoder = Qwen3TTSSpeakerEncoder(Qwen3TTSConfig.from_pretrained(str(base.folder)).speaker_encoder_config)
+    stored = base.stored_weights()
+    encoder.load_state_dict({name.removeprefix(prefix): part[:] for name, part in stored if name.startswith(prefix)})
+    model = SimpleNamespace(
+        speaker_encoder=encoder.float().eval().to(device), device=torch.device(device), dtype=torch.float32
+    )
+    extract = Qwen3TTSForConditionalGeneration.extract_speaker_embedding
+
+    def encode(waveform: np.ndarray) -> np.ndarray:
+        return extract(model, waveform, SAMPLE_RATE_HZ).float().cpu().numpy()
+
+    return encode
 
 
 # -------------------------------------------------------------------------------------------------------- hardware

@@ -19,6 +19,7 @@ from finetuning.base_model import (
     load_tokenizer,
     resolve_base,
 )
+from finetuning.check_rows import check_at_start
 from finetuning.checkpoint import (
     Exporter,
     check_disk_space,
@@ -29,6 +30,7 @@ from finetuning.checkpoint import (
 from finetuning.console import say
 from finetuning.dataset import RowEncoder, StepDataset, StepSampler, unknown_languages
 from finetuning.direct import DirectData, DirectRows
+from finetuning.errors import UserError
 from finetuning.layer_utils import check_layer_count, replace_and_add_layers
 from finetuning.manifest import RowFormat, remove_empty_folders
 from finetuning.objective import TrainingObjective
@@ -107,6 +109,22 @@ def open_rows(settings: Settings, base: Base, accelerator: Accelerator) -> Train
     prepare_missing_rows(settings, row_format, base.codec_folder, device, processes)
     with accelerator.main_process_first():
         return open_training_rows(settings, base.codec_folder, row_format, device, build=processes.is_main)
+
+
+def check_rows(settings: Settings, rows: TrainingRows | DirectRows, accelerator: Accelerator) -> None:
+    """DATA_CHECK, on the main process; what it finds stops all of them.
+
+    Raises:
+        UserError
+    """
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            check_at_start(rows, settings)
+        except UserError as error:
+            problem = str(error)
+    if problem := broadcast_object_list([problem])[0]:
+        raise UserError(problem)
 
 
 def build_run(

@@ -81,8 +81,8 @@ class Settings(BaseSettings):
 
     data_mode: Literal["jsonl", "direct", "none"] = _setting(
         "jsonl",
-        "jsonl (rows of TRAIN_JSONL, encoded where codes are missing), direct (streams DATASET_NAME), "
-        "none (jsonl, but never encodes or downloads)",
+        "rows from TRAIN_JSONL, encoded where codes are missing (jsonl), streamed from DATASET_NAME (direct), "
+        "or from TRAIN_JSONL without ever encoding or downloading (none)",
     )
     train_jsonl: UserPath = _setting(Path("./data/train.jsonl"), "training rows")
     validation_jsonl: UserPath = _setting(Path("./data/validation.jsonl"), "validation rows; may be missing")

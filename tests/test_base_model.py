@@ -8,12 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import SHAPES
+from conftest import SHAPES, VOICE
 
-from finetuning.base_model import choose_attention, choose_device, load_model, load_tokenizer, resolve_base
+from finetuning.audio import load_audio
+from finetuning.base_model import (
+    choose_attention,
+    choose_device,
+    load_model,
+    load_speaker_encoder,
+    load_tokenizer,
+    resolve_base,
+)
 from finetuning.errors import UserError
+from finetuning.settings import load_settings
 from finetuning.tiny_model import SHAPES as WIDTHS
 from finetuning.tiny_model import embedded_model_folder
 
@@ -174,3 +184,11 @@ def test_embedded_models_are_small_and_deterministic(tmp_path: Path) -> None:
         assert sum((built / file).stat().st_size for file in files) < 40e6
         assert all((built / file).read_bytes() == (again / file).read_bytes() for file in files)
     assert embedded_model_folder("tiny") == embedded_model_folder("tiny-random")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_speaker_encoder_alone_hears_what_the_whole_model_hears(shape: str) -> None:
+    base = resolve_base(load_settings({"init_model_path": shape}, environment={}))
+    waveform = load_audio(VOICE / "clips" / "train_01.flac")
+    expected = load_model(base, "eager").extract_speaker_embedding(waveform, 24_000).numpy()
+    np.testing.assert_allclose(load_speaker_encoder(base)(waveform), expected, rtol=1e-5, atol=1e-6)

@@ -139,6 +139,18 @@ def test_silence_at_the_edges(clips: list[np.ndarray], leading: float, trailing:
         assert measured[1] == pytest.approx(trailing + own[1], abs=0.1)
 
 
+def test_tight_clips_have_no_silence(clips: list[np.ndarray]) -> None:
+    """Those of espeak-ng start and end within a tenth of a second."""
+    assert max(max(silent_edges_seconds(clip)) for clip in clips) < 0.1
+
+
+def test_a_soft_beginning_is_speech() -> None:
+    """Though it is the quietest part of a clip without pauses, so that it looks like the noise floor."""
+    tone = 0.5 * np.sin(2 * np.pi * 200 / RATE_HZ * np.arange(2 * RATE_HZ)).astype(np.float32)
+    tone[: RATE_HZ // 3] *= 0.1
+    assert silent_edges_seconds(tone) == (0.0, 0.0)
+
+
 def test_a_click_before_the_speech_is_not_speech(speech: np.ndarray) -> None:
     padded = np.pad(speech, (RATE_HZ, 0))
     padded[1000:1100] = 0.5

@@ -124,7 +124,9 @@ class Tags(HTMLParser):
 
 
 def test_report_opens_offline_and_users_words_stay_text(tmp_path: Path) -> None:
-    bad = Finding("script", "warning", f"message {SCRIPT}", f"advice {SCRIPT}", 1, [(1, f"note {SCRIPT} \ud83d")])
+    bad = Finding(
+        "script", "warning", f"message {SCRIPT}", f"advice {SCRIPT}", 1, [(1, f"note {SCRIPT} \x1b[2J \ud83d")]
+    )
     page = write_report(tmp_path / "report", [bad], figures_of(speaker=f'"{SCRIPT}'), f"title {SCRIPT}").read_text(
         "utf-8"
     )
@@ -135,7 +137,7 @@ def test_report_opens_offline_and_users_words_stay_text(tmp_path: Path) -> None:
     for place in ("title", "message", "advice", "note"):
         assert f"{place} {SCRIPT}" in parsed.text
     assert parsed.text.count(SCRIPT) >= 6  # … the page's title twice, and the speaker's name
-    assert "prefers-color-scheme: dark" in page
+    assert "\x1b" not in page and "prefers-color-scheme: dark" in page
 
 
 def test_plots_are_well_formed_and_show_the_counts(tmp_path: Path) -> None:

@@ -466,7 +466,7 @@ def test_wrong_effective_batch_size_shows_the_product(problems: Problems, world_
         ({"TRAIN_JSONL": "a.jsonl", "VALIDATION_JSONL": "./x/../a.jsonl"}, "TRAIN_JSONL", "VALIDATION_JSONL"),
         ({"SPEAKER_NAME": " Ada"}, "SPEAKER_NAME", "white space"),
         ({"UPLOAD_TO_HF": "true"}, "UPLOAD_TO_HF", "not built yet"),
-        ({"DATA_MODE": "direct"}, "DATA_MODE", "not built yet"),
+        ({"DATA_MODE": "direct"}, "DATA_MODE", "name it in DATASET_NAME"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -510,7 +510,7 @@ def test_output_that_is_a_file(problems: Problems, tmp_path: Path) -> None:
 
 def test_settings_of_parts_to_come_are_named(load: Load) -> None:
     settings = load(HUB_MODEL_ID_BEST="me/best", TRAIN_SPLIT="train", BATCH_SIZE="2")
-    assert settings.without_effect() == ["TRAIN_SPLIT", "HUB_MODEL_ID_BEST"]
+    assert settings.without_effect() == ["HUB_MODEL_ID_BEST"]
     assert load().without_effect() == []
 
 

@@ -1,0 +1,300 @@
+"""The verdict on the rows of a JSONL: in full for ``--mode check``, in short at the start of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from finetuning.audio import AudioError, audio_duration_seconds, load_audio
+from finetuning.base_model import Base, load_speaker_encoder, resolve_base
+from finetuning.checks import Finding, collect, find_problems, similarity_findings, sort_findings
+from finetuning.codec import Codec
+from finetuning.console import say
+from finetuning.direct import DirectRows
+from finetuning.encoding import CHUNK_ROWS
+from finetuning.errors import UserError
+from finetuning.manifest import Rejections, Row, RowFormat, check_fields, read_rows
+from finetuning.mend import mend
+from finetuning.preparer import device_of_this_process
+from finetuning.quality import measure_clip
+from finetuning.report import print_table, verdict, write_report
+from finetuning.row_index import Manifest
+from finetuning.settings import Settings
+from finetuning.training_rows import TrainingRows
+
+#: Where ``--mode check`` writes report.html and report.json.
+REPORT_FOLDER = Path("data/report")
+#: Clips of each speaker that the speaker encoder hears, and speakers.
+MAX_VOICE_CLIPS, MAX_VOICE_SPEAKERS = 64, 100
+#: The short form looks at so many rows, evenly spread.
+MAX_ROWS_AT_START = 5_000
+#: Findings that are wrong about a part of the rows.
+WHOLE_SET_CHECKS = ("speaker_minutes", "little_audio", "not_measured")
+#: More workers than this do not make a disk faster.
+MAX_MEASURING_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Mending:
+    """What ``--mode check`` mends, into new files; all off by default.
+
+    Attributes:
+        output_jsonl: the mended rows.
+        drop_flagged: leave out clips that a warning or an error is about.
+    """
+
+    output_jsonl: Path | None = None
+    trim_silence: bool = False
+    target_loudness_lufs: float | None = None
+    drop_flagged: bool = False
+
+    def __bool__(self) -> bool:
+        return self.trim_silence or self.drop_flagged or self.target_loudness_lufs is not None
+
+
+def check_jsonl(
+    settings: Settings, jsonl: Path, mending: Mending, *, setting: str = "TRAIN_JSONL", max_rows: int | None = None
+) -> None:
+    """Judges all rows, with or without codes: prints a table, writes the report, mends where that is asked for.
+
+    Clips that no earlier run has measured are read; the speaker encoder of the base hears some of each speaker.
+
+    Raises:
+        UserError: the file cannot be read, or there are errors in the data (after the report was written).
+    """
+    if mending and mending.output_jsonl is None:
+        raise UserError("mending writes new files: name the new JSONL with --output_jsonl")
+    if mending.output_jsonl and not mending:
+        raise UserError("--output_jsonl is for mending; add --trim_silence, --loudness or --drop_flagged")
+    base, row_format = _base_if_at_hand(settings)
+    rejections, voices = Rejections(jsonl), _VoiceSample(settings)
+    rows = read_rows(jsonl, setting, row_format, rejections, needs_codes=False, max_rows=max_rows)
+    figures = collect(_measured(rows, rejections, voices, settings), reference_seconds=audio_duration_seconds)
+    findings = [*find_problems(figures), *_unusable(rejections), *voices.findings(base, settings)]
+    findings = sort_findings(findings)
+    page = write_report(REPORT_FOLDER, findings, figures, str(jsonl))
+    say(f"{print_table(findings, figures)}\nreport: {page}")
+    if mending:
+        _mend(jsonl, setting, row_format, findings, mending, max_rows)
+    if any(finding.severity == "error" for finding in findings):
+        raise UserError(f"{jsonl}: {verdict(findings)}")
+
+
+def _base_if_at_hand(settings: Settings) -> tuple[Base | None, RowFormat]:
+    try:
+        base = resolve_base(settings)
+    except UserError as error:
+        say(f"voices are not compared, because the base is out of reach: {error}")
+        return None, RowFormat.from_settings(settings)
+    return base, RowFormat.from_settings(settings, base.special_tokens())
+
+
+def _unusable(rejections: Rejections) -> list[Finding]:
+    if not rejections.rows:
+        return []
+    try:
+        rejections.check_share()
+    except UserError:
+        severity = "error"
+    else:
+        severity = "warning"
+    message = f"{len(rejections.rows)} rows cannot be used at all"
+    advice = "Mend them, or leave them: up to a tenth is skipped in training."
+    lines = tuple(number for number, _, _ in rejections.rows)
+    examples = [(number, reason) for number, reason, _ in rejections.rows[:5]]
+    return [Finding("unusable_rows", severity, message, advice, len(lines), examples, lines)]
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+def _measured(
+    rows: Iterable[Row], rejections: Rejections, voices: _VoiceSample, settings: Settings
+) -> Iterator[dict[str, Any]]:
+    """Rows as ``checks.collect`` takes them; those that no earlier run has measured are read by data workers."""
+    from torch.utils.data import DataLoader
+
+    workers = (
+        settings.num_workers if settings.is_set("num_workers") else min(MAX_MEASURING_WORKERS, os.cpu_count() or 1)
+    )
+    loader = DataLoader(_Measurer(), sampler=rows, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    for row, measures, problem in tqdm(loader, desc="check", unit="row", disable=None):
+        if problem:
+            rejections.num_good -= 1
+            rejections.add(row.line, f"{row.audio}: {problem}", json.dumps(row.raw, ensure_ascii=False))
+            continue
+        voices.offer(row)
+        yield {
+            "line": row.line,
+            "text": row.text,
+            "language": row.language,
+            "speaker": row.speaker,
+            "num_codec_frames": 0 if row.codes is None else len(row.codes),
+            "codes": row.codes,
+            "measures": measures,
+            "ref_audio": str(row.ref_audio or settings.ref_audio_path or "") or None,
+        }
+
+
+class _Measurer:
+    """The worker's side: a row to (row, measures or None, what is wrong with its audio or None)."""
+
+    def __getitem__(self, row: Row) -> tuple[Row, dict[str, Any] | None, str | None]:
+        measures = row.raw.get("measures")
+        if isinstance(measures, dict) or row.audio is None or not row.audio.is_file():
+            return row, measures if isinstance(measures, dict) else None, None
+        try:
+            return row, measure_clip(load_audio(row.audio)), None
+        except AudioError as error:
+            return row, None, str(error)
+
+    def __len__(self) -> int:
+        raise TypeError("the number of rows is not known ahead")
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+# ----------------------------------------------------------------------------------------------------------- voices
+
+
+@dataclass
+class _VoiceSample:
+    """Some clips of each speaker, drawn evenly as the rows go by, and its first reference."""
+
+    settings: Settings
+    clips: dict[str, list[Row]] = field(default_factory=dict)
+    references: dict[str, Path] = field(default_factory=dict)
+    _seen: dict[str, int] = field(default_factory=dict)
+    _generator: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def offer(self, row: Row) -> None:
+        """Keeps the row with the chance that makes the sample even."""
+        if row.speaker not in self.clips and len(self.clips) == MAX_VOICE_SPEAKERS:
+            return
+        sample = self.clips.setdefault(row.speaker, [])
+        reference = row.ref_audio or self.settings.ref_audio_path
+        if reference is not None:
+            self.references.setdefault(row.speaker, reference)
+        self._seen[row.speaker] = count = self._seen.get(row.speaker, 0) + 1
+        kept = replace(row, raw={})
+        if len(sample) < MAX_VOICE_CLIPS:
+            sample.append(kept)
+        elif (place := self._generator.integers(count)) < MAX_VOICE_CLIPS:
+            sample[place] = kept
+
+    def findings(self, base: Base | None, settings: Settings) -> list[Finding]:
+        """Clips and references that sound like somebody else, by the base's speaker encoder."""
+        if base is None:
+            return []
+        if not base.has_speaker_encoder:
+            say("voices are not compared: the base has no speaker encoder")
+            return []
+        device = device_of_this_process(settings)
+        encode = load_speaker_encoder(base, device)
+        hear = _Ears(base.codec_folder, device)
+        rows = sorted((row for sample in self.clips.values() for row in sample), key=lambda row: row.line)
+        bar = tqdm(rows, desc="voices", unit="clip", disable=None)
+        vectors = {row.line: encode(waveform) for row in bar if (waveform := hear(row)) is not None}
+        references = {}
+        for speaker, path in self.references.items():
+            try:
+                references[speaker] = encode(load_audio(path))
+            except AudioError as error:
+                say(f'reference of speaker "{speaker}": {path}: {error}')
+        return similarity_findings(vectors, {row.line: row.speaker for row in rows}, references)
+
+
+class _Ears:
+    """A row's waveform: of its file, else decoded from its codes."""
+
+    def __init__(self, codec_folder: Path, device: str) -> None:
+        self._load: Callable[[], Codec] = lambda: Codec(codec_folder, device)
+        self._codec: Codec | None = None
+
+    def __call__(self, row: Row) -> np.ndarray | None:
+        if row.audio is not None and row.audio.is_file():
+            try:
+                return load_audio(row.audio)
+            except AudioError:
+                return None
+        if row.codes is None:
+            return None
+        self._codec = self._codec or self._load()
+        return self._codec.decode([row.codes])[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- mending
+
+
+def _mend(
+    jsonl: Path, setting: str, row_format: RowFormat, findings: list[Finding], mending: Mending, max_rows: int | None
+) -> None:
+    flagged = {line for finding in findings if finding.severity != "info" for line in finding.lines}
+    assert mending.output_jsonl is not None
+    rows = read_rows(jsonl, setting, row_format, Rejections(jsonl), needs_codes=False, max_rows=max_rows)
+    summary = mend(
+        rows,
+        mending.output_jsonl,
+        row_format,
+        trim_silence=mending.trim_silence,
+        target_loudness_lufs=mending.target_loudness_lufs,
+        drop_lines=flagged if mending.drop_flagged else frozenset(),
+    )
+    say(f"{summary}\nmended rows: {mending.output_jsonl}")
+
+
+# --------------------------------------------------------------------------------------------------------- in short
+
+
+def check_at_start(rows: TrainingRows | DirectRows, settings: Settings) -> None:
+    """DATA_CHECK: what a quick look at the rows of a run shows; only what is wrong is said.
+
+    Raises:
+        UserError: there are errors, and DATA_CHECK is ``stop``.
+    """
+    if settings.data_check == "off":
+        return
+    is_whole = isinstance(rows, TrainingRows) and len(rows.train) <= MAX_ROWS_AT_START
+    sample = _some_streamed(rows) if isinstance(rows, DirectRows) else _some_mapped(rows.train)
+    figures = collect(sample)
+    left_out = ("not_measured",) if is_whole else WHOLE_SET_CHECKS
+    findings = [finding for finding in find_problems(figures) if finding.check not in left_out]
+    findings = [finding for finding in findings if finding.severity != "info"]
+    if not findings:
+        return
+    looked_at = "the training rows" if is_whole else f"{figures.num_rows} of the training rows"
+    lines = [f"  {finding.severity}: {finding.message}" for finding in sort_findings(findings)]
+    advice = "python data_processing.py --mode check says where and what to do"
+    say("\n".join([f"A look at {looked_at}; {advice}:", *lines]))
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors and settings.data_check == "stop":
+        raise UserError(
+            f"errors in the training rows: {'; '.join(finding.message for finding in errors)}. {errors[0].advice} "
+            "(DATA_CHECK=warn trains nevertheless)"
+        )
+
+
+def _some_mapped(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
+    count = min(len(manifest), MAX_ROWS_AT_START)
+    for index in np.linspace(0, len(manifest) - 1, count).astype(int).tolist():
+        row = manifest[index]
+        yield row | {"measures": json.loads(row["measures"]) if row["measures"] else None}
+
+
+def _some_streamed(rows: DirectRows) -> Iterator[Mapping[str, Any]]:
+    """The first chunk, which training needs as well."""
+    stream = replace(rows.stream, buffer_rows=0)
+    for row, _ in zip(stream.iterate(0), range(CHUNK_ROWS), strict=False):
+        if row is not None:
+            fields = check_fields(row.record, rows.row_format)
+            measured = {"codes": row.codes, "measures": row.record["measures"], "num_codec_frames": len(row.codes)}
+            yield {"line": row.index + 1, "ref_audio": None} | fields | measured
