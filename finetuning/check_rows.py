@@ -36,7 +36,7 @@ MAX_VOICE_CLIPS, MAX_VOICE_SPEAKERS = 64, 100
 #: The short form looks at so many rows, evenly spread.
 MAX_ROWS_AT_START = 5_000
 #: Findings that are wrong about a part of the rows.
-WHOLE_SET_CHECKS = ("speaker_minutes", "little_audio", "not_measured")
+WHOLE_SET_CHECKS = ("speaker_minutes", "not_measured")
 #: More workers than this do not make a disk faster.
 MAX_MEASURING_WORKERS = 8
 
@@ -107,7 +107,7 @@ def _unusable(rejections: Rejections) -> list[Finding]:
         severity = "warning"
     message = f"{len(rejections.rows)} rows cannot be used at all"
     advice = "Mend them, or leave them: up to a tenth is skipped in training."
-    lines = tuple(number for number, _, _ in rejections.rows)
+    lines = np.array([number for number, _, _ in rejections.rows])
     examples = [(number, reason) for number, reason, _ in rejections.rows[:5]]
     return [Finding("unusable_rows", severity, message, advice, len(lines), examples, lines)]
 
@@ -238,7 +238,7 @@ class _Ears:
 def _mend(
     jsonl: Path, setting: str, row_format: RowFormat, findings: list[Finding], mending: Mending, max_rows: int | None
 ) -> None:
-    flagged = {line for finding in findings if finding.severity != "info" for line in finding.lines}
+    flagged = {line for finding in findings if finding.severity != "info" for line in finding.lines.tolist()}
     assert mending.output_jsonl is not None
     rows = read_rows(jsonl, setting, row_format, Rejections(jsonl), needs_codes=False, max_rows=max_rows)
     summary = mend(

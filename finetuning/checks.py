@@ -117,6 +117,7 @@ class Finding:
         advice: what to do about it.
         num_rows: rows that it is about.
         examples: (line, note) of at most MAX_EXAMPLES rows, the worst first.
+        lines: (num_lines,) the rows to leave out to be rid of it; empty where it is about the set, or mended otherwise.
     """
 
     check: str
@@ -125,6 +126,7 @@ class Finding:
     advice: str
     num_rows: int
     examples: list[tuple[int, str]] = field(default_factory=list)
+    lines: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -326,6 +328,10 @@ def _share(num_rows: int, num_known: int, noun: str = "clips") -> str:
     return f"{num_rows} of {num_known} {noun} ({percent:.{0 if percent >= 10 else 1}f} %)"
 
 
+def _lines(figures: DataFigures, mask: np.ndarray) -> np.ndarray:
+    return figures.columns["line"][mask]
+
+
 def _examples(
     figures: DataFigures, mask: np.ndarray, badness: np.ndarray, note: Callable[[int], str]
 ) -> list[tuple[int, str]]:
@@ -482,7 +488,7 @@ def _beyond(limit: Limit, figures: DataFigures) -> list[Finding]:
     examples = _examples(figures, found, badness, lambda row: limit.show.format(values[row]))
     message = limit.what.format(share=_share(num_rows, num_known), worst=examples[0][1])
     severity = _severity(num_rows, num_known, limit.warn_share)
-    return [Finding(limit.check, severity, message, limit.advice, num_rows, examples)]
+    return [Finding(limit.check, severity, message, limit.advice, num_rows, examples, _lines(figures, found))]
 
 
 def _half_band(figures: DataFigures) -> list[Finding]:
@@ -594,7 +600,8 @@ def _absurd_rates(figures: DataFigures, rate: np.ndarray, absurd: np.ndarray, nu
         return [Finding("impossible_rate", "error", message, advice, num_rows, examples)]
     message = f"{share} would be spoken at an impossible rate"
     advice = "Listen to these clips: the text is another one, or only part of it is spoken."
-    return [Finding("impossible_rate", _severity(num_rows, num_known), message, advice, num_rows, examples)]
+    severity = _severity(num_rows, num_known)
+    return [Finding("impossible_rate", severity, message, advice, num_rows, examples, _lines(figures, absurd))]
 
 
 def _rate_outliers(figures: DataFigures, rate: np.ndarray, candidates: np.ndarray) -> list[Finding]:
@@ -612,7 +619,8 @@ def _rate_outliers(figures: DataFigures, rate: np.ndarray, candidates: np.ndarra
     message = f"{_share(num_rows, num_known, 'rows')} are spoken far faster or slower than the others"
     advice = "Listen to a few: words may be missing in text or audio, or the clip holds a long pause."
     examples = _examples(figures, outliers, deviations, _rate_note(figures))
-    return [Finding("speaking_rate", _severity(num_rows, num_known), message, advice, num_rows, examples)]
+    severity = _severity(num_rows, num_known)
+    return [Finding("speaking_rate", severity, message, advice, num_rows, examples, _lines(figures, outliers))]
 
 
 def _lengths_apart(figures: DataFigures, units: np.ndarray, seconds: np.ndarray, known: np.ndarray) -> list[Finding]:
@@ -657,7 +665,7 @@ def _duplicate_audio(figures: DataFigures) -> list[Finding]:
     severity = "error" if num_rows > ERROR_SHARE * num_known else _severity(num_rows, num_known)
     examples = _examples(figures, repeated, other_text.astype(float), _same_as(figures, first_row, "audio"))
     advice = "Keep one row of each; where the texts differ, only one of them can be right."
-    return [Finding("duplicate_audio", severity, message, advice, num_rows, examples)]
+    return [Finding("duplicate_audio", severity, message, advice, num_rows, examples, _lines(figures, repeated))]
 
 
 def _same_as(figures: DataFigures, first_row: np.ndarray, what: str) -> Callable[[int], str]:
@@ -686,11 +694,8 @@ def _duplicate_text(figures: DataFigures) -> list[Finding]:
     message = f"{_share(num_rows, len(texts), 'rows')} have the same speaker and text as an earlier row"
     advice = "Harmless for other recordings of the same sentence; otherwise keep one row of each."
     examples = _examples(figures, repeated, np.zeros(len(texts)), _same_as(figures, first_row, "text"))
-    return [
-        Finding(
-            "duplicate_text", _severity(num_rows, len(texts), REPEATED_TEXT_SHARE), message, advice, num_rows, examples
-        )
-    ]
+    severity = _severity(num_rows, len(texts), REPEATED_TEXT_SHARE)
+    return [Finding("duplicate_text", severity, message, advice, num_rows, examples)]
 
 
 def _duplicate_codes(figures: DataFigures) -> list[Finding]:
@@ -736,7 +741,7 @@ def _frozen_codes(figures: DataFigures) -> list[Finding]:
     severity = "error" if num_rows > ERROR_SHARE * num_known else _severity(num_rows, num_known)
     examples = _examples(figures, frozen, still, lambda row: f"{still[row]:.0%} of the frames equal the one before")
     advice = "Silence, a held tone, or codes gone wrong: listen to these clips and encode them again."
-    return [Finding("frozen_codes", severity, message, advice, num_rows, examples)]
+    return [Finding("frozen_codes", severity, message, advice, num_rows, examples, _lines(figures, frozen))]
 
 
 def _codebooks(figures: DataFigures) -> list[Finding]:
@@ -787,7 +792,8 @@ def _unusual_characters(figures: DataFigures) -> list[Finding]:
     counts = {kind: int(mask.sum()) for kind, mask in masks.items() if mask.any()}
     if not counts:
         return []
-    num_rows = int(np.any(list(masks.values()), axis=0).sum())
+    unusual = np.any(list(masks.values()), axis=0)
+    num_rows = int(unusual.sum())
     kinds = ", ".join(f"{TEXT_DEFECTS[kind]} ({count})" for kind, count in counts.items())
     message = f"{_share(num_rows, figures.num_rows, 'texts')} hold what cannot be spoken: {kinds}"
     advice = "Remove or rewrite it; the model would learn that such characters are silent, or sound somehow."
@@ -795,7 +801,8 @@ def _unusual_characters(figures: DataFigures) -> list[Finding]:
     notes = [figures.text_examples[kind][:MAX_EXAMPLES] for kind in counts]
     in_turn = [kind_notes[index] for index in range(MAX_EXAMPLES) for kind_notes in notes if index < len(kind_notes)]
     examples = in_turn[:MAX_EXAMPLES]
-    return [Finding("unusual_characters", _severity(num_rows, figures.num_rows), message, advice, num_rows, examples)]
+    severity = _severity(num_rows, figures.num_rows)
+    return [Finding("unusual_characters", severity, message, advice, num_rows, examples, _lines(figures, unusual))]
 
 
 def _scripts(figures: DataFigures) -> list[Finding]:
@@ -805,7 +812,8 @@ def _scripts(figures: DataFigures) -> list[Finding]:
     message = f"{_share(num_rows, figures.num_rows, 'texts')} are in a script that does not fit their language"
     advice = "Correct the language, or write the text in its own script: that is what the base was trained on."
     severity = _severity(num_rows, figures.num_rows)
-    return [Finding("script", severity, message, advice, num_rows, list(figures.text_examples["script"]))]
+    examples, lines = list(figures.text_examples["script"]), _lines(figures, _with_defect(figures, "script"))
+    return [Finding("script", severity, message, advice, num_rows, examples, lines)]
 
 
 def _reference_length(figures: DataFigures) -> list[Finding]:
@@ -912,7 +920,8 @@ def _outlier_finding(outliers: list[tuple[float, int, str]], num_clips: int) -> 
     advice = "Listen to them: another person, music, or noise? Leave them out, or give them their own speaker."
     examples = [(line, note) for _, line, note in sorted(outliers, reverse=True)[:MAX_EXAMPLES]]
     severity = _severity(len(outliers), num_clips)
-    return [Finding("speaker_outliers", severity, message, advice, len(outliers), examples)]
+    lines = np.array([line for _, line, _ in outliers])
+    return [Finding("speaker_outliers", severity, message, advice, len(outliers), examples, lines)]
 
 
 def _reference_finding(foreign: list[tuple[float, int, str]], num_rows: int) -> list[Finding]:

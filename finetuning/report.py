@@ -162,7 +162,8 @@ def report_data(findings: Sequence[Finding], figures: DataFigures, title: str) -
             "languages": _rows_per_language(figures),
         },
         "findings": [
-            asdict(finding) | {"examples": [{"line": line, "note": note} for line, note in finding.examples]}
+            {name: getattr(finding, name) for name in ("check", "severity", "message", "advice", "num_rows")}
+            | {"examples": [{"line": line, "note": note} for line, note in finding.examples]}
             for finding in sort_findings(findings)
         ],
         "histograms": {key: asdict(histogram) for key, histogram in histograms(figures).items()},

@@ -180,6 +180,27 @@ def test_the_worst_are_the_lowest_where_low_is_bad() -> None:
     assert found(rows)["low_snr"].examples == [(2, "8 dB"), (1, "12 dB"), (3, "16 dB")]
 
 
+def test_lines_are_the_rows_to_leave_out() -> None:
+    """All of them, not only the examples; without them the finding is gone."""
+    rows = good_rows()
+    bad = [*range(1, 13)]
+    for row in rows[:12]:
+        row["measures"] |= {"clipped_share": 0.01}
+        row["text"] += " 🎉"
+    findings = found(rows)
+    assert findings["clipping"].lines.tolist() == findings["unusual_characters"].lines.tolist() == bad
+    assert found([row for row in rows if row["line"] not in findings["clipping"].lines]) == {}
+
+
+def test_findings_about_the_set_name_no_lines() -> None:
+    rows = good_rows(40)
+    for row in rows:
+        row["codes"] = rows[0]["codes"]
+    findings = found(rows)
+    assert set(findings) == {"duplicate_codes", "speaker_minutes"}
+    assert not any(len(finding.lines) for finding in findings.values())
+
+
 def test_loudness_may_differ_between_speakers_but_not_within() -> None:
     rows = good_rows(200)
     for row in rows[::2]:

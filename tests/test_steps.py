@@ -1,0 +1,251 @@
+"""Steps of an epoch, mapped or streamed: each row once over all processes, and no process waits for another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets_for_tests import write_parquet
+from fakes import FakeCodec, fake_codes
+from test_stream import Clip
+
+from finetuning.audio import load_audio
+from finetuning.base_model import load_tokenizer, resolve_base
+from finetuning.dataset import Batch, RowEncoder, StepDataset, StepSampler, step_loader
+from finetuning.encoding import ClipEncoder
+from finetuning.manifest import MIN_CODEC_FRAMES, RowFormat
+from finetuning.prepare import DatasetRows
+from finetuning.prompt import LayoutIds
+from finetuning.row_index import open_rows
+from finetuning.settings import load_settings
+from finetuning.source import open_split
+from finetuning.steps import MappedSteps, StreamedSteps
+from finetuning.stream import SplitStream
+
+NUM_ROWS = 37
+MakeSteps = Callable[..., StreamedSteps]
+
+pytestmark = pytest.mark.usefixtures("fake")
+
+
+def sentences(count: int) -> list[dict[str, Any]]:
+    return [{"audio": Clip(number), "text": f"Sentence {number}."} for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parquet(tmp_path_factory.mktemp("set"), sentences(NUM_ROWS))
+
+
+@pytest.fixture(scope="module")
+def bad_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same rows, but lines 4, 12 and 37 cannot be used."""
+    rows = sentences(NUM_ROWS)
+    rows[3]["audio"].content = b"nothing to hear"
+    rows[11]["text"] = " "
+    rows[36]["audio"].content = b""
+    return write_parquet(tmp_path_factory.mktemp("bad"), rows)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> RowEncoder:
+    base = resolve_base(load_settings({"init_model_path": "tiny-random", "device": "cpu"}, environment={}))
+    speakers = {"reference_speaker": 0}
+    return RowEncoder(load_tokenizer(base.folder), LayoutIds.from_config(base.config), speakers, {})
+
+
+@pytest.fixture
+def make_steps(dataset: Path, codec_folder: Path, encoder: RowEncoder, monkeypatch: pytest.MonkeyPatch) -> MakeSteps:
+    """Steps over a shuffled stream in chunks of four rows."""
+    monkeypatch.setattr("finetuning.prepare.CHUNK_ROWS", 4)
+    monkeypatch.setattr("finetuning.stream.CHUNK_ROWS", 4)
+
+    def make(
+        process: int = 0,
+        num_processes: int = 1,
+        batch_size: int = 2,
+        accumulation: int = 2,
+        folder: Path = dataset,
+        max_rows: int | None = None,
+        **stream_options: Any,
+    ) -> StreamedSteps:
+        rows = DatasetRows(open_split(str(folder), "train"), RowFormat(), "codec", max_rows)
+        options = {"seed": 3, "buffer_rows": 6, "share": process, "num_shares": num_processes} | stream_options
+        stream = SplitStream(rows, ClipEncoder(codec_folder), **options)
+        return StreamedSteps(stream, encoder, RowFormat(), batch_size, accumulation)
+
+    return make
+
+
+def lines_of(batches: Sequence[Batch]) -> list[int]:
+    """Lines of the batches that count."""
+    return [line for batch in batches if batch["weight"] > 0 for line in batch["lines"].tolist()]
+
+
+def assert_same(steps: Sequence[Sequence[Batch]], others: Sequence[Sequence[Batch]]) -> None:
+    for step, other in zip(steps, others, strict=True):
+        for batch, other_batch in zip(step, other, strict=True):
+            assert batch.keys() == other_batch.keys()
+            assert all(torch.equal(batch[name], other_batch[name]) for name in batch)
+
+
+# --------------------------------------------------------------------------------------------------------- streamed
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize("batch_size, accumulation", [(1, 1), (2, 3), (4, 2), (50, 1)])
+@pytest.mark.parametrize("shares_chunks", [True, False])
+def test_every_row_once_in_steps_of_equal_shape(
+    make_steps: MakeSteps,
+    monkeypatch: pytest.MonkeyPatch,
+    num_processes: int,
+    batch_size: int,
+    accumulation: int,
+    shares_chunks: bool,
+) -> None:
+    """37 rows divide by nothing; a window holds two steps, so there are several and a short last one."""
+    monkeypatch.setattr("finetuning.steps.WINDOW_STEPS", 2)
+    monkeypatch.setattr("finetuning.stream.MIN_CHUNKS_PER_SHARE", 1 if shares_chunks else 1000)
+    runs = [make_steps(process, num_processes, batch_size, accumulation) for process in range(num_processes)]
+    steps = [list(run.steps(0)) for run in runs]
+    assert sorted(chain(*[lines_of(step) for part in steps for step in part])) == list(range(1, NUM_ROWS + 1))
+    assert {len(part) for part in steps} == {run.steps_per_epoch for run in runs} == {len(steps[0])}
+    for together in zip(*steps, strict=True):
+        assert len({len(step) for step in together}) == 1
+    sizes = [len(step) for step in steps[0]]
+    assert set(sizes[:-1]) <= {accumulation} and 0 < sizes[-1] <= accumulation
+    assert all(len(batch["lines"]) <= batch_size for part in steps for step in part for batch in step)
+    assert {run.num_rows for run in runs} == {NUM_ROWS}
+    assert runs[0].rows_per_step == batch_size * accumulation * num_processes
+
+
+def test_weight_zero_only_where_rows_ran_out(make_steps: MakeSteps) -> None:
+    """One row a batch: a share of 18 rows beside one of 19 has one dummy, and it is a sound batch."""
+    parts = [[batch for step in make_steps(process, 2, 1, 1).steps(0) for batch in step] for process in (0, 1)]
+    weights = [[float(batch["weight"]) for batch in part] for part in parts]
+    assert weights[0] == [1.0] * 19
+    assert sorted(weights[1]) == [0.0] + [1.0] * 18
+    dummy = parts[1][weights[1].index(0.0)]
+    real = parts[0][0]
+    assert dummy.keys() == real.keys() and {name: dummy[name].dtype for name in dummy} == {
+        name: real[name].dtype for name in real
+    }
+    assert dummy["codes"].shape == (MIN_CODEC_FRAMES, 16) and dummy["frame_mask"].sum() == MIN_CODEC_FRAMES
+
+
+def test_a_process_without_any_row_keeps_in_step(make_steps: MakeSteps) -> None:
+    steps = [list(make_steps(process, 3, 2, 2, max_rows=1).steps(0)) for process in range(3)]
+    assert [len(part) for part in steps] == [1, 1, 1]
+    assert [lines_of(part[0]) for part in steps] == [[1], [], []]
+    assert [float(batch["weight"]) for batch in steps[2][0]] == [0.0] * len(steps[0][0])
+
+
+def test_bad_rows_leave_their_places_empty(
+    make_steps: MakeSteps, bad_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one step a window, each step holds what it holds without bad rows, less those."""
+    monkeypatch.setattr("finetuning.steps.WINDOW_STEPS", 1)
+    bad = {4, 12, 37}
+    for process in (0, 1):
+        expected = [set(lines_of(step)) for step in make_steps(process, 2).steps(0)]
+        assert bad & set(chain(*expected))
+        steps = list(make_steps(process, 2, folder=bad_dataset).steps(0))
+        assert [set(lines_of(step)) for step in steps] == [lines - bad for lines in expected]
+        assert [len(step) for step in steps] == [len(step) for step in make_steps(process, 2).steps(0)]
+
+
+def test_an_epoch_repeats_and_the_next_differs(make_steps: MakeSteps) -> None:
+    steps = make_steps(1, 2)
+    first, again, of_another_run = list(steps.steps(0)), list(steps.steps(0)), list(make_steps(1, 2).steps(0))
+    assert_same(first, again)
+    assert_same(first, of_another_run)
+    second = list(steps.steps(1))
+    assert sorted(chain(*map(lines_of, first))) == sorted(chain(*map(lines_of, second)))
+    assert [lines_of(step) for step in first] != [lines_of(step) for step in second]
+
+
+def test_a_step_holds_the_rows_that_it_names(make_steps: MakeSteps, encoder: RowEncoder) -> None:
+    """Codes and text ids of every row against the clip itself."""
+    for batch in chain(*make_steps(batch_size=3).steps(0)):
+        taken = 0
+        for position, line in enumerate(batch["lines"].tolist()):
+            clip = Clip(line - 1)
+            codes = fake_codes(load_audio(clip.content))
+            row = {"text": f"Sentence {line - 1}.", "language": "Auto", "speaker": "reference_speaker"}
+            ids = encoder.encode(row | {"instruct": None, "codes": codes})
+            length = int(batch["attention_mask"][position].sum())
+            assert batch["text_ids"][position, :length].tolist() == ids.text.tolist()
+            assert batch["labels"][position, :length].tolist() == ids.labels.tolist()
+            assert np.array_equal(batch["codes"][taken : taken + len(codes)].numpy(), codes)
+            taken += len(codes)
+        assert taken == len(batch["codes"])
+
+
+def test_rows_are_grouped_by_length_inside_a_window(make_steps: MakeSteps) -> None:
+    """All 37 rows fit into one window, so the micro-batches are runs of the sorted lengths, in another order."""
+    batches = list(chain(*make_steps(batch_size=4, accumulation=2).steps(0)))
+    frames = [sorted(batch["frame_mask"].sum(1).tolist()) for batch in batches]
+    assert sorted(chain(*frames)) == list(chain(*sorted(frames)))
+    assert frames != sorted(frames)
+
+
+def test_texts_and_rows_for_messages(make_steps: MakeSteps) -> None:
+    steps = make_steps(batch_size=1, accumulation=1)
+    for step in steps.steps(0):
+        (line,) = lines_of(step)
+        assert steps.texts([line, 9999]) == {line: f"Sentence {line - 1}."}
+    rows = make_steps(buffer_rows=0).rows(3)
+    assert [row["text"] for row in rows] == ["Sentence 0.", "Sentence 1.", "Sentence 2."]
+    assert all(row["codes"].shape[1] == 16 and row["instruct"] is None for row in rows)
+    assert "37 training rows" in steps.describe() and "(train)" in steps.describe()
+
+
+def test_rows_for_the_round_trip_skip_bad_ones(make_steps: MakeSteps, bad_dataset: Path) -> None:
+    rows = make_steps(folder=bad_dataset, buffer_rows=0).rows(4)
+    assert [row["line"] for row in rows] == [1, 2, 3, 5]
+
+
+def test_held_out_rows_are_in_no_step(make_steps: MakeSteps) -> None:
+    left_out = np.array([0, 9, 36])
+    parts = [make_steps(process, 2, left_out=left_out) for process in (0, 1)]
+    seen = list(chain(*[lines_of(step) for part in parts for step in part.steps(0)]))
+    assert sorted(seen) == sorted(set(range(1, NUM_ROWS + 1)) - {1, 10, 37})
+    assert {part.num_rows for part in parts} == {NUM_ROWS - 3}
+
+
+def test_steps_are_not_all_made_ahead(make_steps: MakeSteps, fake: FakeCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back-pressure: who takes one step has not had the whole epoch encoded."""
+    monkeypatch.setattr("finetuning.steps.WINDOW_STEPS", 1)
+    steps = make_steps(batch_size=1, accumulation=1, buffer_rows=0).steps(0)
+    next(steps)
+    steps.close()
+    assert fake.take_num_clips() < NUM_ROWS / 2
+
+
+# ----------------------------------------------------------------------------------------------------------- mapped
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_mapped_steps_are_those_of_sampler_and_loader(
+    encoder: RowEncoder, write_jsonl: Callable[..., Path], num_workers: int
+) -> None:
+    generator = np.random.default_rng(0)
+    codes = [generator.integers(0, 2048, (4 + number * 5 % 13, 16)).tolist() for number in range(11)]
+    jsonl = write_jsonl([{"text": f"Sentence {number}.", "audio_codes": rows} for number, rows in enumerate(codes)])
+    manifest = open_rows(jsonl, RowFormat(), "TRAIN_JSONL")
+    dataset = StepDataset(manifest, encoder)
+    sampler = StepSampler(manifest.column("num_codec_frames"), 2, 2, 2, seed=5)
+    for process in (0, 1):
+        steps = MappedSteps(dataset, sampler, process, num_workers)
+        for epoch in (0, 1):
+            expected = list(step_loader(dataset, sampler.epoch_plan(epoch, process)))
+            assert_same(list(steps.steps(epoch)), expected)
+        assert steps.steps_per_epoch == sampler.steps_per_epoch == 2 and steps.rows_per_step == 8
+    assert steps.num_rows == 11 and "11 training rows" in steps.describe()
+    assert [row["text"] for row in steps.rows(2)] == ["Sentence 0.", "Sentence 1."] and len(steps.rows(50)) == 11
+    assert steps.texts([3, 11, 99]) == {3: "Sentence 2.", 11: "Sentence 10."}
