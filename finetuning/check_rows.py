@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from finetuning.audio import AudioError, audio_duration_seconds, load_audio
 from finetuning.base_model import Base, load_speaker_encoder, resolve_base
-from finetuning.checks import Finding, collect, find_problems, similarity_findings, sort_findings
+from finetuning.checks import Finding, find_problems, similarity_findings, sort_findings
 from finetuning.codec import Codec
 from finetuning.console import say
 from finetuning.direct import DirectRows
 from finetuning.encoding import CHUNK_ROWS
 from finetuning.errors import UserError
+from finetuning.figures import collect
 from finetuning.manifest import Rejections, Row, RowFormat, check_fields, read_rows
 from finetuning.mend import mend
 from finetuning.preparer import device_of_this_process
@@ -118,7 +119,7 @@ def _unusable(rejections: Rejections) -> list[Finding]:
 def _measured(
     rows: Iterable[Row], rejections: Rejections, voices: _VoiceSample, settings: Settings
 ) -> Iterator[dict[str, Any]]:
-    """Rows as ``checks.collect`` takes them; those that no earlier run has measured are read by data workers."""
+    """Rows as ``figures.collect`` takes them; those that no earlier run has measured are read by data workers."""
     from torch.utils.data import DataLoader
 
     workers = (

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.checks import ADVISED_MINUTES, FEW_MINUTES, SEVERITIES, DataFigures, Finding, sort_findings
+from finetuning.checks import ADVISED_MINUTES, FEW_MINUTES, SEVERITIES, Finding, sort_findings
 from finetuning.codec import CODEBOOK_SIZE
 from finetuning.errors import UserError
+from finetuning.figures import DataFigures
 
 #: Version of report.json; it changes when a key is renamed or removed.
 JSON_VERSION = 1

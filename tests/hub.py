@@ -27,6 +27,7 @@ class Hub:
         url: what HF_ENDPOINT must be.
         repositories: dataset id -> folder that it serves; may be changed while it runs.
         gated: ids that need TOKEN.
+        is_down: while true, every connection is dropped without an answer.
         requests: (method, path) of every request.
         bytes_sent: bytes of file contents, by path in the repository.
     """
@@ -34,6 +35,7 @@ class Hub:
     repositories: Mapping[str, Path]
     gated: set[str] = field(default_factory=set)
     url: str = ""
+    is_down: bool = False
     requests: list[tuple[str, str]] = field(default_factory=list)
     bytes_sent: dict[str, int] = field(default_factory=dict)
 
@@ -77,6 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        if self.server.hub.is_down:
+            self.close_connection = True
+            return
         path = urllib.parse.unquote(self.path.split("?")[0])
         self.server.hub.requests.append((self.command, path))
         match = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)(/.*)?", path)

@@ -33,10 +33,12 @@ def check(
     """Checks rows in the test's folder; returns what was said."""
     monkeypatch.chdir(tmp_path)
 
-    def check(rows: list[dict[str, Any]] | Path, mending: Mending = Mending(), **settings: Any) -> str:
+    def check(rows: list[dict[str, Any]] | Path, mending: Mending | None = None, **settings: Any) -> str:
         path = rows if isinstance(rows, Path) else write(tmp_path / "rows.jsonl", rows)
         try:
-            check_jsonl(make_settings(**settings), path, mending, setting="--input_jsonl")
+            check_jsonl(
+                make_settings(**settings), path, Mending() if mending is None else mending, setting="--input_jsonl"
+            )
         finally:
             said.append(capsys.readouterr().out)
         return said[-1]

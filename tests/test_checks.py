@@ -13,13 +13,12 @@ from conftest import VOICE
 
 from finetuning.audio import audio_duration_seconds, load_audio
 from finetuning.checks import (
-    MAX_EXAMPLES,
     SEVERITIES,
     Finding,
-    collect,
     find_problems,
     similarity_findings,
 )
+from finetuning.figures import MAX_EXAMPLES, collect
 from finetuning.quality import measure_clip
 
 GOOD_MEASURES = {

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from conftest import PROJECT
 from hub import TOKEN, Hub, running_hub
 from test_source import (
     CLIPS,
+    FORMATS,
     NUM_CLIPS,
     TEXTS,
     embedded_table,
@@ -28,30 +30,41 @@ from test_source import (
 #: Rows of random bytes, so that the files cannot shrink.
 NUM_LARGE_ROWS, LARGE_CLIP_BYTES = 200, 20_000
 
+#: One request a line, one result a line.
 READ = """
-import hashlib, json, sys, time
+import hashlib, json, os, sys, time
 time.sleep = lambda seconds: None  # the library's pauses between attempts
+from itertools import chain
+from huggingface_hub import HfFileSystem
 from finetuning.errors import UserError
 from finetuning.source import open_split, split_names
 
-def read(name, split="train", start=0, column=None):
+def read(name, split="train", start=0, column=None, pauses=False):
     data = open_split(name, split)
     result = {"splits": split_names(name), "num_rows": data.num_rows, "fingerprint": data.fingerprint}
     if column:
         return result | {"values": list(data.column(column))}
-    rows = list(data.rows(start))
+    rows = data.rows(start)
+    if pauses:
+        rows = chain([next(rows)], rows)
+        print(json.dumps({"paused": True}), flush=True)
+        sys.stdin.readline()
+    rows = list(rows)
     result |= {key: [getattr(row, key) for row in rows] for key in ("index", "text", "language")}
     return result | {"audio": [digest(row.audio) for row in rows]}
 
 def digest(audio):
     return hashlib.sha256(audio).hexdigest() if isinstance(audio, bytes) else str(audio)
 
-for request in json.loads(sys.argv[1]):
+for line in sys.stdin:
+    request = json.loads(line)
+    HfFileSystem.clear_instance_cache()
+    os.environ["HF_TOKEN"] = request.pop("token", "")
     try:
         result = read(**request)
     except UserError as error:
         result = {"error": str(error)}
-    print(json.dumps(result | {"torchcodec": "torchcodec" in sys.modules}))
+    print(json.dumps(result | {"torchcodec": "torchcodec" in sys.modules}), flush=True)
 """
 
 
@@ -95,24 +108,53 @@ def make_large_parquet(folder: Path) -> None:
     )
 
 
-@pytest.fixture
-def read(hub: Hub, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Reads datasets on the loopback Hub in one process with caches of its own; one result for each request."""
+class Reader:
+    """Reads datasets on the loopback Hub in one process with caches of its own, as long as the tests of this file."""
 
-    def read_(*requests: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
-        hub.requests.clear()
-        hub.bytes_sent.clear()
-        done = subprocess.run(
-            [sys.executable, "-c", READ, json.dumps(requests)],
-            cwd=PROJECT, env=hub.environment(tmp_path / "hf", **environment), capture_output=True, text=True,
+    def __init__(self, hub: Hub, folder: Path) -> None:
+        (folder / "torchcodec").mkdir()
+        (folder / "torchcodec" / "__init__.py").write_text("raise AssertionError('torchcodec was imported')\n")
+        self.hub = hub
+        self.messages = (folder / "stderr.txt").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", READ], cwd=PROJECT, env=hub.environment(folder / "hf", PYTHONPATH=str(folder)),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.messages, text=True,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "Traceback" not in done.stderr
-        results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        assert not any(result["torchcodec"] for result in results)
-        return results
 
-    return read_
+    def __call__(self, **request: Any) -> dict[str, Any]:
+        """The result of one request; the Hub counts from zero."""
+        self.hub.requests.clear()
+        self.hub.bytes_sent.clear()
+        self.write(json.dumps(request))
+        result = self.result()
+        assert not result.get("torchcodec")
+        return result
+
+    def write(self, line: str) -> None:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def result(self) -> dict[str, Any]:
+        """The next one; lines that are not JSON objects are messages to the user."""
+        watchdog = threading.Timer(120, self.process.kill)
+        watchdog.start()
+        line = next((line for line in self.process.stdout if line.startswith("{")), None)
+        watchdog.cancel()
+        assert line, self.close()[-3000:]
+        return json.loads(line)
+
+    def close(self) -> str:
+        """Ends the process; what it wrote to stderr."""
+        self.process.communicate(timeout=60)
+        self.messages.seek(0)
+        return self.messages.read()
+
+
+@pytest.fixture(scope="module")
+def read(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    reader = Reader(hub, tmp_path_factory.mktemp("reader"))
+    yield reader
+    assert "Traceback" not in reader.close()
 
 
 def digests(clips: list[bytes]) -> list[str]:
@@ -124,8 +166,8 @@ def large_clips(hub: Hub) -> list[bytes]:
     return [clip["bytes"] for file in files for clip in pq.read_table(file).column("audio").to_pylist()]
 
 
-def test_parquet_rows(read: Callable, hub: Hub) -> None:
-    [found] = read({"name": "me/large"})
+def test_parquet_rows(read: Reader, hub: Hub) -> None:
+    found = read(name="me/large")
     assert found["text"] == [f"text {index}" for index in range(NUM_LARGE_ROWS)]
     assert found["language"][:3] == ["English", "Hausa", "English"]
     assert found["audio"] == digests(large_clips(hub))
@@ -134,82 +176,73 @@ def test_parquet_rows(read: Callable, hub: Hub) -> None:
     assert len(shard) < 10 + 6  # one request a row group, whatever its columns; the rest is the footer
 
 
-def test_a_late_start_and_a_single_column_fetch_little(read: Callable, hub: Hub) -> None:
+def test_a_late_start_and_a_single_column_fetch_little(read: Reader, hub: Hub) -> None:
     shards = [f"data/train-0000{shard}-of-00002.parquet" for shard in (0, 1)]
     sizes = [(hub.repositories["me/large"] / shard).stat().st_size for shard in shards]
-    [found] = read({"name": "me/large", "start": 185})
+    found = read(name="me/large", start=185)
     assert found["index"] == list(range(185, 200))
     assert found["audio"] == digests(large_clips(hub)[185:])
     skipped, last = (hub.bytes_sent[shard] for shard in shards)
     assert skipped < 0.1 * sizes[0]  # the footer
     assert last < 0.35 * sizes[1]  # … and two of ten row groups
-    [texts] = read({"name": "me/large", "column": "text"})
+    texts = read(name="me/large", column="text")
     assert texts["values"] == [f"text {index}" for index in range(NUM_LARGE_ROWS)]
     assert texts["fingerprint"] == found["fingerprint"]
-    assert sum(hub.bytes_sent[shard] for shard in shards) < 0.1 * sum(sizes)
+    assert 0 < sum(hub.bytes_sent[shard] for shard in shards) < 0.1 * sum(sizes)
     assert {path for _, path in hub.requests if "test-0" in path} == set()
 
 
-def test_other_formats(read: Callable) -> None:
-    names = ("me/audiofolder", "me/csv", "me/tars")
-    found = read(*({"name": name, "start": start} for name in names for start in (0, 5)))
-    for name, whole, part in zip(names, found[::2], found[1::2], strict=True):
-        clips = digests(CLIPS)
-        if name == "me/audiofolder":
-            clips[2] = "wavs/2.wav"  # a clip that the repository lacks is for the reader of audio to report
-        assert (whole["audio"], whole["text"]) == (clips, TEXTS), name
-        assert (part["index"], part["audio"], part["text"]) == ([5, 6], clips[5:], TEXTS[5:]), name
+@pytest.mark.parametrize("name", ["me/audiofolder", "me/csv", "me/tars"])
+def test_other_formats(name: str, read: Reader) -> None:
+    clips = digests(CLIPS)
+    if name == "me/audiofolder":
+        clips[2] = "wavs/2.wav"  # a clip that the repository lacks is for the reader of audio to report
+    whole, part = read(name=name), read(name=name, start=5)
+    assert (whole["audio"], whole["text"]) == (clips, TEXTS)
+    assert (part["index"], part["audio"], part["text"]) == ([5, 6], clips[5:], TEXTS[5:])
 
 
-def test_a_token_opens_a_gated_dataset(read: Callable) -> None:
-    [found] = read({"name": "me/gated", "split": "test"}, HF_TOKEN=TOKEN)
-    assert found["text"] == ["text 0", "text 1", "text 2"]
+@pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__.removeprefix("make_"))
+def test_torchcodec_is_never_imported(make: Callable[[Path], Path], read: Reader, tmp_path: Path) -> None:
+    """Nor where it is installed but cannot load, as the reading process's: that one fails when it is imported."""
+    assert read(name=str(make(tmp_path / "dataset")))["text"] == TEXTS
+
+
+def test_a_token_opens_a_gated_dataset(read: Reader) -> None:
+    assert read(name="me/gated", split="test", token=TOKEN)["text"] == ["text 0", "text 1", "text 2"]
 
 
 @pytest.mark.parametrize(
-    ("environment", "messages"),
+    ("request_", "message"),
     [
-        (
-            {},
-            {
-                ("me/gated", "train"): "me/gated is gated; accept its terms",
-                ("me/missing", "train"): "me/missing is neither a folder here (seen from",
-                ("missing", "train"): "missing is neither a folder here (seen from",
-                ("me/large", "dev"): 'me/large has no split "dev"; it has: train, test',
-                ("me/script", "train"): "me/script is made by a script of its own",
-            },
-        ),
-        ({"HF_TOKEN": "hf_wrongButSecret"}, {("me/gated", "train"): "me/gated is gated"}),
-        ({"HF_HUB_OFFLINE": "1"}, {("me/large", "train"): "the Hub cannot be reached"}),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {("me/large", "train"): "the Hub cannot be reached"}),
+        ({"name": "me/gated"}, "me/gated is gated; accept its terms"),
+        ({"name": "me/gated", "token": "hf_wrongButSecret"}, "me/gated is gated"),
+        ({"name": "me/missing"}, "me/missing is neither a folder here (seen from"),
+        ({"name": "missing"}, "missing is neither a folder here (seen from"),
+        ({"name": "me/large", "split": "dev"}, 'me/large has no split "dev"; it has: train, test'),
+        ({"name": "me/script"}, "me/script is made by a script of its own"),
     ],
-    ids=["", "wrong token", "offline", "unreachable"],
+    ids=["gated", "wrong token", "missing", "missing and no owner", "no split", "script"],
 )
-def test_out_of_reach(read: Callable, environment: dict[str, str], messages: dict[tuple, str]) -> None:
-    found = read(*({"name": name, "split": split} for name, split in messages), **environment)
-    for result, message in zip(found, messages.values(), strict=True):
-        assert message in result["error"]
-        assert "\n" not in result["error"] and "Secret" not in result["error"]
+def test_out_of_reach(request_: dict[str, str], message: str, read: Reader) -> None:
+    error = read(**request_)["error"]
+    assert message in error
+    assert "\n" not in error and "Secret" not in error
 
 
-def test_a_hub_that_goes_away_while_rows_are_read(hub: Hub, tmp_path: Path) -> None:
+def test_a_hub_that_cannot_be_reached(read: Reader, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "is_down", True)
+    error = read(name="me/large")["error"]
+    assert "the Hub cannot be reached" in error and "\n" not in error
+
+
+def test_a_shard_that_goes_away_while_rows_are_read(read: Reader, hub: Hub, tmp_path: Path) -> None:
     """The file is named; a shard that cannot be fetched ends the pass instead of being left out."""
-    code = (
-        "import sys, time\ntime.sleep = lambda seconds: None\nfrom finetuning.source import open_split\n"
-        "rows = open_split('me/large', 'train').rows()\nnext(rows)\nprint('ready', flush=True)\n"
-        "sys.stdin.readline()\n"
-        "try:\n    print(len(list(rows)))\nexcept ValueError as error:\n    print(error)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=PROJECT, env=hub.environment(tmp_path / "hf"), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout.readline() == "ready\n"
+    assert read(name="me/large", pauses=True) == {"paused": True}
     shard = hub.repositories["me/large"] / "data" / "train-00001-of-00002.parquet"
-    content = shard.read_bytes()
-    shard.unlink()
+    shard.rename(tmp_path / shard.name)
     try:
-        output, _ = process.communicate("\n", timeout=60)
+        read.write("go on")
+        assert "train-00001-of-00002.parquet cannot be read" in read.result()["error"]
     finally:
-        shard.write_bytes(content)
-    assert "train-00001-of-00002.parquet cannot be read" in output
+        (tmp_path / shard.name).rename(shard)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,56 @@ def test_a_prepared_set_is_up_to_date(
         assert fake.take_num_clips() == expected
     said = capsys.readouterr().out
     assert "rows/train.jsonl is up to date" in said and "rows/validation.jsonl is up to date" in said
+
+
+def test_an_interruption_in_a_later_split_changes_nothing(
+    tmp_path: Path, make_settings: MakeSettings, fake: FakeCodec, codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of the validation split and started again: the bytes of an untouched run."""
+    monkeypatch.setattr("finetuning.prepare.CHUNK_ROWS", 4)
+    folder = write_dataset(tmp_path / "set", train=4, validation=8)
+
+    def prepare(output: str) -> dict[str, Path]:
+        splits = JSONLDataPreparer(str(folder), output, codec.folder, "cpu", settings=make_settings())
+        return splits.prepare_all_splits()
+
+    fake.batches_left = 2
+    with pytest.raises(KeyboardInterrupt):
+        prepare("rows")
+    fake.batches_left = 100
+    fake.take_num_clips()
+    resumed = prepare("rows")
+    assert fake.take_num_clips() == 4
+    untouched = prepare("others")
+    assert all(resumed[name].read_bytes() == untouched[name].read_bytes() for name in ("train", "validation"))
+
+
+def test_all_splits_by_two_processes(
+    tmp_path: Path, make_settings: MakeSettings, fake: FakeCodec, codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads stand for the processes: each encodes its chunks of both splits; run twice, as people do."""
+    monkeypatch.setattr("finetuning.prepare.CHUNK_ROWS", 4)
+    folder = write_dataset(tmp_path / "set", train=8, validation=8)
+    barrier = threading.Barrier(2, timeout=20)
+
+    def prepare(index: int, output: str = "two", processes: int = 2) -> dict[str, Path]:
+        shared = Processes(index, processes, barrier.wait) if processes > 1 else Processes()
+        splits = JSONLDataPreparer(
+            str(folder), output, codec.folder, "cpu", settings=make_settings(), processes=shared
+        )
+        try:
+            return splits.prepare_all_splits()
+        except BaseException:
+            barrier.abort()  # the other must not wait
+            raise
+
+    for _ in range(2):
+        with ThreadPoolExecutor(2) as pool:
+            made = [future.result() for future in [pool.submit(prepare, index) for index in (0, 1)]]
+        assert made[0] == made[1]
+    assert fake.take_num_clips() == 16
+    alone = prepare(0, "alone", 1)
+    assert all(made[0][name].read_bytes() == alone[name].read_bytes() for name in ("train", "validation"))
 
 
 def test_one_split(tmp_path: Path, make_settings: MakeSettings, fake: FakeCodec, codec: Codec) -> None:

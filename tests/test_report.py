@@ -12,8 +12,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from finetuning.checks import DataFigures, Finding, collect
+from finetuning.checks import Finding
 from finetuning.errors import UserError
+from finetuning.figures import DataFigures, collect
 from finetuning.report import TABLE_WIDTH, histograms, print_table, report_page, verdict, write_report
 
 SCRIPT = '<script>alert("x")</script>'
