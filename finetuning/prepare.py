@@ -81,7 +81,7 @@ def prepare_split(
     """Writes ``output_jsonl`` with the rows of a split in their order.
 
     Args:
-        references: speaker -> reference, of splits that were prepared before; those that are chosen here are added.
+        references: speaker -> reference, of splits that were prepared before; those of this one are added.
 
     Raises:
         UserError: too many bad rows, an output that is not ours or cannot be written, unreadable data.
@@ -91,13 +91,14 @@ def prepare_split(
     codec_id = codec_fingerprint(codec_folder)
     audio_folder = output_jsonl.with_name(f"{output_jsonl.stem}_audio") if options.save_audio else None
     rows = DatasetRows(split, row_format, codec_id, options.max_rows, audio_folder)
-    made_of = [rows.digest(), options.reference, sorted(references.items()), options.chooses_references]
-    digests = [Digest(*made_of, rows.num_rows_in([number])).hex() for number in range(rows.num_chunks)]
-    workspace = Workspace(output_jsonl, digests, options.max_rows)
+    digests = [Digest(rows.digest(), rows.num_rows_in([number])).hex() for number in range(rows.num_chunks)]
+    made_of = [options.reference, sorted(references.items()), options.chooses_references]
+    workspace = Workspace(output_jsonl, digests, options.max_rows, made_of)
     if options.force:
         workspace.discard(processes)
     elif workspace.is_current():
         say(f"{output_jsonl} is up to date")
+        references |= _references_of(output_jsonl)
         return output_jsonl
     else:
         _check_is_ours(output_jsonl)
@@ -106,12 +107,19 @@ def prepare_split(
         _encode_missing(rows, workspace, encoder, processes)
         processes.wait()
         if processes.is_main:
-            finisher = _Finisher(rows, output_jsonl, options)
-            finisher.references = references
+            finisher = _Finisher(rows, output_jsonl, options, references)
             finisher.choose(workspace.chunks())
-            workspace.assemble(finisher.finish)
+            note = {name: [str(known.audio), known.text] for name, known in finisher.references.items()}
+            workspace.assemble(finisher.finish, {"references": note})
         processes.wait()
+    references |= _references_of(output_jsonl)
     return output_jsonl
+
+
+def _references_of(output_jsonl: Path) -> dict[str, Reference]:
+    """Those that the rows of a finished file were given; every process reads them here."""
+    noted = (read_stamp(output_jsonl) or {}).get("references", {})
+    return {name: Reference(Path(audio), text) for name, (audio, text) in noted.items()}
 
 
 def _check_is_ours(output_jsonl: Path) -> None:
@@ -328,9 +336,11 @@ class Candidate:
 class _Finisher:
     """Gives every row its reference, and each speaker without one a clip of the split."""
 
-    def __init__(self, rows: DatasetRows, output_jsonl: Path, options: PrepareOptions) -> None:
+    def __init__(
+        self, rows: DatasetRows, output_jsonl: Path, options: PrepareOptions, references: dict[str, Reference]
+    ) -> None:
         self.rows, self.folder, self.options = rows, output_jsonl.parent, options
-        self.references: dict[str, Reference] = {}
+        self.references = dict(references)
 
     def choose(self, chunks: Iterable[EncodedChunk]) -> None:
         """Picks and saves a clip for each speaker that has rows without a reference."""

@@ -66,10 +66,14 @@ class Workspace:
     Args:
         digests: what each chunk is made of; its file is named by it.
         max_rows: the limit that the result was asked for with; recorded.
+        made_of: what the result is made of besides the chunks.
     """
 
-    def __init__(self, output_jsonl: Path, digests: Sequence[str], max_rows: int | None) -> None:
+    def __init__(
+        self, output_jsonl: Path, digests: Sequence[str], max_rows: int | None = None, made_of: Any = None
+    ) -> None:
         self.output_jsonl, self.digests, self.max_rows = output_jsonl, digests, max_rows
+        self._made_of = Digest(*digests, made_of).hex()
         self.folder = output_jsonl.with_name(output_jsonl.name + ".partial")
 
     def chunk_file(self, number: int) -> Path:
@@ -104,11 +108,14 @@ class Workspace:
         for number in range(len(self.digests)):
             yield EncodedChunk.load(self.chunk_file(number))
 
-    def assemble(self, edit: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
+    def assemble(
+        self, edit: Callable[[dict[str, Any]], dict[str, Any]] | None = None, note: dict[str, Any] | None = None
+    ) -> None:
         """Writes the result and the list of rejected rows, each to a temporary name first, and removes the chunks.
 
         Args:
             edit: changes each record on its way out.
+            note: kept in the stamp.
 
         Raises:
             UserError: more than a tenth of the rows is bad, or the disk is full; the chunks stay.
@@ -133,7 +140,7 @@ class Workspace:
                 say(f"skipped {tally.summary()}\n  listed in {rejected_file}")
             else:
                 rejected_file.unlink(missing_ok=True)  # of an earlier run
-            self._write_stamp()
+            self._write_stamp(note or {})
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def discard(self, processes: Processes) -> None:
@@ -147,15 +154,12 @@ class Workspace:
     def is_current(self) -> bool:
         """Whether the result is there and was made of exactly this."""
         stamp = read_stamp(self.output_jsonl)
-        return stamp is not None and stamp["made_of"] == self._made_of()
+        return stamp is not None and stamp["made_of"] == self._made_of
 
-    def _made_of(self) -> str:
-        return Digest(*self.digests).hex()
-
-    def _write_stamp(self) -> None:
+    def _write_stamp(self, note: dict[str, Any]) -> None:
         status = self.output_jsonl.stat()
-        stamp = {"made_of": self._made_of(), "num_bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-        content = json.dumps(stamp | {"max_rows": self.max_rows})
+        stamp = {"made_of": self._made_of, "num_bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+        content = json.dumps(note | stamp | {"max_rows": self.max_rows})
         with unfinished(stamp_file(self.output_jsonl)) as file:
             file.write_text(content, encoding="utf-8")
             file.rename(stamp_file(self.output_jsonl))

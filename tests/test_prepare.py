@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -318,3 +319,35 @@ def test_a_place_that_cannot_be_written(run: Run, fake: FakeCodec, ten_clips: Pa
     with pytest.raises(UserError, match=r"cannot write data/train\.jsonl"):
         run(ten_clips)
     assert fake.num_built == 0
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_later_splits_take_the_references_of_earlier_ones_in_every_process_and_every_run(
+    tmp_path: Path, codec_folder: Path, fake: FakeCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second process never chooses; a second run finds the first split up to date."""
+    monkeypatch.chdir(tmp_path)
+    rows = clips([bytes_of(noise(0.5, seed=n), 24_000, "WAV") for n in range(6)])
+    folder = write_parquet(write_parquet(tmp_path / "set", rows), rows[::-1], split="validation")
+
+    def prepare(names: tuple[str, ...], *processes: Processes) -> None:
+        known: list[dict[str, Reference]] = [{} for _ in processes]
+        for name in names:
+            split, output = open_split(str(folder), name), Path("data") / f"{name}.jsonl"
+            for index in reversed(range(len(processes))):  # the main one last, as if the others had waited
+                options = PrepareOptions(processes=processes[index])
+                with contextlib.suppress(InterruptedError):
+                    prepare_split(split, output, codec_folder, RowFormat(), options, known[index])
+            for references in known[1:]:
+                references |= known[0]
+
+    def leave() -> None:
+        raise InterruptedError
+
+    prepare(("train", "validation"), Processes(0, 2), Processes(1, 2, leave))
+    chosen = {row["ref_audio"] for name in ("train", "validation") for row in read(Path(f"data/{name}.jsonl"))}
+    assert len(chosen) == 1
+    before = Path("data/validation.jsonl").read_bytes()
+    Path("data/validation.jsonl").unlink()
+    prepare(("train", "validation"), Processes())
+    assert Path("data/validation.jsonl").read_bytes() == before
