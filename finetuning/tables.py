@@ -1,7 +1,7 @@
 """Plain tables: csv, tsv, jsonl and json files as rows of column -> value, any part of them.
 
-One pass counts the rows and keeps the offset of every so manyth, so that a late row is found without reading the ones
-before it. Only a JSON list is read whole.
+One pass counts the rows and keeps an offset every ROWS_PER_OFFSET rows, so that a late row is found without reading
+all rows before it. Only a JSON list is read whole.
 """
 
 from __future__ import annotations

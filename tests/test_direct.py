@@ -71,7 +71,9 @@ def write_dataset(folder: Path, num_rows: int = 25, **splits: int) -> Path:
 def make_data(make_settings: Callable, codec_folder: Path, fake: FakeCodec, tmp_path: Path) -> MakeData:
     def make(folder: Path, **fields: Any) -> DirectData:
         row_format = RowFormat(speaker_key=fields.get("speaker_column", "speaker"))
-        settings = make_settings(**({"ref_audio_path": VOICE / "clips" / "train_05.flac"} | direct_fields(folder, **fields)))
+        settings = make_settings(
+            **({"ref_audio_path": VOICE / "clips" / "train_05.flac"} | direct_fields(folder, **fields))
+        )
         return DirectData(settings, codec_folder, row_format, "cpu", Processes())
 
     return make
@@ -232,6 +234,17 @@ def test_max_train_samples(make_data: MakeData, tmp_path: Path) -> None:
     assert sorted(streamed(rows) + validation) == list(range(25)) and validation
 
 
+def test_a_split_of_unknown_length(make_data: MakeData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MAX_TRAIN_SAMPLES says how many; rows that turn out not to be there are neither trained on nor held out."""
+    folder = write_dataset(tmp_path / "set", 40)
+    monkeypatch.setattr("finetuning.source.Split.num_rows", None)
+    with pytest.raises(UserError, match="MAX_TRAIN_SAMPLES"):
+        opened(make_data(folder))
+    rows = opened(make_data(folder, max_train_samples=60, validation_fraction=0.5))
+    validation = [int(row["text"].split()[1][:-1]) for row in rows.validation]
+    assert sorted(streamed(rows) + validation) == list(range(40))
+
+
 # ------------------------------------------------------------------------------------------------------- references
 
 
@@ -356,9 +369,7 @@ def test_max_train_samples_sets_the_steps_of_a_direct_run(run_settings: Callable
 
 def test_a_step_whose_rows_are_all_bad(run_settings: Callable, fake: FakeCodec, tmp_path: Path) -> None:
     """Without a shuffle the 33rd row stands alone in the last step; when it cannot be used, nothing must become NaN."""
-    settings = run_settings(
-        gradient_accumulation_steps=1, num_epochs=1, validation_fraction=0.0, shuffle_buffer_rows=0
-    )
+    settings = run_settings(gradient_accumulation_steps=1, num_epochs=1, validation_fraction=0.0, shuffle_buffer_rows=0)
     rows = sentences(33)
     rows[32]["audio"].content = b"nothing to hear"
     write_parquet(tmp_path / "set", rows)

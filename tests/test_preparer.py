@@ -122,9 +122,7 @@ def test_all_splits_by_two_processes(
 
     def prepare(index: int, output: str = "two", processes: int = 2) -> dict[str, Path]:
         shared = Processes(index, processes, barrier.wait) if processes > 1 else Processes()
-        splits = JSONLDataPreparer(
-            str(folder), output, codec.folder, "cpu", settings=make_settings(), processes=shared
-        )
+        splits = JSONLDataPreparer(str(folder), output, codec.folder, "cpu", settings=make_settings(), processes=shared)
         try:
             return splits.prepare_all_splits()
         except BaseException:

@@ -13,7 +13,7 @@ from conftest import PROJECT
 #: A room imports only from rooms before it.
 ORDER = (
     "errors", "console", "processes", "settings", "stock", "tiny_model", "audio", "codec", "quality", "manifest",
-    "row_index", "tables", "readers", "dataset_files", "source", "encoding", "workspace", "encode_rows", "prepare",
+    "row_index", "dataset_files", "tables", "readers", "source", "encoding", "workspace", "encode_rows", "prepare",
     "stream", "training_rows", "prompt", "dataset", "steps", "speakers", "base_model", "layer_utils", "preparer",
     "direct", "figures", "checks", "report", "mend", "check_rows", "objective", "trainer", "checkpoint", "validation",
     "roundtrip", "tracking", "session", "library",
