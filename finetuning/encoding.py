@@ -30,6 +30,9 @@ from finetuning.quality import measure_clip
 CHUNK_ROWS = 256
 #: Seconds of audio in one batch of the codec; on a GPU of 16 GB this stays far below its memory.
 MAX_SECONDS_PER_BATCH = 120.0
+#: The longest clip of a batch is at most so much longer than the shortest: a second, or this share of it. The codec's
+#: time is that of the padded audio.
+MAX_EXTRA_SECONDS, MAX_EXTRA_SHARE = 1.0, 0.25
 #: Batches that each worker decodes ahead.
 BATCHES_AHEAD = 2
 #: Without a terminal, progress is a line every so many seconds.
@@ -140,16 +143,25 @@ def plan_batches(seconds: Sequence[float], max_clips: int) -> list[list[int]]:
 
     Args:
         seconds: length of every clip.
-        max_clips: in one batch, which also holds at most MAX_SECONDS_PER_BATCH, padding included, or one clip.
+        max_clips: in one batch, which also holds at most MAX_SECONDS_PER_BATCH, padding included, or one clip, and no
+            clips of very different lengths.
     """
     batches: list[list[int]] = []
     for position in np.argsort(np.asarray(seconds), kind="stable").tolist():
-        # Sorted, so this clip is the longest of its batch.
-        full = not batches or len(batches[-1]) == max_clips
-        if full or seconds[position] * (len(batches[-1]) + 1) > MAX_SECONDS_PER_BATCH:
+        # Sorted, so this clip would be the longest of its batch.
+        if not batches or _is_full(batches[-1], seconds, seconds[position], max_clips):
             batches.append([])
         batches[-1].append(position)
     return batches
+
+
+def _is_full(batch: list[int], seconds: Sequence[float], longest: float, max_clips: int) -> bool:
+    shortest = seconds[batch[0]]
+    return (
+        len(batch) == max_clips
+        or longest * (len(batch) + 1) > MAX_SECONDS_PER_BATCH
+        or longest - shortest > max(MAX_EXTRA_SECONDS, MAX_EXTRA_SHARE * shortest)
+    )
 
 
 @dataclass(frozen=True)

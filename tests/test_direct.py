@@ -172,7 +172,7 @@ def test_the_validation_split_may_have_another_name(make_data: MakeData, tmp_pat
     folder = write_dataset(tmp_path / "set", 25, dev=3, validation=2)
     rows = opened(make_data(folder, validation_split="dev", max_eval_samples=2))
     assert [row["text"] for row in rows.validation] == ["dev 0.", "dev 1."]
-    with pytest.raises(UserError, match='no split "exam"; it has: train, validation, dev|no split "exam"; it has'):
+    with pytest.raises(UserError, match='no split "exam"; it has: train, '):
         opened(make_data(folder, validation_split="exam"))
 
 
