@@ -201,6 +201,7 @@ def test_held_out_rows_of_other_settings_are_others(make_data: MakeData, tmp_pat
         validation = {int(row["text"].split()[1][:-1]) for row in rows.validation}
         assert not validation & set(streamed(rows))
         assert len(validation) + len(streamed(rows)) == 40
+    assert opened(make_data(folder, seed=1, validation_fraction=0.0)).validation is None
 
 
 @pytest.mark.parametrize("fields, num_rows", [({"validation_fraction": 0.0}, 40), ({}, 19)])

@@ -173,6 +173,26 @@ def test_a_position_gives_exactly_the_rest(make_stream: MakeStream, taken: int) 
     assert seen + rows_of(resumed) + rows_of(resumed) == expected
 
 
+def test_a_stream_may_be_resumed_again_and_again(make_stream: MakeStream) -> None:
+    untouched = make_stream()
+    expected = rows_of(untouched) + rows_of(untouched)
+    for batch_size in (None, 2):
+        seen, state = [], {"epoch": 0, "rows_consumed": 0}
+        while len(seen) < 2 * NUM_ROWS:
+            stream = make_stream()
+            stream.load_state_dict(state)
+            if batch_size is None:
+                seen += rows_of(islice(iter(stream), 7))
+                state = stream.state_dict()
+                continue
+            loader = StreamLoader(stream, batch_size)
+            batches = iter(loader)
+            seen += chain(*[batch["index"] for batch in islice(batches, 3)])
+            state = loader.state_dict()
+            batches.close()
+        assert seen[: 2 * NUM_ROWS] == expected
+
+
 def test_a_bad_row_counts_in_the_position(tmp_path: Path, make_stream: MakeStream) -> None:
     rows = sentences(12)
     rows[5]["audio"].content = b"nothing to hear"

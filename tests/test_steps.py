@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -194,9 +195,12 @@ def test_rows_are_grouped_by_length_inside_a_window(make_steps: MakeSteps) -> No
     assert frames != sorted(frames)
 
 
-def test_texts_and_rows_for_messages(make_steps: MakeSteps) -> None:
+def test_texts_and_rows_for_messages(make_steps: MakeSteps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one step a window, and time for the steps that are made ahead."""
+    monkeypatch.setattr("finetuning.steps.WINDOW_STEPS", 1)
     steps = make_steps(batch_size=1, accumulation=1)
     for step in steps.steps(0):
+        time.sleep(0.01)
         (line,) = lines_of(step)
         assert steps.texts([line, 9999]) == {line: f"Sentence {line - 1}."}
     rows = make_steps(buffer_rows=0).rows(3)
