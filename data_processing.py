@@ -160,8 +160,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--input_jsonl", type=Path, help="encode, info, check: default TRAIN_JSONL")
     parser.add_argument("--output_jsonl", type=Path, help="default data/<split>.jsonl or <input>.encoded.jsonl")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], help="default DEVICE")
-    parser.add_argument("--max_samples", type=_positive, help="only the first so many rows")
-    parser.add_argument("--batch_size", type=_positive, default=32, help="clips per batch of the codec (default 32)")
+    parser.add_argument("--max_samples", type=whole_number, help="only the first so many rows")
+    parser.add_argument("--batch_size", type=whole_number, default=32, help="clips per batch of the codec (default 32)")
     parser.add_argument("--force", action="store_true", help="make again what an earlier run made")
     mending = parser.add_argument_group("mending (check; off by default, the input is never changed)")
     mending.add_argument("--trim_silence", action="store_true", help="cut silence off both ends of the clips")
@@ -170,7 +170,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _positive(text: str) -> int:
+def whole_number(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")

@@ -165,7 +165,7 @@ class DirectData:
             workspace.assemble()
 
     def _open_validation(self, references: dict[str, list[str]]) -> Manifest | None:
-        if not self._validation_file.is_file():
+        if not self._validation_file.is_file() or not self._validation_file.stat().st_size:
             return None
         rows = open_rows(self._validation_file, self.row_format, "VALIDATION_SPLIT")
         known = {name.lower() for name in references}

@@ -10,6 +10,7 @@ Nothing queues up: a worker holds at most two batches that are not yet encoded.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -234,7 +235,7 @@ class EncodedChunk:
             "text": np.frombuffer(text, dtype=np.uint8),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.tmp")
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same chunk
         try:
             unfinished.write_bytes(save(arrays))
             unfinished.rename(path)

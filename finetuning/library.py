@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +111,23 @@ class _Indices:
 # ---------------------------------------------------------------------------------------------------------- streaming
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where a pass through a stream stands: ``rows_consumed`` of this process's rows of the epoch."""
+
+    epoch: int = 0
+    rows_consumed: int = 0
+
+
 class HFDirectDataLoader(IterableDataset):
     """A split of a dataset, row by row with codes, nothing written but a bounded cache of codes.
 
     Items: ``audio`` (num_samples,) float32 at 24 kHz, ``sr`` 24000, ``text``, ``audio_codes`` (T, 16) int64,
     ``language``, ``speaker``, ``ref_audio``, ``ref_text`` (None where there is none), ``index``.
 
-    Each row goes to exactly one process of a launch and to one data worker. A pass moves on to the next epoch; a
-    position (``state_dict``) is (epoch, rows consumed by this process), and it is right in the process that iterates:
-    with data workers of a DataLoader around this, use ``get_dataloader`` instead.
+    Each row goes to exactly one process of a launch and to one data worker. A pass that reaches its end moves on to the
+    next epoch. A position (``state_dict``) is right in the process that iterates: with data workers of a DataLoader
+    around this call ``set_epoch`` yourself, and use ``get_dataloader`` to resume.
 
     Args:
         tokenizer_path: folder or Hub id of the codec or of a base; default TOKENIZER_PATH or that of INIT_MODEL_PATH.
@@ -159,36 +167,41 @@ class HFDirectDataLoader(IterableDataset):
             num_processes,
             with_audio=True,
         )
-        self._epoch = self._consumed = 0
+        self._start = self._position = Position()
 
     def __len__(self) -> int:
         """Rows of this process, those included that turn out to be unusable."""
         return self._stream.num_rows_of(self._stream.share)
 
     def set_epoch(self, epoch: int) -> None:
-        """Starts that epoch from its first row."""
-        if epoch != self._epoch:
-            self._epoch, self._consumed = epoch, 0
+        """The next pass is that epoch's: from its first row, or from where ``load_state_dict`` put it."""
+        if epoch != self._start.epoch:
+            self._start = self._position = Position(epoch)
 
     def state_dict(self) -> dict[str, int]:
         """The position: epoch, and rows of this process that were consumed in it."""
-        return {"epoch": self._epoch, "rows_consumed": self._consumed}
+        return asdict(self._position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """The next pass goes on from there; skipped rows are not decoded."""
-        self._epoch, self._consumed = state["epoch"], state["rows_consumed"]
+        self._start = self._position = Position(**state)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for position, item in self._positions(_for_worker(self._stream)):
-            self._consumed = position
+        for position, item in self.positions(_for_worker(self._stream)):
+            self._position = position
             if item is not None:
                 yield item
-        self._epoch, self._consumed = self._epoch + 1, 0
+        self.finish_epoch()
 
-    def _positions(self, stream: SplitStream) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        """(rows consumed once this one is, item) from the present position to the end of the epoch."""
-        for position, row in enumerate(stream.iterate(self._epoch, self._consumed), self._consumed + 1):
-            yield position, None if row is None else self._item(row)
+    def positions(self, stream: SplitStream | None = None) -> Iterator[tuple[Position, dict[str, Any] | None]]:
+        """(position behind the row, item or None for a row that cannot be used), from the start of the next pass."""
+        epoch, consumed = self._start.epoch, self._start.rows_consumed
+        for number, row in enumerate((stream or self._stream).iterate(epoch, consumed), consumed + 1):
+            yield Position(epoch, number), None if row is None else self._item(row)
+
+    def finish_epoch(self) -> None:
+        """The next pass is the next epoch's."""
+        self._start = self._position = Position(self._start.epoch + 1)
 
     def _item(self, row: StreamedRow) -> dict[str, Any]:
         fields = check_fields(row.record, self._row_format)
@@ -242,21 +255,21 @@ class StreamLoader:
         self.dataset.load_state_dict(state)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        dataset = self.dataset
         for position, items in prefetched(self._batches(), BATCHES_AHEAD):
-            dataset._consumed = position
-            if items:
-                yield collate_items(items)
-        dataset._epoch, dataset._consumed = dataset._epoch + 1, 0
+            self.dataset._position = position
+            yield collate_items(items)
+        self.dataset.finish_epoch()
 
-    def _batches(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        items, position = [], self.dataset._consumed
-        for position, item in self.dataset._positions(self.dataset._stream):
+    def _batches(self) -> Iterator[tuple[Position, list[dict[str, Any]]]]:
+        items: list[dict[str, Any]] = []
+        position = Position()
+        for position, item in self.dataset.positions():
             items += [item] if item is not None else []
             if len(items) == self.batch_size:
                 yield position, items
                 items = []
-        yield position, items
+        if items:
+            yield position, items
 
 
 def collate_items(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,10 +11,16 @@ from finetuning.console import say
 from finetuning.errors import UserError
 from finetuning.manifest import RowFormat
 from finetuning.prepare import PrepareOptions, Reference, prepare_split
-from finetuning.processes import Processes, get_device_for_current_process, get_num_workers_for_dataloader
+from finetuning.processes import (
+    Processes,
+    get_device_for_current_process,
+    get_num_workers_for_dataloader,
+    launched_processes,
+)
 from finetuning.settings import Settings, load_settings
 from finetuning.source import ColumnNames, Split, open_split, split_names
 from finetuning.training_rows import must_prepare
+from finetuning.workspace import read_stamp
 
 
 class JSONLDataPreparer:
@@ -28,7 +34,7 @@ class JSONLDataPreparer:
         device: of the codec; default this process's.
         settings: columns, speaker name, reference and the like; default those of the environment and ``.env``.
         row_format: default that of the settings.
-        processes: those that share the work; all of them make the same calls.
+        processes: those that share the work, which all make the same calls; default those of this launch.
         max_clips_per_batch: clips in one batch of the codec.
         force: make again what is there.
     """
@@ -51,14 +57,15 @@ class JSONLDataPreparer:
         self.output_dir = Path(output_dir)
         self.codec_folder, default_format = find_codec(self.settings, tokenizer_path)
         self.row_format = row_format or default_format
+        device = device or device_of_this_process(self.settings)
         self.options = PrepareOptions(
-            device=device or device_of_this_process(self.settings),
+            device=device,
             max_clips_per_batch=max_clips_per_batch,
             num_workers=decoding_workers(self.settings),
             save_audio=self.settings.save_audio,
             reference=given_reference(self.settings),
             force=force,
-            processes=processes or Processes(),
+            processes=processes or launched_processes(device),
         )
         self._references: dict[str, Reference] = {}
 
@@ -86,6 +93,17 @@ class JSONLDataPreparer:
         options = replace(self.options, max_rows=max_samples)
         opened = open_dataset_split(self.settings, split, self.dataset_name)
         return prepare_split(opened, output, self.codec_folder, self.row_format, options, self._references)
+
+    def prepare_validation(self) -> None:
+        """VALIDATION_SPLIT to VALIDATION_JSONL, without references: validation needs none."""
+        settings = self.settings
+        split, names = settings.validation_split, split_names(self.dataset_name, settings.dataset_config)
+        if split not in names and not settings.is_set("validation_split"):
+            say(f"{self.dataset_name} has no split {split}; VALIDATION_FRACTION holds rows out")
+            return
+        options = replace(self.options, max_rows=settings.max_eval_samples, chooses_references=False)
+        opened = open_dataset_split(settings, split, self.dataset_name)
+        prepare_split(opened, settings.validation_jsonl, self.codec_folder, self.row_format, options)
 
 
 def find_codec(settings: Settings, tokenizer_path: str | Path | None = None) -> tuple[Path, RowFormat]:
@@ -138,9 +156,8 @@ def prepare_missing_rows(
     preparer = JSONLDataPreparer(
         tokenizer_path=codec_folder, device=device, settings=settings, row_format=row_format, processes=processes
     )
+    has_own_validation = settings.validation_jsonl.is_file() and read_stamp(settings.validation_jsonl) is None
+    if not has_own_validation:
+        preparer.prepare_validation()
+    # Last, so that a run that was interrupted before is noticed by the missing TRAIN_JSONL.
     preparer.prepare_split(settings.train_split, settings.max_train_samples, settings.train_jsonl)
-    splits = split_names(settings.dataset_name, settings.dataset_config)
-    if settings.validation_split in splits or settings.is_set("validation_split"):
-        preparer.prepare_split(settings.validation_split, settings.max_eval_samples, settings.validation_jsonl)
-    else:
-        say(f"{settings.dataset_name} has no split {settings.validation_split}; VALIDATION_FRACTION holds rows out")

@@ -23,10 +23,11 @@ import numpy as np
 from safetensors import SafetensorError
 
 from finetuning.audio import Audio
+from finetuning.console import say
 from finetuning.encoding import CHUNK_ROWS, ClipEncoder, EncodedChunk
 from finetuning.prepare import DatasetRows, encode_chunks
 from finetuning.settings import Settings
-from finetuning.workspace import Digest
+from finetuning.workspace import Digest, Tally
 
 #: So many neighbouring chunks stay together when an epoch is shuffled, so that a file's parts are read once.
 BLOCK_CHUNKS = 16
@@ -88,12 +89,16 @@ class SplitStream:
         return len(replace(self, share=share, buffer_rows=0).order(0))
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[StreamedRow | None]:
-        """One item for each position of the epoch's order, from ``start`` on; None for a row that cannot be used."""
-        order = self.order(epoch)[start:]
+        """One item for each position of the epoch's order, from ``start`` on; None for a row that cannot be used.
+
+        Raises:
+            UserError: too many rows cannot be used.
+        """
+        order, tally = self.order(epoch)[start:], Tally()
         is_needed = np.zeros(self.rows.num_rows, dtype=bool)
         is_needed[order] = True
         chunks = [number for number in self._chunks(epoch) if is_needed[_rows_of(number, len(is_needed))].any()]
-        loaded = self._load(chunks)
+        loaded = self._load(chunks, tally)
         buffer: dict[int, StreamedRow] = {}
         done: set[int] = set()
         for index in order.tolist():
@@ -101,9 +106,12 @@ class SplitStream:
                 number, chunk_rows = next(loaded)
                 done.add(number)
                 buffer |= {row.index: row for row in chunk_rows if is_needed[row.index]}
+                tally.check_share(self.rows.num_rows)  # does not wait for the rest where no rest could help
             yield buffer.pop(index, None)
+        if tally.num_bad and epoch == 0:
+            say(f"skipped {tally.summary('of the stream')}")
 
-    def _load(self, chunks: list[int]) -> Iterator[tuple[int, list[StreamedRow]]]:
+    def _load(self, chunks: list[int], tally: Tally) -> Iterator[tuple[int, list[StreamedRow]]]:
         cached: set[int] = set()
 
         def from_cache(number: int) -> EncodedChunk | None:
@@ -114,6 +122,7 @@ class SplitStream:
         for number, chunk, source in encode_chunks(self.rows, chunks, self.encoder, from_cache, self.with_audio):
             if self.cache and number not in cached:
                 self.cache.put(number, chunk)
+            tally.add(len(chunk.records), chunk.rejected)
             audio = {row.index: row.audio for row in source}
             records = zip(chunk.records, chunk.codes, strict=True)
             indexed = [(record["dataset_index"], record, codes) for record, codes in records]

@@ -228,7 +228,7 @@ class CodesCheck:
         if codec != self._codec_id:
             raise UserError(
                 f"{self.setting}: {self.jsonl} line {line}: its codes were made by another codec and its audio is "
-                "gone; name that codec in TOKENIZER_PATH, or bring the audio back"
+                "gone; name that codec in TOKENIZER_PATH, bring the audio back, or prepare the dataset again (--force)"
             )
         return False
 

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
 from conftest import VOICE
+
+
+class Clip:
+    """A short clip of noise as ``write_parquet`` embeds it: each seed its own length and sound."""
+
+    def __init__(self, seed: int) -> None:
+        stream = io.BytesIO()
+        soundfile.write(stream, np.random.default_rng(seed).normal(0, 0.1, 9_600 + 200 * seed), 24_000, format="WAV")
+        self.content, self.name = stream.getvalue(), f"{seed}.wav"
+
+    def read_bytes(self) -> bytes:
+        return self.content
 
 
 def demo_texts(count: int) -> list[dict[str, Any]]:
@@ -41,8 +56,6 @@ def write_audiofolder(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 def write_csv_dataset(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """``folder/train.csv`` with paths of wav files under ``folder/wavs``."""
-    import soundfile
-
     (folder / "wavs").mkdir(parents=True, exist_ok=True)
     for row in rows:
         samples, rate = soundfile.read(row["audio"], dtype="int16")

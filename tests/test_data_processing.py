@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 from conftest import PROJECT, VOICE
-from datasets_for_tests import demo_texts, write_csv_dataset, write_parquet
+from datasets_for_tests import Clip, demo_texts, write_csv_dataset, write_parquet
 from fakes import FakeCodec, fake_codes
-from test_stream import Clip
 
 import data_processing
 from finetuning.audio import load_audio

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import VOICE
-from datasets_for_tests import write_audiofolder, write_parquet
+from datasets_for_tests import Clip, write_audiofolder, write_parquet
 from fakes import FakeCodec, fake_codes
-from test_stream import Clip
 from training import FULL, build, make_trainer
 
 from finetuning.audio import load_audio

@@ -162,7 +162,7 @@ def test_a_clean_clip_of_5_to_10_seconds_becomes_the_reference_of_its_speaker(
 
 def test_a_given_reference_is_every_row_s(tmp_path: Path, run: Run, fake: FakeCodec) -> None:
     dataset = write_parquet(tmp_path / "set", clips([bytes_of(noise(1.0, seed=n), 24_000, "WAV") for n in range(2)]))
-    given = Reference(VOICE / "reference.flac", "What is said.")
+    given = Reference(VOICE / "english_voice.wav", "What is said.")
     prepared = read(run(dataset, reference=given))
     assert {(row["ref_audio"], row["ref_text"]) for row in prepared} == {(str(given.audio), "What is said.")}
     assert not Path("voices").exists()
@@ -221,6 +221,7 @@ from finetuning.processes import launched_processes
 def main():
     finetuning.prepare.CHUNK_ROWS = 4
     processes = launched_processes("cpu")
+    print(f"process {processes.index} of {processes.count}")
     dataset, output_dir = sys.argv[1:]
     preparer = finetuning.preparer.JSONLDataPreparer(dataset, output_dir, "tiny-random", "cpu", processes=processes)
     preparer.prepare_split("train")
@@ -230,7 +231,7 @@ run_main(main)
 
 
 def test_a_killed_process_and_two_processes_give_the_bytes_of_an_untouched_one(tmp_path: Path) -> None:
-    """Real processes and the real (tiny) codec: SIGKILL in the middle, and ``accelerate launch`` with two."""
+    """Real processes and the real (tiny) codec: SIGKILL in the middle, and two that share the work over gloo."""
     dataset = write_parquet(tmp_path / "set", demo_texts(16))
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "ENV_FILE": "", "OMP_NUM_THREADS": "1"}
@@ -247,11 +248,11 @@ def test_a_killed_process_and_two_processes_give_the_bytes_of_an_untouched_one(t
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.stdout.read()
     assert not (tmp_path / "killed" / "train.jsonl").exists()
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, whole in (("killed", command("killed")), ("two", launch + command("two")[1:])):
         done = subprocess.run(whole, **common, timeout=300)
         assert done.returncode == 0, f"{name}: {done.stdout}"
+        assert ("process 1 of 2" in done.stdout) == (name == "two")
     untouched = subprocess.run(command("one"), **common, timeout=300)
     assert untouched.returncode == 0, untouched.stdout
     expected = (tmp_path / "one" / "train.jsonl").read_bytes()

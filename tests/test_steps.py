@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets_for_tests import write_parquet
+from datasets_for_tests import Clip, write_parquet
 from fakes import FakeCodec, fake_codes
-from test_stream import Clip
 
 from finetuning.audio import load_audio
 from finetuning.base_model import load_tokenizer, resolve_base

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
-from datasets_for_tests import demo_texts, write_audiofolder, write_parquet
+from datasets_for_tests import Clip, demo_texts, write_audiofolder, write_parquet
 from fakes import FakeCodec
 
 from finetuning.codec import Codec
 from finetuning.encoding import ClipEncoder
+from finetuning.errors import UserError
 from finetuning.manifest import RowFormat
 from finetuning.prepare import DatasetRows, PrepareOptions, prepare_split
 from finetuning.source import open_split
@@ -26,16 +25,6 @@ from finetuning.stream import CodesCache, SplitStream, buffered_shuffle, prefetc
 
 NUM_ROWS = 37
 MakeStream = Callable[..., SplitStream]
-
-
-class Clip:
-    def __init__(self, seed: int) -> None:
-        stream = io.BytesIO()
-        soundfile.write(stream, np.random.default_rng(seed).normal(0, 0.1, 9_600 + 200 * seed), 24_000, format="WAV")
-        self.content, self.name = stream.getvalue(), f"{seed}.wav"
-
-    def read_bytes(self) -> bytes:
-        return self.content
 
 
 @pytest.fixture(scope="module")
@@ -145,12 +134,18 @@ def test_what_was_consumed_is_not_decoded_again(
     assert len(decoded) == 37 - 28
 
 
-def test_a_bad_row_keeps_its_place(tmp_path: Path, make_stream: MakeStream, fake: FakeCodec) -> None:
-    rows = [{"audio": Clip(seed), "text": f"Sentence {seed}."} for seed in range(9)]
+def test_a_bad_row_keeps_its_place_and_too_many_stop_the_stream(
+    tmp_path: Path, make_stream: MakeStream, fake: FakeCodec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"audio": Clip(seed), "text": f"Sentence {seed}."} for seed in range(12)]
     rows[2]["audio"].content = b"nothing to hear"
     stream = make_stream(write_parquet(tmp_path / "bad", rows))
-    assert indices(stream) == [0, 1, None, 3, 4, 5, 6, 7, 8]
-    assert indices(stream, start=3) == [3, 4, 5, 6, 7, 8]
+    assert indices(stream) == [0, 1, None, *range(3, 12)]
+    assert "skipped 1 of 12 rows of the stream" in capsys.readouterr().out
+    assert indices(stream, start=3) == list(range(3, 12))
+    rows[5]["text"] = ""
+    with pytest.raises(UserError, match="rows cannot be used"):
+        indices(make_stream(write_parquet(tmp_path / "worse", rows)))
 
 
 # ------------------------------------------------------------------------------------------------- codes and cache
