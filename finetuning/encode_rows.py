@@ -11,7 +11,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +104,19 @@ class _EncodeJob:
     setting: str
     max_rows: int | None
     force: bool
-    num_rows: int = 0
+    rows_of_chunks: list[int] = field(default_factory=list)
 
     def scan(self) -> list[str]:
         """Checks all rows before hours are spent on encoding some; returns each chunk's digest."""
         tally, speakers, digests = Tally(), {}, []
         for chunk in self.chunks():
             digests.append(self._digest(chunk))
+            self.rows_of_chunks.append(len(chunk.rows))
             tally.add(len(chunk.rows), chunk.rejected)
             for row in chunk.rows:
                 speakers.setdefault(row.speaker, (self.input_jsonl, row.line))
         tally.check_share()
         check_speaker_names(speakers)
-        self.num_rows = tally.num_good + tally.num_bad
         return digests
 
     def chunks(self) -> Iterator[_LineChunk]:
@@ -153,24 +153,25 @@ class _EncodeJob:
                 if chunk.number in remaining:
                     yield chunk, [row.audio for row in chunk.rows if self._is_wanted(row, earlier)]
 
-        with Progress(len(mine) * CHUNK_ROWS if len(mine) > 1 else None, is_shown=processes.is_main) as progress:
-            for chunk, clips in encoder.encode(wanted()):
+        total = sum(self.rows_of_chunks[number] for number in mine)
+        with Progress(total, is_shown=processes.is_main) as progress:
+            for chunk, clips in encoder.encode(wanted(), progress):
                 todo = [row for row in chunk.rows if self._is_wanted(row, earlier)]
                 results = {row.line: clip for row, clip in zip(todo, clips, strict=True)}
                 num_stale += sum(row.codes is not None or earlier.knows_path(row.audio) for row in todo)
                 num_encoded += sum(clip.problem is None for clip in clips)
                 finished = self._finish(chunk, results, earlier)
                 workspace.save(chunk.number, finished)
-                progress.advance(len(chunk.rows), sum(_seconds(clip) for clip in clips))
+                progress.advance(len(chunk.rows) - len(todo), 0.0)
                 tally.add(len(finished.records), finished.rejected)
-                tally.check_share(self.num_rows)  # does not wait for the rest where no rest could help
+                tally.check_share(sum(self.rows_of_chunks))  # does not wait for the rest where no rest could help
         if num_stale and not self.force:
             say(f"{num_stale} clips or their codec changed since they were encoded; they were encoded again")
         if num_encoded:
             say(f"encoded {num_encoded} clips")
 
     def _is_wanted(self, row: Row, earlier: EarlierCodes) -> bool:
-        return must_encode(row, self.codec_id, self.force) and earlier.find(source_of(row, self.codec_id)) is None
+        return must_encode(row, self.codec_id, self.force) and not earlier.knows(source_of(row, self.codec_id))
 
     def _finish(self, chunk: _LineChunk, results: dict[int, EncodedClip], earlier: EarlierCodes) -> EncodedChunk:
         records, codes, rejected = [], [], list(chunk.rejected)
@@ -187,9 +188,7 @@ class _EncodeJob:
                 record |= {"measures": clip.measures, "codes_source": source}
                 row_codes = clip.codes
             elif must_encode(row, self.codec_id, self.force):
-                found = earlier.find(source_of(row, self.codec_id))
-                assert found is not None
-                row_codes, kept = found
+                row_codes, kept = earlier.find(source_of(row, self.codec_id))
                 record |= kept
             else:
                 row_codes = row.codes
@@ -217,10 +216,6 @@ class _EncodeJob:
                 digest.add(source_of(row, self.codec_id))
         digest.add(chunk.rejected)
         return digest.hex()
-
-
-def _seconds(clip: EncodedClip) -> float:
-    return 0.0 if clip.codes is None else len(clip.codes) / FRAMES_PER_SECOND
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -282,20 +277,24 @@ class EarlierCodes:
 
     def knows_path(self, audio: Path) -> bool:
         """Whether this file was encoded before, as it was then."""
-        key = hash(str(audio.resolve()))
-        at = np.searchsorted(self._paths, key)
-        return at < len(self._paths) and self._paths[at] == key
+        return _is_in(hash(str(audio.resolve())), self._paths)
 
-    def find(self, source: Source) -> tuple[np.ndarray, dict[str, Any]] | None:
-        """(codes, the row's keys that describe them), or None."""
-        at = np.searchsorted(self._keys, hash(source))
-        if at == len(self._keys) or self._keys[at] != hash(source):
-            return None
-        number, position = divmod(int(self._places[at]), _PLACES_PER_FILE)
+    def knows(self, source: Source) -> bool:
+        """Whether there are codes of exactly this."""
+        return _is_in(hash(source), self._keys)
+
+    def find(self, source: Source) -> tuple[np.ndarray, dict[str, Any]]:
+        """(codes, the row's keys that describe them) of a source that is known."""
+        place = int(self._places[np.searchsorted(self._keys, hash(source))])
+        number, position = divmod(place, _PLACES_PER_FILE)
         record, codes = _read_row(self._files[number], position)
-        if _recorded_source(record) != source:
-            return None
+        assert _recorded_source(record) == source
         return codes, {key: record[key] for key in ("measures", "codes_source") if key in record}
+
+
+def _is_in(key: int, sorted_keys: np.ndarray) -> bool:
+    at = np.searchsorted(sorted_keys, key)
+    return bool(at < len(sorted_keys) and sorted_keys[at] == key)
 
 
 def _sources(file: Path) -> Iterator[tuple[int, Source]]:

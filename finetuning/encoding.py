@@ -73,11 +73,14 @@ class ClipEncoder:
         self.num_workers, self.max_clips_per_batch = num_workers, max_clips_per_batch
         self._codec: Codec | None = None
 
-    def encode(self, chunks: Iterable[tuple[Key, Sequence[Audio]]]) -> Iterator[tuple[Key, list[EncodedClip]]]:
+    def encode(
+        self, chunks: Iterable[tuple[Key, Sequence[Audio]]], progress: Progress | None = None
+    ) -> Iterator[tuple[Key, list[EncodedClip]]]:
         """Each chunk's clips in their order.
 
         Args:
             chunks: (anything that names the chunk, its clips); read ahead by a few batches. A chunk may be empty.
+            progress: is told of every batch.
         """
         import torch
         from torch.utils.data import DataLoader
@@ -94,7 +97,11 @@ class ClipEncoder:
         )
         encoded: dict[int, EncodedClip] = {}
         for batch in loader:
-            encoded |= self._encode_batch(batch.clips)
+            done = self._encode_batch(batch.clips)
+            encoded |= done
+            if progress:
+                frames = sum(len(clip.codes) for clip in done.values() if clip.codes is not None)
+                progress.advance(len(done), frames / FRAMES_PER_SECOND)
             if batch.is_last:
                 key, num_clips = waiting.popleft()
                 yield key, [encoded[position] for position in range(num_clips)]

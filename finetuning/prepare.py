@@ -141,12 +141,10 @@ def _encode_missing(rows: DatasetRows, workspace: Workspace, encoder: ClipEncode
         say(f"going on: {len(mine) - len(missing)} of {len(mine)} chunks of {CHUNK_ROWS} rows are done already")
     tally = Tally()
     with Progress(rows.num_rows_in(missing), f"prepare {rows.split.name}", processes.is_main) as progress:
-        for number, chunk, _ in encode_chunks(rows, missing, encoder):
+        for number, chunk, _ in encode_chunks(rows, missing, encoder, progress=progress):
             workspace.save(number, chunk)
             tally.add(len(chunk.records), chunk.rejected)
             tally.check_share(rows.num_rows)  # does not wait for the rest where no rest could help
-            seconds = sum(record["measures"]["seconds"] for record in chunk.records)
-            progress.advance(len(chunk.records) + len(chunk.rejected), seconds)
 
 
 # ------------------------------------------------------------------------------------------- a dataset's rows as ours
@@ -265,6 +263,7 @@ def encode_chunks(
     encoder: ClipEncoder,
     known: Callable[[int], EncodedChunk | None] = lambda number: None,
     keep_source: bool = False,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int, EncodedChunk, list[SourceRow]]]:
     """Reads, decodes and encodes chunks of a split, in the given order: (chunk number, chunk, its source rows).
 
@@ -282,7 +281,7 @@ def encode_chunks(
             clips = [row.audio for row in source if rows.check(row) is None] if chunk is None else []
             yield _Work(number, chunk, source), clips
 
-    for work, clips in encoder.encode(wanted()):
+    for work, clips in encoder.encode(wanted(), progress):
         chunk = work.chunk or _finish_chunk(rows, work.source, clips)
         yield work.number, chunk, work.source if keep_source else []
 
