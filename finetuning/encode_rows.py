@@ -104,7 +104,8 @@ class _EncodeJob:
     setting: str
     max_rows: int | None
     force: bool
-    rows_of_chunks: list[int] = field(default_factory=list)
+    rows_of_chunks: list[int] = field(default_factory=list)  # usable ones
+    num_lines: int = 0
 
     def scan(self) -> list[str]:
         """Checks all rows before hours are spent on encoding some; returns each chunk's digest."""
@@ -117,6 +118,7 @@ class _EncodeJob:
                 speakers.setdefault(row.speaker, (self.input_jsonl, row.line))
         tally.check_share()
         check_speaker_names(speakers)
+        self.num_lines = tally.num_good + tally.num_bad
         return digests
 
     def chunks(self) -> Iterator[_LineChunk]:
@@ -164,7 +166,7 @@ class _EncodeJob:
                 workspace.save(chunk.number, finished)
                 progress.advance(len(chunk.rows) - len(todo), 0.0)
                 tally.add(len(finished.records), finished.rejected)
-                tally.check_share(sum(self.rows_of_chunks))  # does not wait for the rest where no rest could help
+                tally.check_share(self.num_lines)  # does not wait for the rest where no rest could help
         if num_stale and not self.force:
             say(f"{num_stale} clips or their codec changed since they were encoded; they were encoded again")
         if num_encoded:
