@@ -153,6 +153,7 @@ def prepare_missing_rows(
     """
     if not must_prepare(settings):
         return
+    say(f"TRAIN_JSONL {settings.train_jsonl} is prepared from DATASET_NAME {settings.dataset_name}")
     preparer = JSONLDataPreparer(
         tokenizer_path=codec_folder, device=device, settings=settings, row_format=row_format, processes=processes
     )

@@ -303,7 +303,7 @@ def test_all_rows_alike_and_clashing_speakers(demo_rows: list, write_jsonl: Call
         ({"ref_audio_path": "gone.wav"}, r"REF_AUDIO_PATH: gone\.wav does not exist"),
         ({"init_model_path": "Qwen/Nowhere"}, r"INIT_MODEL_PATH: Qwen/Nowhere"),
         ({"train_jsonl": "gone.jsonl"}, r"TRAIN_JSONL: gone\.jsonl does not exist"),
-        ({"train_jsonl": "gone.jsonl", "dataset_name": "a/b"}, r"gone\.jsonl does not exist, and DATASET_NAME a/b"),
+        ({"train_jsonl": "gone.jsonl", "dataset_name": "a/b"}, r"DATASET_NAME: a/b is no folder here"),
         ({"validation_jsonl": "gone.jsonl"}, r"VALIDATION_JSONL: gone\.jsonl does not exist"),
         ({"speaker_name": "vivian", "init_model_path": "custom"}, r'custom_voice .* speaker "vivian"'),
     ],
