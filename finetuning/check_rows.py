@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,22 @@ from tqdm import tqdm
 
 from finetuning.audio import AudioError, audio_duration_seconds, load_audio
 from finetuning.base_model import Base, load_speaker_encoder, resolve_base
-from finetuning.checks import Finding, find_problems, similarity_findings, sort_findings
+from finetuning.checks import (
+    Finding,
+    ReferenceVoice,
+    faulty_lines,
+    find_problems,
+    similarity_findings,
+    sort_findings,
+)
 from finetuning.codec import Codec
 from finetuning.console import say
 from finetuning.direct import DirectRows
 from finetuning.encoding import CHUNK_ROWS
 from finetuning.errors import UserError
 from finetuning.figures import collect
-from finetuning.manifest import Rejections, Row, RowFormat, check_fields, read_rows
-from finetuning.mend import mend
+from finetuning.manifest import Row, RowFormat, Tally, check_fields, read_rows, rejected_record
+from finetuning.mend import check_mending, mend
 from finetuning.preparer import device_of_this_process
 from finetuning.quality import measure_clip
 from finetuning.report import print_table, verdict, write_report
@@ -34,12 +42,16 @@ from finetuning.training_rows import TrainingRows
 REPORT_FOLDER = Path("data/report")
 #: Clips of each speaker that the speaker encoder hears, and speakers.
 MAX_VOICE_CLIPS, MAX_VOICE_SPEAKERS = 64, 100
+#: Distinct references of each speaker that it hears.
+MAX_VOICE_REFERENCES = 20
 #: The short form looks at so many rows, evenly spread.
 MAX_ROWS_AT_START = 5_000
 #: Findings that are wrong about a part of the rows.
 WHOLE_SET_CHECKS = ("speaker_minutes", "not_measured")
 #: More workers than this do not make a disk faster.
 MAX_MEASURING_WORKERS = 8
+#: What each way of mending mends: checks whose rows then need not be left out.
+MENDED_BY_TRIMMING, MENDED_BY_LOUDNESS = ("leading_silence", "trailing_silence"), ("quiet_clips",)
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Mending:
 
     Attributes:
         output_jsonl: the mended rows.
-        drop_flagged: leave out clips that a warning or an error is about.
+        drop_flagged: leave out the rows that ``checks.faulty_lines`` names, but for what is mended otherwise.
     """
 
     output_jsonl: Path | None = None
@@ -59,6 +71,32 @@ class Mending:
     def __bool__(self) -> bool:
         return self.trim_silence or self.drop_flagged or self.target_loudness_lufs is not None
 
+    def check(self) -> None:
+        """Raises UserError for what cannot be done."""
+        if self and self.output_jsonl is None:
+            raise UserError("mending writes new files: name the new JSONL with --output_jsonl")
+        if self.output_jsonl and not self:
+            raise UserError("--output_jsonl is for mending; add --trim_silence, --loudness or --drop_flagged")
+        if self.output_jsonl:
+            check_mending(self.output_jsonl, self.target_loudness_lufs)
+
+    @property
+    def mended_checks(self) -> tuple[str, ...]:
+        by_trimming = MENDED_BY_TRIMMING if self.trim_silence else ()
+        return by_trimming + (MENDED_BY_LOUDNESS if self.target_loudness_lufs is not None else ())
+
+
+class _BadRows(Tally):
+    """Bad rows with the line numbers of all, eight bytes each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines = array("q")
+
+    def add(self, num_good: int, rejected: Sequence[dict[str, Any]]) -> None:
+        super().add(num_good, rejected)
+        self.lines.extend(bad["line"] for bad in rejected)
+
 
 def check_jsonl(
     settings: Settings, jsonl: Path, mending: Mending, *, setting: str = "TRAIN_JSONL", max_rows: int | None = None
@@ -68,17 +106,15 @@ def check_jsonl(
     Clips that no earlier run has measured are read; the speaker encoder of the base hears some of each speaker.
 
     Raises:
-        UserError: the file cannot be read, or there are errors in the data (after the report was written).
+        UserError: the file cannot be read, the mending cannot be done, or there are errors in the data (after the
+            report was written).
     """
-    if mending and mending.output_jsonl is None:
-        raise UserError("mending writes new files: name the new JSONL with --output_jsonl")
-    if mending.output_jsonl and not mending:
-        raise UserError("--output_jsonl is for mending; add --trim_silence, --loudness or --drop_flagged")
+    mending.check()
     base, row_format = _base_if_at_hand(settings)
-    rejections, voices = Rejections(jsonl), _VoiceSample(settings)
-    rows = read_rows(jsonl, setting, row_format, rejections, needs_codes=False, max_rows=max_rows)
-    figures = collect(_measured(rows, rejections, voices, settings), reference_seconds=audio_duration_seconds)
-    findings = [*find_problems(figures), *_unusable(rejections), *voices.findings(base, settings)]
+    bad_rows, voices = _BadRows(), _VoiceSample(settings)
+    rows = read_rows(jsonl, setting, row_format, bad_rows, needs_codes=False, max_rows=max_rows)
+    figures = collect(_measured(rows, jsonl, bad_rows, voices, settings), reference_seconds=audio_duration_seconds)
+    findings = [*find_problems(figures), *_unusable(bad_rows), *voices.findings(base, settings)]
     findings = sort_findings(findings)
     page = write_report(REPORT_FOLDER, findings, figures, str(jsonl))
     say(f"{print_table(findings, figures)}\nreport: {page}")
@@ -97,27 +133,27 @@ def _base_if_at_hand(settings: Settings) -> tuple[Base | None, RowFormat]:
     return base, RowFormat.from_settings(settings, base.special_tokens())
 
 
-def _unusable(rejections: Rejections) -> list[Finding]:
-    if not rejections.rows:
+def _unusable(bad_rows: _BadRows) -> list[Finding]:
+    if not bad_rows.num_bad:
         return []
     try:
-        rejections.check_share()
+        bad_rows.check_share()
     except UserError:
         severity = "error"
     else:
         severity = "warning"
-    message = f"{len(rejections.rows)} rows cannot be used at all"
+    message = f"{bad_rows.num_bad} rows cannot be used at all"
     advice = "Mend them, or leave them: up to a tenth is skipped in training."
-    lines = np.array([number for number, _, _ in rejections.rows])
-    examples = [(number, reason) for number, reason, _ in rejections.rows[:5]]
-    return [Finding("unusable_rows", severity, message, advice, len(lines), examples, lines)]
+    examples = [(bad["line"], bad["reason"]) for bad in bad_rows.first]
+    lines = np.array(bad_rows.lines, np.int64)
+    return [Finding("unusable_rows", severity, message, advice, bad_rows.num_bad, examples, lines)]
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
 
 
 def _measured(
-    rows: Iterable[Row], rejections: Rejections, voices: _VoiceSample, settings: Settings
+    rows: Iterable[Row], jsonl: Path, bad_rows: Tally, voices: _VoiceSample, settings: Settings
 ) -> Iterator[dict[str, Any]]:
     """Rows as ``figures.collect`` takes them; those that no earlier run has measured are read by data workers."""
     from torch.utils.data import DataLoader
@@ -128,8 +164,9 @@ def _measured(
     loader = DataLoader(_Measurer(), sampler=rows, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
     for row, measures, problem in tqdm(loader, desc="check", unit="row", disable=None):
         if problem:
-            rejections.num_good -= 1
-            rejections.add(row.line, f"{row.audio}: {problem}", json.dumps(row.raw, ensure_ascii=False))
+            bad_rows.add(
+                -1, [rejected_record(jsonl, row.line, f"{row.audio}: {problem}", "")]
+            )  # it was counted as good
             continue
         voices.offer(row)
         yield {
@@ -168,12 +205,22 @@ def _as_it_is(item: Any) -> Any:
 
 
 @dataclass
+class _HeardReference:
+    """A reference, the first row that it stands for, their number, and a number drawn from its path."""
+
+    path: str
+    line: int
+    draw: bytes
+    num_rows: int = 0
+
+
+@dataclass
 class _VoiceSample:
-    """Some clips of each speaker, drawn evenly as the rows go by, and its first reference."""
+    """Some clips and references of each speaker, drawn evenly as the rows go by."""
 
     settings: Settings
     clips: dict[str, list[Row]] = field(default_factory=dict)
-    references: dict[str, Path] = field(default_factory=dict)
+    references: dict[str, dict[str, _HeardReference]] = field(default_factory=dict)
     _seen: dict[str, int] = field(default_factory=dict)
     _generator: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
@@ -184,13 +231,23 @@ class _VoiceSample:
         sample = self.clips.setdefault(row.speaker, [])
         reference = row.ref_audio or self.settings.ref_audio_path
         if reference is not None:
-            self.references.setdefault(row.speaker, reference)
+            self._offer_reference(row, str(reference))
         self._seen[row.speaker] = count = self._seen.get(row.speaker, 0) + 1
         kept = replace(row, raw={})
         if len(sample) < MAX_VOICE_CLIPS:
             sample.append(kept)
         elif (place := self._generator.integers(count)) < MAX_VOICE_CLIPS:
             sample[place] = kept
+
+    def _offer_reference(self, row: Row, path: str) -> None:
+        """Of the distinct references those with the lowest draws stay; one that had to go never comes back."""
+        kept = self.references.setdefault(row.speaker, {})
+        if path not in kept:
+            kept[path] = _HeardReference(path, row.line, hashlib.sha256(path.encode("utf-8", "surrogatepass")).digest())
+            if len(kept) > MAX_VOICE_REFERENCES:
+                del kept[max(kept, key=lambda other: kept[other].draw)]
+        if path in kept:
+            kept[path].num_rows += 1
 
     def findings(self, base: Base | None, settings: Settings) -> list[Finding]:
         """Clips and references that sound like somebody else, by the base's speaker encoder."""
@@ -205,13 +262,21 @@ class _VoiceSample:
         rows = sorted((row for sample in self.clips.values() for row in sample), key=lambda row: row.line)
         bar = tqdm(rows, desc="voices", unit="clip", disable=None)
         vectors = {row.line: encode(waveform) for row in bar if (waveform := hear(row)) is not None}
-        references = {}
-        for speaker, path in self.references.items():
-            try:
-                references[speaker] = encode(load_audio(path))
-            except AudioError as error:
-                say(f'reference of speaker "{speaker}": {path}: {error}')
+        references = [
+            ReferenceVoice(speaker, reference.path, reference.line, reference.num_rows, encode(waveform))
+            for speaker, kept in self.references.items()
+            for reference in kept.values()
+            if (waveform := _load_reference(reference.path, speaker)) is not None
+        ]
         return similarity_findings(vectors, {row.line: row.speaker for row in rows}, references)
+
+
+def _load_reference(path: str, speaker: str) -> np.ndarray | None:
+    try:
+        return load_audio(path)
+    except AudioError as error:
+        say(f'reference of speaker "{speaker}": {path}: {error}')
+        return None
 
 
 class _Ears:
@@ -239,16 +304,15 @@ class _Ears:
 def _mend(
     jsonl: Path, setting: str, row_format: RowFormat, findings: list[Finding], mending: Mending, max_rows: int | None
 ) -> None:
-    flagged = {line for finding in findings if finding.severity != "info" for line in finding.lines.tolist()}
     assert mending.output_jsonl is not None
-    rows = read_rows(jsonl, setting, row_format, Rejections(jsonl), needs_codes=False, max_rows=max_rows)
+    rows = read_rows(jsonl, setting, row_format, Tally(), needs_codes=False, max_rows=max_rows)
     summary = mend(
         rows,
         mending.output_jsonl,
         row_format,
         trim_silence=mending.trim_silence,
         target_loudness_lufs=mending.target_loudness_lufs,
-        drop_lines=flagged if mending.drop_flagged else frozenset(),
+        drop_lines=faulty_lines(findings, mending.mended_checks) if mending.drop_flagged else frozenset(),
     )
     say(f"{summary}\nmended rows: {mending.output_jsonl}")
 

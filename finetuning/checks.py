@@ -7,7 +7,7 @@ limit's ``warn_share``): in 600,000 rows there is always something.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +27,7 @@ ERROR_SHARE = 0.5
 #: Advised speech for one voice, in minutes; under the first figure quality is poor.
 FEW_MINUTES, ADVISED_MINUTES = 5.0, (10.0, 30.0)
 #: What qwen-tts takes as a reference, in seconds.
-REFERENCE_SECONDS = (3.0, 10.0)
+ADVISED_REFERENCE_SECONDS = (3.0, 10.0)
 
 #: Letters a second (see quality.UNITS) that nobody speaks: faster than an auctioneer, …
 MAX_UNITS_PER_SECOND = 35.0
@@ -63,6 +63,16 @@ VOICE_OUTLIER_DEVIATIONS, VOICE_OUTLIER_RATIO = 2.5, 3.0
 VOICE_MARGIN = 0.002
 #: A reference is another voice when its distance is so many times that of the clips' most distant twentieth.
 REFERENCE_RATIO = 1.5
+
+#: Findings whose rows are faulty each by itself, however few they are. The others that name rows (short and long clips,
+#: full scale) are harmless as long as they are few.
+ROW_DEFECTS = frozenset(
+    {
+        "unusable_rows", "clipping", "dc_offset", "leading_silence", "trailing_silence", "noise_floor", "low_snr",
+        "band_limited", "quiet_clips", "impossible_rate", "speaking_rate", "duplicate_audio", "duplicate_codes",
+        "frozen_codes", "unusual_characters", "script", "speaker_outliers",
+    }
+)  # fmt: skip
 
 #: Defects of texts (their place in TEXT_DEFECTS is their bit in the column ``text_flags``) that are reported together.
 _UNUSUAL = [kind for kind in TEXT_DEFECTS if kind not in ("digits", "script")]
@@ -103,6 +113,20 @@ def find_problems(figures: DataFigures) -> list[Finding]:
 def sort_findings(findings: Iterable[Finding]) -> list[Finding]:
     """Errors, then warnings, then info; among equals the one with more rows first."""
     return sorted(findings, key=lambda finding: (SEVERITIES.index(finding.severity), -finding.num_rows))
+
+
+def faulty_lines(findings: Iterable[Finding], mended: Collection[str] = ()) -> set[int]:
+    """Lines of the rows to leave out: those with a defect of their own, and whatever a warning or an error names.
+
+    Args:
+        mended: checks whose rows are mended otherwise and stay.
+    """
+    named = [
+        finding.lines.tolist()
+        for finding in findings
+        if finding.check not in mended and (finding.check in ROW_DEFECTS or finding.severity != "info")
+    ]
+    return set().union(*named)
 
 
 def _severity(num_rows: int, num_known: int, warn_share: float = WARN_SHARE) -> str:
@@ -384,7 +408,7 @@ def _absurd_rates(figures: DataFigures, rate: np.ndarray, absurd: np.ndarray, nu
     if num_rows >= ABSURD_ERROR_ROWS and num_rows > ABSURD_ERROR_SHARE * num_known:
         message = f"{share} would be spoken at an impossible rate: the transcripts do not belong to the audio"
         advice = "Check how texts and clips were paired: are the columns, the order or the cutting wrong?"
-        return [Finding("impossible_rate", "error", message, advice, num_rows, examples)]
+        return [Finding("impossible_rate", "error", message, advice, num_rows, examples, _lines(figures, absurd))]
     message = f"{share} would be spoken at an impossible rate"
     advice = "Listen to these clips: the text is another one, or only part of it is spoken."
     severity = _severity(num_rows, num_known)
@@ -512,7 +536,9 @@ def _duplicate_codes(figures: DataFigures) -> list[Finding]:
     later = (known if all_the_same else shared) & (first_row != np.arange(len(first_row)))
     examples = _examples(figures, later, np.zeros(len(later)), _same_as(figures, first_row, "codes"))
     advice = "The codes are not those of the clips: encode the audio again (data_processing.py --mode encode --force)."
-    return [Finding("duplicate_codes", severity, message, advice, num_rows, examples)]
+    # Whose codes they are nobody knows, so none is kept; when most are like that, it is about the set.
+    lines = _lines(figures, shared & (severity != "error"))
+    return [Finding("duplicate_codes", severity, message, advice, num_rows, examples, lines)]
 
 
 # ----------------------------------------------------------------------------------------------------------- codes
@@ -605,7 +631,7 @@ def _scripts(figures: DataFigures) -> list[Finding]:
 
 def _reference_length(figures: DataFigures) -> list[Finding]:
     seconds = figures.column("reference_seconds")
-    low, high = REFERENCE_SECONDS
+    low, high = ADVISED_REFERENCE_SECONDS
     outside, known = (seconds < low) | (seconds > high), np.isfinite(seconds)
     if not outside.any():
         return []
@@ -658,42 +684,60 @@ _CHECKS = (
 # ---------------------------------------------------------------------------------------------------------- voices
 
 
+@dataclass(frozen=True)
+class ReferenceVoice:
+    """What the speaker encoder hears in one reference of a speaker.
+
+    Attributes:
+        line: the first row that it stands for, of num_rows.
+        vector: (H,).
+    """
+
+    speaker: str
+    path: str
+    line: int
+    num_rows: int
+    vector: np.ndarray
+
+
 def similarity_findings(
-    vectors: Mapping[int, np.ndarray],
-    speaker_of_line: Mapping[int, str],
-    reference_vectors: Mapping[str, np.ndarray],
+    vectors: Mapping[int, np.ndarray], speaker_of_line: Mapping[int, str], references: Iterable[ReferenceVoice]
 ) -> list[Finding]:
-    """Clips that sound like somebody else, and references that do.
+    """Clips that sound like somebody else, references that do, and speakers with too few clips to tell.
 
     Everything is relative to how far a speaker's clips lie from each other, since encoders differ in scale.
 
     Args:
         vectors: line -> (H,) of the speaker encoder, for all rows or some.
         speaker_of_line: line -> speaker.
-        reference_vectors: speaker -> (H,).
     """
-    lines_of: dict[str, list[int]] = {}
+    lines_of: dict[str, list[int]] = {speaker: [] for speaker in speaker_of_line.values()}
     for line in vectors:
-        lines_of.setdefault(speaker_of_line[line], []).append(line)
+        lines_of[speaker_of_line[line]].append(line)
     judged = {speaker: lines for speaker, lines in lines_of.items() if len(lines) >= MIN_CLIPS_FOR_VOICE}
+    references_of: dict[str, list[ReferenceVoice]] = {}
+    for reference in references:
+        references_of.setdefault(reference.speaker, []).append(reference)
     outliers: list[tuple[float, int, str]] = []  # (distance, line, note)
-    foreign: list[tuple[float, int, str]] = []
+    foreign: list[tuple[float, str, ReferenceVoice]] = []  # (distance, note, reference)
     for speaker, lines in judged.items():
         clips = _unit(np.stack([vectors[line] for line in lines]).astype(np.float64))
         distances = 1 - (clips * _unit(clips.sum(axis=0) - clips)).sum(axis=1)
         for index in np.flatnonzero(_voice_outliers(distances)):
             note = f'{_cosines(distances[index], np.median(distances))} among the clips of "{speaker}"'
             outliers.append((distances[index], lines[index], note))
-        if speaker in reference_vectors:
-            # The median, so that outliers do not draw the voice towards them.
-            voice = _unit(np.median(clips, axis=0)[None])[0]
-            distance = 1 - float(voice @ _unit(reference_vectors[speaker].astype(np.float64)[None])[0])
-            limit = float(np.quantile(distances, 0.95))
-            if distance > REFERENCE_RATIO * limit + VOICE_MARGIN:
-                foreign.append((distance, lines[0], f'"{speaker}": {_cosines(distance, np.median(distances))}'))
+        # The median, so that outliers do not draw the voice towards them.
+        voice = _unit(np.median(clips, axis=0)[None])[0]
+        limit = REFERENCE_RATIO * float(np.quantile(distances, 0.95)) + VOICE_MARGIN
+        for reference in references_of.get(speaker, []):
+            distance = 1 - float(voice @ _unit(reference.vector.astype(np.float64)[None])[0])
+            if distance > limit:
+                note = f'{reference.path} of "{speaker}": {_cosines(distance, np.median(distances))}'
+                foreign.append((distance, note, reference))
     num_clips = sum(map(len, judged.values()))
-    num_foreign_rows = sum(len(judged[speaker_of_line[line]]) for _, line, _ in foreign)
-    return sort_findings([*_outlier_finding(outliers, num_clips), *_reference_finding(foreign, num_foreign_rows)])
+    few = {speaker: lines for speaker, lines in lines_of.items() if speaker not in judged}
+    findings = [*_outlier_finding(outliers, num_clips), *_reference_finding(foreign), *_not_judged(few)]
+    return sort_findings(findings)
 
 
 def _cosines(distance: float, usual_distance: float) -> str:
@@ -711,15 +755,33 @@ def _outlier_finding(outliers: list[tuple[float, int, str]], num_clips: int) -> 
     return [Finding("speaker_outliers", severity, message, advice, len(outliers), examples, lines)]
 
 
-def _reference_finding(foreign: list[tuple[float, int, str]], num_rows: int) -> list[Finding]:
+def _reference_finding(foreign: list[tuple[float, str, ReferenceVoice]]) -> list[Finding]:
     if not foreign:
         return []
-    examples = [(line, note) for _, line, note in sorted(foreign, reverse=True)[:MAX_EXAMPLES]]
+    worst_first = sorted(foreign, key=lambda item: -item[0])
+    examples = [(reference.line, note) for _, note, reference in worst_first[:MAX_EXAMPLES]]
     message = f"the reference does not sound like the clips that it stands for: {examples[0][1]}"
     if len(foreign) > 1:
-        message = f"the references of {len(foreign)} speakers do not sound like their clips; worst is {examples[0][1]}"
+        message = (
+            f"{len(foreign)} references do not sound like the clips that they stand for; worst is {examples[0][1]}"
+        )
     advice = "Choose the reference among the speaker's own clips: it decides the voice from the first step on."
+    num_rows = sum(reference.num_rows for _, _, reference in foreign)
     return [Finding("reference_voice", "warning", message, advice, num_rows, examples)]
+
+
+def _not_judged(few: Mapping[str, list[int]]) -> list[Finding]:
+    """
+    Args:
+        few: speaker -> lines of the clips that were heard.
+    """
+    if not few:
+        return []
+    names = ", ".join(f'"{speaker}"' for speaker in list(few)[:MAX_EXAMPLES])
+    names += f" and {len(few) - MAX_EXAMPLES} others" if len(few) > MAX_EXAMPLES else ""
+    message = f"voices of {names} were not judged: fewer than {MIN_CLIPS_FOR_VOICE} clips"
+    advice = "Listen to the clips and the reference of these speakers yourself: there is too little to compare."
+    return [Finding("voices_not_judged", "info", message, advice, sum(map(len, few.values())))]
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

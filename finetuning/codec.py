@@ -45,7 +45,9 @@ class Codec:
         import torch
 
         padded = [pad_to_whole_frames(waveform) for waveform in waveforms]
-        with torch.backends.cudnn.flags(allow_tf32=False):  # a GPU's convolutions would round to 10 bits by default
+        cudnn = torch.backends.cudnn
+        kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+        with cudnn.flags(**kept, allow_tf32=False):  # a GPU's convolutions would round to 10 bits by default
             codes = self._tokenizer.encode(padded, sr=SAMPLE_RATE_HZ).audio_codes
         return [clip.cpu().numpy().astype(np.int16) for clip in codes]
 

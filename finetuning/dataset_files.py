@@ -19,14 +19,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetuning.console import say
 from finetuning.errors import UserError
 
 #: Metadata of an audiofolder.
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 #: Files that hold rows beside loose audio; the first of these that occurs is taken.
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+#: Files of those kinds that describe a dataset and hold no rows.
+DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 #: What counts as loose audio.
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff")
+#: Names with a split's word: nothing else in it but numbers (test_2, train-00000-of-00001) …
+_WHOLE = r"^{word}([-._ 0-9]+(of[-._ 0-9]+)?)?$"
+#: … and any other, as ``datasets`` takes them.
+_PART = r"(^|[-._ 0-9]){word}([-._ 0-9]|$)"
 #: <owner>/<name> or <name>.
 HUB_ID = r"\w[\w.-]*(/[\w.-]+)?"
 
@@ -153,7 +160,7 @@ def _walk(folder: Path) -> tuple[list[str], bool]:
 
 
 def _is_table(name: str) -> bool:
-    return name.lower().endswith(TABLE_SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(TABLE_SUFFIXES) and not name.startswith(".") and name not in DESCRIPTIONS
 
 
 def _is_metadata(file: str) -> bool:
@@ -165,18 +172,22 @@ def _group_tables(tables: Sequence[str], root: str, dataset_name: str) -> dict[s
 
     Args:
         tables: paths relative to ``root`` (a folder, or an hf:// address).
+
+    Raises:
+        UserError: there is no table, or one that may or may not belong to the split train that others name.
     """
     chosen = list(filter(_is_metadata, tables)) or tables
     by_suffix = [[table for table in chosen if table.lower().endswith(suffix)] for suffix in TABLE_SUFFIXES]
-    by_split: dict[str, list[str]] = {}
-    for table in next(filter(None, by_suffix), ()):
-        by_split.setdefault(_split_of(table), []).append(f"{root}/{table}")
-    if not by_split:
+    taken = next(filter(None, by_suffix), [])
+    if not taken:
         raise _no_transcripts(dataset_name)
-    unnamed = by_split.pop("", [])
-    if not by_split:
-        return {"train": _by_suffix(unnamed)}
-    return {split: _by_suffix(by_split[split]) for split in ("train", "validation", "test") if split in by_split}
+    by_split: dict[str, list[str]] = {}
+    for table, split in zip(taken, _splits_of(taken), strict=True):
+        by_split.setdefault(split, []).append(table)
+    if unnamed := by_split.pop("", []):
+        by_split["train"] = _train_tables(by_split.get("train", []), unnamed, dataset_name)
+    named = {split: by_split[split] for split in ("train", "validation", "test") if split in by_split}
+    return {split: _by_suffix([f"{root}/{table}" for table in files]) for split, files in named.items()}
 
 
 def _no_transcripts(dataset_name: str) -> UserError:
@@ -186,14 +197,65 @@ def _no_transcripts(dataset_name: str) -> UserError:
     )
 
 
-def _split_of(table: str) -> str:
-    """train, validation or test from a path's folders, then from its own name; "" where nothing tells."""
+def _train_tables(named: Sequence[str], unnamed: Sequence[str], dataset_name: str) -> list[str]:
+    """The tables of train: those so called; else those that name no split.
+
+    Raises:
+        UserError: both occur, in different folders. In one folder the others are lists of another kind, as in
+            Common Voice (validated.tsv beside train.tsv), and stay out.
+    """
+    if not named:
+        if doubtful := [table for table in unnamed if _split_of(table, in_folders=_PART)]:
+            say(f"{dataset_name}: {_some(doubtful)} taken for train; only a folder called just test or dev is no train")
+        return list(unnamed)
+    folders = {posixpath.dirname(table) for table in named}
+    beside = [table for table in unnamed if posixpath.dirname(table) in folders]
+    if elsewhere := [table for table in unnamed if table not in beside]:
+        raise _no_split_named(elsewhere, named, dataset_name)
+    say(f"{dataset_name}: {_some(beside)} left out, because {named[0]} beside it is the split train")
+    return list(named)
+
+
+def _no_split_named(unnamed: Sequence[str], train: Sequence[str], dataset_name: str) -> UserError:
+    folder, name = posixpath.split(unnamed[0])
+    advice = f"rename it to {posixpath.join(folder, f'train_{name}')} (or validation_, test_)"
+    if _is_metadata(name):
+        advice = "move it with its clips into a folder called train, validation or test"
+    return UserError(
+        f"DATASET_NAME: {dataset_name} has a split train ({train[0]}), and nothing tells the split of "
+        f"{_some(unnamed)}; {advice}, or take it away"
+    )
+
+
+def _some(tables: Sequence[str]) -> str:
+    return tables[0] if len(tables) == 1 else f"{tables[0]} and {len(tables) - 1} more"
+
+
+def _splits_of(tables: Sequence[str]) -> list[str]:
+    """train, validation or test for each table; "" where nothing tells.
+
+    A person's folder may be called dev-tom: only a folder train, train_2 or train-00000-of-00001 names a split. But
+    where each table has a name and some folder is called train-…, dev-… is the counterpart, as in LibriSpeech.
+    """
+    names = [_split_of(table, in_folders=_WHOLE) for table in tables]
+    loose = [name or _split_of(table, in_folders=_PART) for name, table in zip(names, tables, strict=True)]
+    newly_named = {new for name, new in zip(names, loose, strict=True) if not name}
+    return loose if "train" in newly_named and "" not in newly_named else names
+
+
+def _split_of(table: str, in_folders: str) -> str:
+    """The split that a path's folders name, the last one first, then its own name; "" where nothing tells.
+
+    Args:
+        in_folders: pattern of a folder's name, with {word} for a split's name.
+    """
     from datasets.data_files import SPLIT_KEYWORDS
 
     *folders, name = table.split("/")
-    for part in (*reversed(folders), posixpath.splitext(name)[0]):
+    parts = [(folder, in_folders) for folder in reversed(folders)] + [(posixpath.splitext(name)[0], _PART)]
+    for part, pattern in parts:
         for split, keywords in SPLIT_KEYWORDS.items():
-            if any(re.search(rf"(^|[-._ 0-9]){word}([-._ 0-9]|$)", part) for word in keywords):
+            if any(re.search(pattern.format(word=word), part) for word in keywords):
                 return str(split)
     return ""
 

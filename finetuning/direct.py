@@ -108,22 +108,40 @@ class DirectData:
     def _references(self, candidates: dict[str, list[int]]) -> dict[str, list[str]]:
         if (given := given_reference(self.settings)) is not None:
             return {name: [str(given.audio.resolve())] for name in candidates}
-        best = {name: self._best_clip(name, indices) for name, indices in candidates.items()}
+        references, best = {}, {}
+        for name, indices in candidates.items():
+            rows = list(rows_at(self.rows.split, indices))
+            # As in a JSONL: the rows' own references first, and one that is chosen for those that have none.
+            own = dict.fromkeys(row.other["ref_audio"] for row in rows if row.other.get("ref_audio"))
+            references[name] = [str(Path(path).resolve()) for path in own]
+            without = [row for row in rows if not row.other.get("ref_audio")]
+            if without and (chosen := self._best_clip(without)):
+                best[name] = chosen
         saved = save_references(self.rows.split, best, PrepareOptions.voices_folder)
-        return {name: [str(saved[name].audio.resolve())] for name in candidates}
+        for name, reference in saved.items():
+            references[name].append(str(reference.audio.resolve()))
+        return self._with_a_voice(references)
 
-    def _best_clip(self, speaker: str, indices: list[int]) -> Candidate:
+    def _best_clip(self, rows: list[SourceRow]) -> Candidate | None:
         found = []
-        for row in rows_at(self.rows.split, indices):
+        for row in rows:
             with contextlib.suppress(AudioError):
                 if self.rows.check(row) is None:
                     found.append(Candidate.of(measure_clip(load_audio(row.audio)), row.index, row.text))
-        if not found:
+        return max(found, default=None)
+
+    def _with_a_voice(self, references: dict[str, list[str]]) -> dict[str, list[str]]:
+        """Speakers that have a reference; rows of the others are left out of the stream."""
+        silent = [name for name, files in references.items() if not files]
+        if len(silent) == len(references):
             raise UserError(
-                f'speaker "{speaker}": none of its first {len(indices)} clips can be used as a reference; '
-                "set REF_AUDIO_PATH"
+                f"{self.rows.split.dataset_name}: none of the first {NUM_CANDIDATES} clips can be used as a reference; "
+                "set REF_AUDIO_PATH, or check the audio column"
             )
-        return max(found)
+        if silent:
+            names = ", ".join(silent[:5]) + (", …" if len(silent) > 5 else "")
+            say(f"{len(silent)} speakers are left out, because none of their first clips can be used: {names}")
+        return {name: files for name, files in references.items() if files}
 
     # ------------------------------------------------------------------------------------------------- validation
 

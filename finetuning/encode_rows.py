@@ -21,6 +21,7 @@ from finetuning.audio import audio_duration_seconds
 from finetuning.codec import FRAMES_PER_SECOND, codec_fingerprint
 from finetuning.console import say
 from finetuning.encoding import CHUNK_ROWS, ClipEncoder, EncodedChunk, EncodedClip, Progress
+from finetuning.errors import UserError
 from finetuning.manifest import (
     Rejections,
     Row,
@@ -32,7 +33,7 @@ from finetuning.manifest import (
     read_rows,
 )
 from finetuning.processes import Processes
-from finetuning.workspace import Digest, Tally, Workspace
+from finetuning.workspace import Digest, Tally, Workspace, was_forced
 
 #: A place in a file (byte of a JSONL, row of a chunk) and the file's number share one integer.
 _PLACES_PER_FILE = 1 << 44
@@ -63,19 +64,24 @@ def encode_jsonl(
     Args:
         max_rows: only the first so many usable rows.
         num_workers: processes that decode audio for this one.
-        force: encode again what has codes from an earlier run.
+        force: start over, and encode again what has codes from an earlier run.
         processes: those that share the work; all of them call this and return when the file is there.
 
     Raises:
         UserError: no rows, too many bad rows, clashing speakers, or an output that cannot be written.
     """
+    if output_jsonl.resolve() == input_jsonl.resolve():
+        raise UserError(f"{output_jsonl} is the input; name another --output_jsonl")
     processes = processes or Processes()
+    starts_over, force = force, force or was_forced(output_jsonl)
     job = _EncodeJob(input_jsonl, output_jsonl, codec_fingerprint(codec_folder), row_format, setting, max_rows, force)
     workspace = Workspace(output_jsonl, job.scan(), max_rows)
-    if force:
+    if starts_over:
         workspace.discard(processes)
-    elif workspace.is_current():
+    elif not force and workspace.is_current():
         return output_jsonl
+    elif output_jsonl != encoded_path(input_jsonl, max_rows):  # that name is nobody else's
+        workspace.check_is_ours("--mode encode")
     encoder = ClipEncoder(codec_folder, device, num_workers, max_clips_per_batch)
     with workspace.opened():
         job.encode_missing(workspace, encoder, processes)
@@ -141,7 +147,7 @@ class _EncodeJob:
 
     def encode_missing(self, workspace: Workspace, encoder: ClipEncoder, processes: Processes) -> None:
         """Encodes this process's chunks that have no file yet."""
-        mine = [number for number in workspace.missing() if number % processes.count == processes.index]
+        mine = workspace.missing(range(processes.index, len(workspace.digests), processes.count))
         if not mine:
             return
         files = [encoded_path(self.input_jsonl), self.output_jsonl, *workspace.leftovers()]
@@ -269,7 +275,7 @@ class EarlierCodes:
         self._files = [file for file in dict.fromkeys(files) if file.is_file()]
         keys, places, paths = array("q"), array("q"), array("q")
         for number, file in enumerate(self._files):
-            for position, source in _sources(file):
+            for position, source in recorded_sources(file):
                 keys.append(hash(source))
                 places.append(number * _PLACES_PER_FILE + position)
                 paths.append(hash(source.audio))
@@ -299,7 +305,7 @@ def _is_in(key: int, sorted_keys: np.ndarray) -> bool:
     return bool(at < len(sorted_keys) and sorted_keys[at] == key)
 
 
-def _sources(file: Path) -> Iterator[tuple[int, Source]]:
+def recorded_sources(file: Path) -> Iterator[tuple[int, Source]]:
     """(place, source) of every row of a result or a chunk file that says its source."""
     if file.suffix == ".safetensors":
         for position, record in enumerate(EncodedChunk.load(file).records):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from finetuning.audio import Audio, AudioError, audio_duration_seconds, load_audio
@@ -244,10 +245,22 @@ class EncodedChunk:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same chunk
         try:
-            unfinished.write_bytes(save(arrays))
+            with unfinished.open("wb") as stream:
+                stream.write(save(arrays))
+                stream.flush()
+                os.fsync(stream.fileno())
             unfinished.rename(path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load_valid(cls, path: Path) -> EncodedChunk | None:
+        """Reads a chunk that may be missing, damaged, or made of clips that were replaced since; then None."""
+        try:
+            chunk = cls.load(path)
+        except (OSError, ValueError, KeyError, SafetensorError):
+            return None
+        return None if any(clip_has_changed(record.get("codes_source")) for record in chunk.records) else chunk
 
     @classmethod
     def load(cls, path: Path) -> EncodedChunk:
@@ -259,6 +272,17 @@ class EncodedChunk:
         ends = np.cumsum(arrays["num_codec_frames"])
         codes = np.split(arrays["codes"], ends[:-1]) if len(ends) else []
         return cls(text["records"], codes, text["rejected"])
+
+
+def clip_has_changed(source: Any) -> bool:
+    """Whether a row's ``codes_source`` names a clip that is there and is another one now."""
+    if not isinstance(source, dict) or not source.get("audio"):
+        return False
+    try:
+        status = os.stat(source["audio"])
+    except OSError:
+        return False  # codes outlive their audio
+    return (status.st_size, status.st_mtime_ns) != (source.get("num_bytes"), source.get("modified_ns"))
 
 
 # --------------------------------------------------------------------------------------------------------- progress

@@ -176,7 +176,8 @@ class HFDirectDataLoader(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """The next pass is that epoch's: from its first row, or from where ``load_state_dict`` put it."""
         if epoch != self._start.epoch:
-            self._start = self._position = Position(epoch)
+            self._start = Position(epoch)
+        self._position = self._start
 
     def state_dict(self) -> dict[str, int]:
         """The position: epoch, and rows of this process that were consumed in it."""
@@ -244,7 +245,7 @@ class StreamLoader:
         return -(-len(self.dataset) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Starts that epoch from its first row."""
+        """The next pass is that epoch's; see ``HFDirectDataLoader.set_epoch``."""
         self.dataset.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, int]:

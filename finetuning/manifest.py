@@ -294,52 +294,62 @@ def _path(raw: dict, key: str, folder: Path) -> Path | None:
 
 
 @dataclass
-class Rejections:
-    """Bad rows of one file: counted, listed, and fatal when they are too many."""
+class Tally:
+    """Good and bad rows, counted; only the first few bad ones are remembered, without their content.
 
-    file: Path
-    rows: list[tuple[int, str, str]] = field(default_factory=list)  # (line number, reason, the line)
+    Attributes:
+        first: "file", "line" and "reason" of the first NUM_SHOWN bad rows.
+    """
+
     num_good: int = 0
+    num_bad: int = 0
+    first: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, number: int, reason: str, line: str) -> None:
-        self.rows.append((number, reason, line.rstrip("\n")))
+    def add(self, num_good: int, rejected: Sequence[dict[str, Any]]) -> None:
+        """Counts rows.
 
-    @property
-    def num_bad(self) -> int:
-        return len(self.rows)
-
-    def check(self, list_file: Path) -> None:
-        """Writes the list of bad rows to ``list_file``, or stops when they are more than a tenth.
-
-        Raises:
-            UserError
+        Args:
+            rejected: bad rows, see ``rejected_record``.
         """
-        if not self.rows:
-            list_file.unlink(missing_ok=True)  # of an earlier run
-            return
-        self.check_share()
-        list_file.parent.mkdir(parents=True, exist_ok=True)
-        with list_file.open("w", encoding="utf-8") as stream:
-            for number, reason, line in self.rows:
-                stream.write(self.record(number, reason, line))
-        say(f"skipped {self.describe()}\n  listed in {list_file}")
+        self.num_good += num_good
+        self.num_bad += len(rejected)
+        free = NUM_SHOWN - len(self.first)
+        self.first += [{key: bad[key] for key in ("file", "line", "reason")} for bad in rejected[:free]]
 
-    def check_share(self) -> None:
-        """Stops when more than a tenth of the rows is bad."""
-        if self.num_bad > MAX_BAD_SHARE * (self.num_good + self.num_bad):
-            raise UserError(self.describe("cannot be used"))
+    def check_share(self, total: int | None = None) -> None:
+        """Stops when more than a tenth of the rows (of ``total``, where more are to come) is bad."""
+        if self.num_bad > MAX_BAD_SHARE * (total or self.num_good + self.num_bad):
+            raise UserError(self.summary("cannot be used"))
 
-    def record(self, number: int, reason: str, line: str) -> str:
-        """One line of the list."""
-        record = {"file": str(self.file), "line": number, "reason": reason, "row": line}
-        return json.dumps(record, ensure_ascii=False) + "\n"
-
-    def describe(self, verdict: str = "") -> str:
-        """How many there are, and what is wrong with the first."""
-        shown = [f"  {self.file} line {number}: {reason}" for number, reason, _ in self.rows[:NUM_SHOWN]]
-        more = [f"  … and {self.num_bad - NUM_SHOWN} more"] if self.num_bad > NUM_SHOWN else []
+    def summary(self, verdict: str = "") -> str:
+        """The count, and what is wrong with the first few."""
+        shown = [f"  {bad['file']} line {bad['line']}: {bad['reason']}" for bad in self.first]
+        more = [f"  … and {self.num_bad - len(shown)} more"] if self.num_bad > len(shown) else []
         heading = f"{self.num_bad} of {self.num_good + self.num_bad} rows {verdict}".rstrip()
         return "\n".join([f"{heading}:", *shown, *more])
+
+
+def rejected_record(jsonl: Path, number: int, reason: str, line: str) -> dict[str, Any]:
+    """One bad row as the lists of bad rows hold it."""
+    return {"file": str(jsonl), "line": number, "reason": reason, "row": line.rstrip("\n")}
+
+
+class Rejections(Tally):
+    """The former name of ``Tally``, for callers that want a list of the rows."""
+
+    def __init__(self, file: Path, num_good: int = 0) -> None:
+        super().__init__(num_good)
+        self.file = file
+        self.rows: list[tuple[int, str, str]] = []  # (line number, reason, "")
+
+    def add(self, num_good: int, rejected: Sequence[dict[str, Any]]) -> None:
+        super().add(num_good, rejected)
+        self.rows += [(bad["line"], bad["reason"], "") for bad in rejected]
+
+    def check(self, list_file: Path) -> None:
+        self.check_share()
+        if self.num_bad:
+            say(f"skipped {self.summary()}")
 
 
 def check_speaker_names(names: dict[str, tuple[Path, int]]) -> None:
@@ -363,26 +373,26 @@ def read_rows(
     jsonl: Path,
     setting: str,
     row_format: RowFormat,
-    rejections: Rejections,
+    tally: Tally,
     *,
     needs_codes: bool,
     max_rows: int | None = None,
     quick: bool = False,
 ) -> Iterator[Row]:
-    """The usable rows of a file, at most ``max_rows``; the others go to ``rejections``, which counts both.
+    """The usable rows of a file, at most ``max_rows``; the others go to ``tally``, which counts both.
 
     Args:
         quick: see ``parse_row``.
     """
     for number, line in read_lines(jsonl, setting):
-        if max_rows is not None and rejections.num_good >= max_rows:
+        if max_rows is not None and tally.num_good >= max_rows:
             return
         try:
             row = parse_row(line, number, jsonl.parent, row_format, needs_codes, quick)
         except RowError as error:
-            rejections.add(number, str(error), line)
+            tally.add(0, [rejected_record(jsonl, number, str(error), line)])
             continue
-        rejections.num_good += 1
+        tally.num_good += 1
         yield row
 
 

@@ -92,15 +92,8 @@ def mend(
     Raises:
         UserError: an output exists, cannot be written or would have no rows; or the loudness is out of range.
     """
-    audio_folder = output_jsonl.with_name(f"{output_jsonl.stem}_audio")
-    low, high = LOUDNESS_RANGE_LUFS
-    if target_loudness_lufs is not None and not low <= target_loudness_lufs <= high:
-        raise UserError(
-            f"a loudness of {target_loudness_lufs:g} LUFS is not speech; choose one from {low:g} to {high:g}"
-        )
-    for path in (output_jsonl, audio_folder):
-        if path.exists():
-            raise UserError(f"{path} exists; mended data goes to new files only: choose another name or remove it")
+    check_mending(output_jsonl, target_loudness_lufs)
+    audio_folder = _audio_folder(output_jsonl)
     unfinished_jsonl = output_jsonl.with_name(output_jsonl.name + ".tmp")
     unfinished_audio = audio_folder.with_name(audio_folder.name + ".tmp")
     summary = MendSummary()
@@ -129,6 +122,26 @@ def mend(
             unfinished_jsonl.unlink(missing_ok=True)
         shutil.rmtree(unfinished_audio, ignore_errors=True)
     return summary
+
+
+def check_mending(output_jsonl: Path, target_loudness_lufs: float | None = None) -> None:
+    """Whether ``mend`` can begin; asked before hours of reading.
+
+    Raises:
+        UserError: an output exists, or the loudness is out of range.
+    """
+    low, high = LOUDNESS_RANGE_LUFS
+    if target_loudness_lufs is not None and not low <= target_loudness_lufs <= high:
+        raise UserError(
+            f"a loudness of {target_loudness_lufs:g} LUFS is not speech; choose one from {low:g} to {high:g}"
+        )
+    for path in (output_jsonl, _audio_folder(output_jsonl)):
+        if path.exists():
+            raise UserError(f"{path} exists; mended data goes to new files only: choose another name or remove it")
+
+
+def _audio_folder(output_jsonl: Path) -> Path:
+    return output_jsonl.with_name(f"{output_jsonl.stem}_audio")
 
 
 def _kept(rows: Iterable[Row], drop_lines: set[int] | frozenset[int], summary: MendSummary) -> Iterator[Row]:

@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ import numpy as np
 from finetuning.audio import Audio, audio_suffix
 from finetuning.codec import codec_fingerprint
 from finetuning.console import say
-from finetuning.encode_rows import Source
-from finetuning.encoding import CHUNK_ROWS, ClipEncoder, EncodedChunk, EncodedClip, Progress
+from finetuning.encode_rows import Source, recorded_sources
+from finetuning.encoding import CHUNK_ROWS, ClipEncoder, EncodedChunk, EncodedClip, Progress, clip_has_changed
 from finetuning.errors import UserError
-from finetuning.manifest import RowError, RowFormat, check_fields
+from finetuning.manifest import RowError, RowFormat, check_fields, check_speaker_names
 from finetuning.processes import Processes
 from finetuning.quality import reference_score
 from finetuning.source import SourceRow, Split
@@ -33,6 +33,8 @@ from finetuning.workspace import Digest, Tally, Workspace, disk_errors, read_sta
 REFERENCE_SECONDS = (3.0, 30.0)
 #: … and among these, if there are any.
 BEST_REFERENCE_SECONDS = (5.0, 10.0)
+#: Saved clips get this time (2000-01-01), so that a file is the same whenever it was made; an edited clip has another.
+SAVED_AUDIO_TIME_NS = 946_684_800 * 10**9
 #: Keys that a prepared row gets; a column of that name gives way.
 RESERVED_KEYS = ("audio_codes", "codes_source", "measures", "dataset_index")
 
@@ -93,15 +95,18 @@ def prepare_split(
     rows = DatasetRows(split, row_format, codec_id, options.max_rows, audio_folder)
     digests = [Digest(rows.digest(), rows.num_rows_in([number])).hex() for number in range(rows.num_chunks)]
     made_of = [options.reference, sorted(references.items()), options.chooses_references]
-    workspace = Workspace(output_jsonl, digests, options.max_rows, made_of)
+    is_part = split.num_rows is None or rows.num_rows < split.num_rows
+    workspace = Workspace(output_jsonl, digests, options.max_rows if is_part else None, made_of)
     if options.force:
         workspace.discard(processes)
-    elif workspace.is_current():
+    elif workspace.is_current() and _still_holds(output_jsonl):
         say(f"{output_jsonl} is up to date")
         references |= _references_of(output_jsonl)
         return output_jsonl
     else:
-        _check_is_ours(output_jsonl)
+        workspace.check_is_ours("--mode prepare")
+        if output_jsonl.is_file():
+            say(f"{output_jsonl} was made from other data or settings; it is made again")
     encoder = ClipEncoder(codec_folder, options.device, options.num_workers, options.max_clips_per_batch)
     with workspace.opened():
         _encode_missing(rows, workspace, encoder, processes)
@@ -110,7 +115,7 @@ def prepare_split(
             finisher = _Finisher(rows, output_jsonl, options, references)
             finisher.choose(workspace.chunks())
             note = {name: [str(known.audio), known.text] for name, known in finisher.references.items()}
-            workspace.assemble(finisher.finish, {"references": note})
+            workspace.assemble(finisher.finish, {"references": note, "dataset": split.dataset_name})
         processes.wait()
     references |= _references_of(output_jsonl)
     return output_jsonl
@@ -122,29 +127,31 @@ def _references_of(output_jsonl: Path) -> dict[str, Reference]:
     return {name: Reference(Path(audio), text) for name, (audio, text) in noted.items()}
 
 
-def _check_is_ours(output_jsonl: Path) -> None:
-    if not output_jsonl.is_file():
-        return
-    if read_stamp(output_jsonl) is None:
-        raise UserError(
-            f"{output_jsonl} exists and was not made by --mode prepare, or was changed since; move it away, choose "
-            "another --output_jsonl, or replace it with --force"
-        )
-    say(f"{output_jsonl} was made from other data or settings; it is made again")
+def _still_holds(output_jsonl: Path) -> bool:
+    """Whether the references and the clips that a finished file was made of are there and the same."""
+    if not all(reference.audio.is_file() for reference in _references_of(output_jsonl).values()):
+        return False
+    sources = (dataclasses.asdict(source) for _, source in recorded_sources(output_jsonl))
+    # Clips that a dataset embeds have no file, and one row tells it for all.
+    from_files = takewhile(lambda source: source["audio"] is not None, sources)
+    return not any(map(clip_has_changed, from_files))
 
 
 def _encode_missing(rows: DatasetRows, workspace: Workspace, encoder: ClipEncoder, processes: Processes) -> None:
     """Encodes those of this process's chunks that have no file yet; they are neighbours, so it reads only its part."""
-    mine = set(np.array_split(np.arange(rows.num_chunks), processes.count)[processes.index].tolist())
-    missing = [number for number in workspace.missing() if number in mine]
+    mine = np.array_split(np.arange(rows.num_chunks), processes.count)[processes.index].tolist()
+    missing = workspace.missing(mine)
     if len(missing) < len(mine):
         say(f"going on: {len(mine) - len(missing)} of {len(mine)} chunks of {CHUNK_ROWS} rows are done already")
-    tally = Tally()
+    tally, speakers = Tally(), {}
     with Progress(rows.num_rows_in(missing), f"prepare {rows.split.name}", processes.is_main) as progress:
         for number, chunk, _ in encode_chunks(rows, missing, encoder, progress=progress):
             workspace.save(number, chunk)
             tally.add(len(chunk.records), chunk.rejected)
             tally.check_share(rows.num_rows)  # does not wait for the rest where no rest could help
+            for record in chunk.records:
+                speakers.setdefault(rows.speaker(record), (Path(rows.split.dataset_name), record["dataset_index"] + 1))
+            check_speaker_names(speakers)
 
 
 # ------------------------------------------------------------------------------------------- a dataset's rows as ours
@@ -173,7 +180,7 @@ class DatasetRows:
         if known is None and self.max_rows is None:
             raise UserError(
                 f"{self.split.dataset_name}: the number of rows of split {self.split.name} is not recorded anywhere; "
-                "say how many to use: --max_samples or MAX_TRAIN_SAMPLES"
+                "say how many to use (--max_samples; in training MAX_TRAIN_SAMPLES)"
             )
         return min(known if known is not None else self.max_rows, self.max_rows or known)
 
@@ -236,8 +243,10 @@ class DatasetRows:
         if self.audio_folder is None:
             return None
         path = self.audio_folder / f"{row.index:08d}{audio_suffix(row.audio)}"
-        if not path.is_file() or path.stat().st_size != len(row.audio):
-            _write_bytes(path, row.audio)
+        with disk_errors(path):
+            if not path.is_file() or path.read_bytes() != row.audio:
+                _write_bytes(path, row.audio)
+            os.utime(path, ns=(SAVED_AUDIO_TIME_NS, SAVED_AUDIO_TIME_NS))
         return str(path.relative_to(self.audio_folder.parent))
 
 
@@ -371,11 +380,10 @@ def save_references(split: Split, chosen: dict[str, Candidate], voices_folder: P
     saved = {}
     for speaker, candidate in sorted(chosen.items(), key=lambda item: item[1].index):
         row = next(split.rows(candidate.index, candidate.index + 1))
-        content = row.audio if isinstance(row.audio, bytes) else row.audio.read_bytes()
         name = f"{folder_name(Path(split.dataset_name).name)}-{folder_name(split.name)}-{candidate.index}"
         path = voices_folder / folder_name(speaker) / f"{name}{audio_suffix(row.audio)}"
         with disk_errors(path):
-            _write_bytes(path, content)
+            _write_bytes(path, row.audio if isinstance(row.audio, bytes) else row.audio.read_bytes())
             _write_bytes(path.with_suffix(".txt"), f"{candidate.text}\n".encode())
         saved[speaker] = Reference(path, candidate.text)
         remark = "" if candidate.fits == 2 else "; a clean one of 5-10 s would be better (REF_AUDIO_PATH)"

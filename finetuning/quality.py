@@ -57,6 +57,10 @@ FULL_BAND_HZ = SAMPLE_RATE_HZ / 2
 LOUDNESS_STEP_SECONDS, LOUDNESS_STEPS_PER_BLOCK = 0.1, 4
 LOUDNESS_GATE_LUFS, LOUDNESS_RELATIVE_GATE_LU = -70.0, -10.0
 
+#: A reference is chosen among clips of this length …
+REFERENCE_SECONDS = (3.0, 30.0)
+#: … and among these, if there are any.
+BEST_REFERENCE_SECONDS = (5.0, 10.0)
 #: Further signal-to-noise than this is not heard, so it does not make a better reference.
 MAX_USEFUL_SNR_DB = 50.0
 #: What a reference loses, in dB: for a thousandth of clipped samples (up to this), …

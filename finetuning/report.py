@@ -128,9 +128,9 @@ def print_table(findings: Sequence[Finding], figures: DataFigures) -> str:
         if finding.severity != "info":
             advice = textwrap.wrap(f"→ {finding.advice}", max(40, TABLE_WIDTH - indent), subsequent_indent="  ")
             lines += [" " * indent + line for line in advice]
-            if finding.examples:
-                line, note = finding.examples[0]
-                lines.append(" " * indent + _printable(f"  e.g. line {line}: {note}"))
+        if finding.examples:
+            line, note = finding.examples[0]
+            lines.append(" " * indent + _printable(f"  e.g. line {line}: {note}"))
     return "\n".join([*lines, "", verdict(findings)])
 
 

@@ -16,10 +16,11 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ from finetuning.console import say
 from finetuning.errors import UserError
 from finetuning.manifest import (
     NUM_SHOWN,
-    Rejections,
     Row,
     RowError,
     RowFormat,
+    Tally,
     check_is_file,
     check_speaker_names,
     parse_row,
@@ -50,12 +51,16 @@ INDEX_VERSION = 1
 ROWS_PER_BATCH = 256
 #: A build that another machine began is given up when nothing was written for so long.
 ABANDONED_SECONDS = 24 * 3600.0
+#: So far may the clocks of a disk and of this machine lie apart.
+CLOCK_SKEW_SECONDS = 60.0
+#: Other processes may build or remove the same index at any moment; what they get in the way of is tried so often.
+MAX_TRIES = 10
 #: So many different speaker_id values are counted; more are "more than".
 MAX_SPEAKER_IDS = 1000
 
 _TEXT_COLUMNS = ("text", "language", "speaker", "instruct", "audio", "ref_audio", "ref_text", "codes_codec", "measures")
 _INT64_COLUMNS = ("line", "audio_bytes", "audio_modified_ns")
-_UNFINISHED = re.compile(r"\.building-(?P<host>.+)-(?P<process>\d+)(-old)?")
+_TEMPORARY = re.compile(r"\.building-(?P<host>.+)-(?P<process>\d+)-[0-9a-f]{8}")
 
 
 class RowStop(Exception):
@@ -271,24 +276,33 @@ def open_rows(
     """
     check_is_file(jsonl, setting)
     request = _Request(jsonl, row_format, max_rows, needs_codes, spare_folder)
-    found = _find(request) or _build(request, setting, stop_at)
-    _tell(found, rejected_file)
-    return Manifest(found / "rows.arrow")
+    for tries_left in reversed(range(MAX_TRIES)):
+        found = _find(request) or _build(request, setting, stop_at)
+        try:
+            manifest = Manifest(found / "rows.arrow")
+            _tell(found, rejected_file)
+            break
+        except FileNotFoundError:  # another process has just put its own in this one's place
+            if not tries_left:
+                raise
+    return manifest
 
 
 def _find(request: _Request) -> Path | None:
-    return next((folder for folder in request.folders if _is_whole(folder) and not _is_mended(folder, request)), None)
+    return next((folder for folder in request.folders if _is_current(folder, request)), None)
+
+
+def _is_current(folder: Path, request: _Request) -> bool:
+    try:
+        return _is_whole(folder) and not _is_mended(folder, request)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _is_whole(folder: Path) -> bool:
     """False for an index that somebody took files from or cut off."""
-    try:
-        summary = _read_summary(folder)
-        return (
-            summary["arrow_bytes"] == (folder / "rows.arrow").stat().st_size and (folder / "rejected.jsonl").is_file()
-        )
-    except (OSError, ValueError, KeyError):
-        return False
+    num_bytes = _read_summary(folder)["arrow_bytes"]
+    return num_bytes == (folder / "rows.arrow").stat().st_size and (folder / "rejected.jsonl").is_file()
 
 
 def _is_mended(folder: Path, request: _Request) -> bool:
@@ -318,7 +332,12 @@ def _tell(folder: Path, rejected_file: Path | None) -> None:
         rejected_file.unlink(missing_ok=True)  # of an earlier run
     elif rejected_file is not None:
         rejected_file.parent.mkdir(parents=True, exist_ok=True)
-        listed = Path(shutil.copyfile(listed, rejected_file))
+        copy = rejected_file.with_name(f".{rejected_file.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            shutil.copyfile(listed, copy)
+            listed = copy.replace(rejected_file)
+        finally:
+            copy.unlink(missing_ok=True)
     for note in summary["notes"]:
         say(note)
     if summary["skipped"]:
@@ -332,25 +351,19 @@ def _read_summary(folder: Path) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------- building indexes
 
 
-class _ListedRejections(Rejections):
-    """Bad rows that go to a list on disk as they come; only the first few are kept."""
+class _ListedTally(Tally):
+    """Bad rows go to a list on disk as they come."""
 
-    def __init__(self, jsonl: Path, list_file: Path, stops: bool) -> None:
-        super().__init__(jsonl)
+    def __init__(self, list_file: Path, stops: bool) -> None:
+        super().__init__()
         self._stream = list_file.open("w", encoding="utf-8")
-        self._stops, self._num_bad = stops, 0
+        self._stops = stops
 
-    @property
-    def num_bad(self) -> int:
-        return self._num_bad
-
-    def add(self, number: int, reason: str, line: str) -> None:
-        if self._stops and _lacks_codes(line):
+    def add(self, num_good: int, rejected: Sequence[dict[str, Any]]) -> None:
+        if self._stops and any(_lacks_codes(bad["row"]) for bad in rejected):
             raise RowStop
-        self._num_bad += 1
-        self._stream.write(self.record(number, reason, line.rstrip("\n")))
-        if len(self.rows) < NUM_SHOWN:
-            super().add(number, reason, line)
+        self._stream.writelines(json.dumps(bad, ensure_ascii=False) + "\n" for bad in rejected)
+        super().add(num_good, rejected)
 
     def close(self) -> None:
         self._stream.close()
@@ -386,13 +399,13 @@ class _Facts:
         if row.audio is not None and len(self.missing_audio) < NUM_SHOWN and not row.audio.exists():
             self.missing_audio.append(str(row.audio))
 
-    def check(self, rejections: Rejections, setting: str) -> None:
+    def check(self, tally: Tally, jsonl: Path, setting: str) -> None:
         """Raises UserError for rows that are not worth training on."""
-        rejections.check_share()
+        tally.check_share()
         check_speaker_names(self.speakers)
-        if rejections.num_good > 1 and self.same_codes:
+        if tally.num_good > 1 and self.same_codes:
             raise UserError(
-                f"{setting}: all {rejections.num_good} rows of {rejections.file} have the same codes, so there is "
+                f"{setting}: all {tally.num_good} rows of {jsonl} have the same codes, so there is "
                 "nothing to learn; encode the audio again (data_processing.py --mode encode --force)"
             )
 
@@ -410,56 +423,96 @@ def _build(request: _Request, setting: str, stop_at: Callable[[Row], bool] | Non
     """Builds the index under a temporary name and gives it its own; returns its folder."""
     jsonl, stamp = request.jsonl, file_stamp(request.jsonl)
     folder, unfinished = _make_folder(request, setting)
-    replaced = unfinished.with_name(f"{unfinished.name}-old")
     try:
         _write_index(request, setting, stop_at, unfinished)
         if file_stamp(jsonl) != stamp:
             raise UserError(f"{setting}: {jsonl} was changed while it was read; start again when it is complete")
-        if folder.exists():
-            folder.rename(replaced)
-        unfinished.rename(folder)
+        _put_in_place(unfinished, folder, request)
         _remove_outdated(folder)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{setting}: cannot write the index of {jsonl} to {folder.parent}: {reason}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
         remove_empty_folders(folder.parent, folder.parent.parent)
     return folder
+
+
+def _put_in_place(unfinished: Path, folder: Path, request: _Request) -> None:
+    """Gives a finished index its name, unless another process was faster and its index is there.
+
+    Raises:
+        OSError
+    """
+    for tries_left in reversed(range(MAX_TRIES)):
+        try:
+            unfinished.rename(folder)
+            return
+        except OSError:  # a folder is there, or the disk refuses
+            if _is_current(folder, request):
+                return
+            if not tries_left:
+                raise
+        replaced = _temporary_name(folder)
+        with contextlib.suppress(FileNotFoundError):  # another process has just moved it away
+            folder.rename(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _temporary_name(folder: Path) -> Path:
+    """A name beside the index that no other build has, and that says whose it is."""
+    return folder.with_name(f".building-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _make_folder(request: _Request, setting: str) -> tuple[Path, Path]:
     """The index's folder-to-be, and an empty one beside it with a temporary name."""
     problems = []
     for folder in request.folders:
-        unfinished = folder.with_name(f".building-{socket.gethostname()}-{os.getpid()}")
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(folder.parent)
-            unfinished.mkdir()
-            return folder, unfinished
+            return folder, _make_temporary(folder)
         except OSError as error:
             problems.append(f"{folder.parent} ({error.strerror})")
     raise UserError(f"{setting}: the index of {request.jsonl} can be written neither to {' nor to '.join(problems)}")
 
 
+def _make_temporary(folder: Path) -> Path:
+    unfinished = _temporary_name(folder)
+    for tries_left in reversed(range(MAX_TRIES)):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(folder.parent)
+            unfinished.mkdir()
+            break
+        except (FileNotFoundError, FileExistsError):  # a build that was refused removes the empty folder behind it
+            if not tries_left:
+                raise
+    return unfinished
+
+
 def _remove_abandoned(folder: Path) -> None:
     """Removes what builds that were killed left behind."""
     for entry in folder.iterdir():
-        if (match := _UNFINISHED.fullmatch(entry.name)) and _is_abandoned(entry, match["host"], int(match["process"])):
+        if (match := _TEMPORARY.fullmatch(entry.name)) and _is_abandoned(entry, match["host"], int(match["process"])):
             shutil.rmtree(entry, ignore_errors=True)
 
 
 def _is_abandoned(entry: Path, host: str, process: int) -> bool:
     import psutil
 
-    # A container's processes get the same numbers at every start, this one's too.
-    if host == socket.gethostname() and (process == os.getpid() or not psutil.pid_exists(process)):
-        return True
-    with contextlib.suppress(OSError):  # it may just be finished
-        return time.time() - max(file.stat().st_mtime for file in [entry, *entry.iterdir()]) > ABANDONED_SECONDS
-    return False
+    try:
+        last_write = max(file.stat().st_mtime for file in [entry, *entry.iterdir()])
+    except OSError:  # it was just finished
+        return False
+    if host == socket.gethostname():
+        try:
+            # A container's processes get the same numbers at every start: the builder may be one from before.
+            if last_write < psutil.Process(process).create_time() - CLOCK_SKEW_SECONDS:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.AccessDenied:
+            pass
+    return time.time() - last_write > ABANDONED_SECONDS
 
 
 def _remove_outdated(folder: Path) -> None:
@@ -480,17 +533,14 @@ def _write_index(request: _Request, setting: str, stop_at: Callable[[Row], bool]
     jsonl, facts = request.jsonl, _Facts()
     # With stop_at a row without codes must be told from a bad one, so it is not refused for that.
     needs_codes = request.needs_codes and stop_at is None
-    with contextlib.closing(_ListedRejections(jsonl, folder / "rejected.jsonl", stop_at is not None)) as rejections:
+    with contextlib.closing(_ListedTally(folder / "rejected.jsonl", stop_at is not None)) as tally:
         read = {"needs_codes": needs_codes, "max_rows": request.max_rows, "quick": True}
-        rows = read_rows(jsonl, setting, request.row_format, rejections, **read)
+        rows = read_rows(jsonl, setting, request.row_format, tally, **read)
         rows = tqdm(rows, desc=f"index {jsonl.name}", unit="row", disable=None)  # off where there is no terminal
         _write_rows(_noted(rows, facts, jsonl, stop_at), folder / "rows.arrow")
-    facts.check(rejections, setting)
+    facts.check(tally, jsonl, setting)
     summary = {
-        "file": str(jsonl),
-        "num_rows": rejections.num_good,
-        "num_rejected": rejections.num_bad,
-        "skipped": rejections.describe() if rejections.num_bad else "",
+        "skipped": tally.summary() if tally.num_bad else "",
         "notes": facts.notes(jsonl),
         "missing_audio": facts.missing_audio,
         "arrow_bytes": (folder / "rows.arrow").stat().st_size,

@@ -9,6 +9,7 @@ What a split holds in memory does not grow with its rows.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import posixpath
 import sys
@@ -37,9 +38,8 @@ AUDIO_TIERS = (
 LANGUAGE_TIERS = (("language",), ("lang",), ("locale",))
 #: Only this name: a speaker_id is often no name to speak with, so SPEAKER_COLUMN must ask for it.
 SPEAKER_TIERS = (("speaker",),)
-
-#: Metadata of an audiofolder.
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+#: A path column beside the audio, and the words of its clip.
+REFERENCE, REFERENCE_TEXT = "ref_audio", "ref_text"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class SourceRow:
         audio: a file on disk (it may be missing), or the encoded bytes (wav, flac, mp3, ogg); None: the row has none.
         audio_name: what the dataset calls the clip, for messages and for names of saved files.
         text, speaker, language: values of the chosen columns; None where there is no such column or value.
-        other: all remaining columns, JSON-able; audio, images and other bytes are left out.
+        other: all remaining columns, JSON-able; audio, images and other bytes are left out. ``ref_audio`` is the
+            absolute path of an existing file, or absent with its ``ref_text``; None stays None.
     """
 
     index: int
@@ -100,6 +101,7 @@ class Split:
         chosen = {columns.text, columns.audio, columns.speaker, columns.language}
         self._other = [key for key, kind in reader.kinds.items() if key not in chosen and kind not in BLOB_KINDS]
         self._wanted = [key for key in reader.kinds if key in chosen] + self._other
+        self._has_said_reference = False
 
     @property
     def num_rows(self) -> int | None:
@@ -136,7 +138,22 @@ class Split:
             self._value(record, name) for name in (self.columns.text, self.columns.speaker, self.columns.language)
         )
         other = {name: _jsonable(self._value(record, name)) for name in self._other if name in record}
-        return SourceRow(index, audio, audio_name, text, speaker, language, other)
+        return SourceRow(index, audio, audio_name, text, speaker, language, self._with_reference(other, index, folder))
+
+    def _with_reference(self, other: dict[str, Any], index: int, folder: str) -> dict[str, Any]:
+        """The row's ``ref_audio`` resolved as its audio is; one that is no file here goes, with its ``ref_text``."""
+        value = other.get(REFERENCE)
+        if value is None:
+            return other
+        if (path := _local_file(value, folder)) is not None:
+            return other | {REFERENCE: path}
+        if not self._has_said_reference:
+            self._has_said_reference = True
+            say(
+                f"{_where(self.dataset_name, self.name)}: {REFERENCE} of row {index + 1} ({str(value)[:100]}) is no "
+                "file on this machine; it and others like it are left out, as if the column were empty there"
+            )
+        return {key: kept for key, kept in other.items() if key not in (REFERENCE, REFERENCE_TEXT)}
 
     def _value(self, record: dict[str, Any], name: str | None) -> Any:
         """A value of a column; class labels are stored as numbers and become their names."""
@@ -304,6 +321,16 @@ def _locate(name: str, folder: str) -> Path | _Url:
         return beside if given.is_absolute() or beside.exists() or not given.exists() else given
     except (OSError, RuntimeError, ValueError):  # too long, the home folder of nobody, a zero byte
         return Path(name.replace("\0", "?"))
+
+
+def _local_file(value: Any, folder: str) -> str | None:
+    """The absolute path of the existing file that a value names."""
+    name = value.strip() if isinstance(value, str) else ""
+    if not name or isinstance(path := _locate(name, folder), _Url):
+        return None
+    with contextlib.suppress(OSError):  # too long
+        return str(path.absolute()) if path.is_file() else None
+    return None
 
 
 def _with_audio(row: SourceRow) -> SourceRow:

@@ -22,7 +22,7 @@ from finetuning.audio import SAMPLE_RATE_HZ, AudioError, load_audio
 from finetuning.codec import FRAMES_PER_SECOND
 from finetuning.console import say
 from finetuning.errors import UserError
-from finetuning.quality import cleanliness_db
+from finetuning.quality import BEST_REFERENCE_SECONDS, REFERENCE_SECONDS, cleanliness_db
 from finetuning.row_index import Manifest
 from finetuning.settings import Settings
 
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 #: New speakers take free rows of the codec table from here up; the presets of the CustomVoice release lie below.
 FIRST_SPEAKER_ROW = 3000
-#: A reference is chosen among clips of this length …
-REFERENCE_SECONDS = (3.0, 30.0)
-#: … and among these, if there are any.
-BEST_REFERENCE_SECONDS = (5.0, 10.0)
 #: At most so many candidates are read, those nearest to 7.5 s first.
 MAX_REFERENCE_CANDIDATES = 32
 #: So many distinct references of a speaker are read at most; the mean over more would be the same voice.

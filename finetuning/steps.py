@@ -133,7 +133,7 @@ class StreamedSteps:
         for row in self.stream.iterate(0):
             if len(found) == count:
                 break
-            found += [self._as_mapped(row)] if row is not None else []
+            found += self._usable([row]) if row is not None else []
         return found
 
     def texts(self, lines: Iterable[int]) -> dict[int, str]:
@@ -152,7 +152,7 @@ class StreamedSteps:
             size = min(batches_per_window, num_batches - first)
             taken = [row for _, row in zip(range(size * self.batch_size), positions, strict=False) if row is not None]
             generator = np.random.default_rng([self.stream.seed, epoch, number])
-            batches = self._window([self._as_mapped(row) for row in taken], size, generator)
+            batches = self._window(self._usable(taken), size, generator)
             for at in range(0, size, self.accumulation):
                 yield [self._batch(rows) for rows in batches[at : at + self.accumulation]]
 
@@ -176,6 +176,11 @@ class StreamedSteps:
         speaker = next(iter(self.encoder.speaker_index))
         codes = np.zeros((MIN_CODEC_FRAMES, NUM_CODEBOOKS), dtype=np.int16)
         return {"text": "-", "language": "Auto", "speaker": speaker, "instruct": None, "codes": codes, "line": 0}
+
+    def _usable(self, rows: list[StreamedRow]) -> list[dict[str, Any]]:
+        """Rows of speakers that have a vector."""
+        mapped = [self._as_mapped(row) for row in rows]
+        return [row for row in mapped if row["speaker"].lower() in self.encoder.speaker_index]
 
     def _as_mapped(self, row: StreamedRow) -> dict[str, Any]:
         fields = check_fields(row.record, self.row_format)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from safetensors import SafetensorError
 
 from finetuning.audio import Audio
 from finetuning.console import say
@@ -99,6 +98,7 @@ class SplitStream:
         is_needed[order] = True
         chunks = [number for number in self._chunks(epoch) if is_needed[_rows_of(number, len(is_needed))].any()]
         loaded = self._load(chunks, tally)
+        num_rows_of_share = self.rows.num_rows_in(self._own_chunks(self.share))
         buffer: dict[int, StreamedRow] = {}
         done: set[int] = set()
         for index in order.tolist():
@@ -106,10 +106,17 @@ class SplitStream:
                 number, chunk_rows = next(loaded)
                 done.add(number)
                 buffer |= {row.index: row for row in chunk_rows if is_needed[row.index]}
-                tally.check_share(self.rows.num_rows)  # does not wait for the rest where no rest could help
+                tally.check_share(num_rows_of_share)  # does not wait for the rest where no rest could help
             yield buffer.pop(index, None)
-        if tally.num_bad and epoch == 0:
+        if epoch == 0:
+            self._say_what_was_missing(tally, self.rows.num_rows_in(chunks))
+
+    def _say_what_was_missing(self, tally: Tally, announced: int) -> None:
+        if tally.num_bad:
             say(f"skipped {tally.summary('of the stream')}")
+        if (found := tally.num_good + tally.num_bad) < announced:
+            split = self.rows.split
+            say(f"{split.dataset_name}, split {split.name}: only {found} of {announced} rows are there")
 
     def _load(self, chunks: list[int], tally: Tally) -> Iterator[tuple[int, list[StreamedRow]]]:
         cached: set[int] = set()
@@ -196,13 +203,12 @@ class CodesCache:
     max_bytes: int
 
     def get(self, number: int) -> EncodedChunk | None:
-        """The chunk, or None."""
+        """The chunk, or None where it is missing, damaged, or its clips were replaced."""
         file = self._file(number)
-        try:
-            chunk = EncodedChunk.load(file)
-            os.utime(file)
-        except (OSError, ValueError, SafetensorError):  # missing, or cut off
-            return None
+        chunk = EncodedChunk.load_valid(file)
+        if chunk is not None:
+            with contextlib.suppress(OSError):
+                os.utime(file)
         return chunk
 
     def put(self, number: int, chunk: EncodedChunk) -> None:

@@ -10,12 +10,12 @@ import contextlib
 import csv
 import json
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from finetuning.dataset_files import is_remote, path_in_repository, reading, repository
+from finetuning.dataset_files import AUDIO_SUFFIXES, is_remote, path_in_repository, reading, repository
 from finetuning.errors import UserError
 
 #: Row offsets are kept for every so many rows.
@@ -30,7 +30,7 @@ def open_table(address: str, delimiter: str | None = None) -> Table:
         delimiter: of a csv; None: the likeliest in its first line.
 
     Raises:
-        UserError: it cannot be read, is not UTF-8, or a row has more fields than the header.
+        UserError: it cannot be read, is not UTF-8, a row has more fields than the header, or a quote is not closed.
     """
     with reading(address):
         path = _local_copy(address)
@@ -133,7 +133,10 @@ class _Lines:
 
 
 class _CsvTable(Table):
-    """Values are strings; empty ones are None. A metadata.csv of LJSpeech (id|text|normalised, no header) is known."""
+    """Values are strings; empty ones are None. A metadata.csv of LJSpeech (id|text|normalised, no header) is known.
+
+    Where "|" separates fields, quotes are part of the text, unless the header is quoted too.
+    """
 
     def __init__(self, path: Path, address: str, delimiter: str | None) -> None:
         self.is_ljspeech = False
@@ -150,27 +153,70 @@ class _CsvTable(Table):
             self.header = ["file_name", "text", "normalized_text"][: len(parts)]
             self._header_end = (0, 0)
         self.header = [name.strip() for name in self.header]
+        is_plain = self.delimiter == "|" and (self.is_ljspeech or not first.startswith('"'))
+        self.quoting = csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL
         super().__init__(path, address)
 
     def _after_header(self) -> tuple[int, int]:
         return self._header_end
 
     def _raw_rows(self, lines: _Lines) -> Iterator[list[str]]:
-        quoting = csv.QUOTE_NONE if self.is_ljspeech else csv.QUOTE_MINIMAL
-        for row in csv.reader(lines, delimiter=self.delimiter, quoting=quoting):
-            if len(row) > len(self.header):
-                raise UserError(
-                    f"DATASET_NAME: {self.address} line {lines.number} has {len(row)} fields, the header has "
-                    f'{len(self.header)}; put a text that contains "{self.delimiter}" in double quotes'
-                )
-            if any(row):
-                yield row
+        taken: list[str] = []  # the lines of one row
+        try:
+            for row in csv.reader(_noted(lines, taken), delimiter=self.delimiter, quoting=self.quoting):
+                if len(taken) > 1 and self._swallows_rows(row, taken):
+                    raise self._open_quote(lines.number - len(taken) + 1)
+                if len(row) > len(self.header):
+                    raise self._too_many_fields(row, lines.number)
+                taken.clear()
+                if any(row):
+                    yield row
+        except csv.Error:
+            if len(taken) < 2:
+                raise
+            raise self._open_quote(lines.number - len(taken) + 1) from None  # a field that is too long
+
+    def _swallows_rows(self, row: Sequence[str], lines: Sequence[str]) -> bool:
+        """Whether a row of several lines has an open quote and not just line breaks in its text.
+
+        It is wrong by the strict rules, or a line within a field looks like a row: with a tab, or with a clip's name.
+        """
+        try:
+            list(csv.reader(lines, delimiter=self.delimiter, strict=True))
+        except csv.Error:
+            return True
+        inside = [line.split(self.delimiter) for value in row for line in value.split("\n")[1:]]
+        return any(len(cells) > 1 and (self.delimiter == "\t" or any(map(_is_clip, cells))) for cells in inside)
+
+    def _open_quote(self, line: int) -> UserError:
+        return UserError(
+            f"DATASET_NAME: {self.address} line {line} opens a double quote that is not closed before the next row; "
+            "close it, or put the whole field in double quotes and write each quote inside it twice"
+        )
+
+    def _too_many_fields(self, row: Sequence[str], line: int) -> UserError:
+        is_plain = self.quoting == csv.QUOTE_NONE
+        advice = "take the" if is_plain else "put a text that contains"
+        return UserError(
+            f"DATASET_NAME: {self.address} line {line} has {len(row)} fields, the header has {len(self.header)}; "
+            f'{advice} "{self.delimiter}" {"out of the text" if is_plain else "in double quotes"}'
+        )
 
     def _record(self, raw: list[str], line: int) -> dict[str, Any]:
         record = {name: value or None for name, value in zip_longest(self.header, raw)}
         if self.is_ljspeech:
             record["file_name"] = f"wavs/{raw[0]}.wav"
         return record
+
+
+def _noted(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _is_clip(cell: str) -> bool:
+    return cell.strip(' "\r').lower().endswith(AUDIO_SUFFIXES)
 
 
 class _JsonLinesTable(Table):

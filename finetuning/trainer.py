@@ -121,8 +121,8 @@ class Trainer:
             for number in range(self.settings.num_epochs):
                 self.epoch, epoch = number, _Window()
                 for batches in self.train_steps.steps(self.epoch):
-                    self._optimizer_step(batches, epoch)
-                    self._after_step()
+                    if self._optimizer_step(batches, epoch):
+                        self._after_step()
                     if self.step == self.num_steps:
                         break
                 self._after_epoch(epoch.mean_loss(self.settings.sub_talker_loss_weight))
@@ -134,9 +134,14 @@ class Trainer:
         """What ``best/`` is the lowest of."""
         return "validation loss" if self.validator else "mean training loss of an epoch"
 
-    def _optimizer_step(self, batches: list[Batch], epoch: _Window) -> None:
-        """Forward and backward of all micro-batches, then one clipped optimizer step."""
+    def _optimizer_step(self, batches: list[Batch], epoch: _Window) -> bool:
+        """Forward and backward of all micro-batches, then one clipped optimizer step; False where there is no row.
+
+        A stream has steps without rows when the dataset is smaller than MAX_TRAIN_SAMPLES says.
+        """
         num_talker, num_sub_talker = self._count_over_processes(batches)
+        if not num_talker:
+            return False
         weight = self.settings.sub_talker_loss_weight
         parts = []  # (2,) talker and sub-talker loss of each micro-batch
         for index, batch in enumerate(batches):
@@ -161,6 +166,7 @@ class Trainer:
         self.step += 1
         for window in (self._window, epoch):
             window.add(totals, num_talker, num_sub_talker, gradient_norm)
+        return True
 
     def _step_optimizer(self) -> bool:
         """Whether the step was taken: an fp16 scaler that is still finding its scale skips some, then lowers it.

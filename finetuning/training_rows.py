@@ -72,7 +72,14 @@ def must_prepare(settings: Settings) -> bool:
         return False
     if not settings.train_jsonl.is_file():
         return True
-    made_with = (read_stamp(settings.train_jsonl) or {}).get("max_rows")
+    stamp = read_stamp(settings.train_jsonl) or {}
+    made_of = stamp.get("dataset", settings.dataset_name)
+    if made_of != settings.dataset_name:
+        raise UserError(
+            f"TRAIN_JSONL: {settings.train_jsonl} was prepared from {made_of}, but DATASET_NAME is "
+            f"{settings.dataset_name}; unset DATASET_NAME to train on it, or name another TRAIN_JSONL"
+        )
+    made_with = stamp.get("max_rows")
     return made_with is not None and (settings.max_train_samples or math.inf) > made_with
 
 

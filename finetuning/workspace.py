@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from finetuning.errors import UserError
 from finetuning.manifest import MAX_BAD_SHARE
 from finetuning.processes import Processes
 
+#: Marks an unfinished run that was begun with --force.
+FORCED = "forced"
 #: Bad rows that a message names.
 NUM_SHOWN = 5
 
@@ -74,7 +76,7 @@ class Workspace:
     ) -> None:
         self.output_jsonl, self.digests, self.max_rows = output_jsonl, digests, max_rows
         self._made_of = Digest(*digests, made_of).hex()
-        self.folder = output_jsonl.with_name(output_jsonl.name + ".partial")
+        self.folder = _partial_folder(output_jsonl)
 
     def chunk_file(self, number: int) -> Path:
         return self.folder / f"{number:06d}-{self.digests[number]}.safetensors"
@@ -90,9 +92,10 @@ class Workspace:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
 
-    def missing(self) -> list[int]:
-        """Numbers of the chunks that are not done."""
-        return [number for number in range(len(self.digests)) if not self.chunk_file(number).is_file()]
+    def missing(self, among: Iterable[int] | None = None) -> list[int]:
+        """Numbers of the chunks (of ``among``, else of all) that are not done, or not any more."""
+        numbers = range(len(self.digests)) if among is None else among
+        return [number for number in numbers if EncodedChunk.load_valid(self.chunk_file(number)) is None]
 
     def leftovers(self) -> list[Path]:
         """Chunk files of an earlier run whose rows have changed since."""
@@ -140,15 +143,30 @@ class Workspace:
                 say(f"skipped {tally.summary()}\n  listed in {rejected_file}")
             else:
                 rejected_file.unlink(missing_ok=True)  # of an earlier run
-            self._write_stamp(note or {})
+            self._write_stamp(note or {}, self._made_of)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def check_is_ours(self, made_by: str) -> None:
+        """Raises UserError where the result's name belongs to a file that was not made here."""
+        if not self.output_jsonl.is_file() or read_stamp(self.output_jsonl) is not None:
+            return
+        if self.folder.is_dir() and not self.missing():  # killed between the file and its stamp
+            return
+        raise UserError(
+            f"{self.output_jsonl} exists and was not made by {made_by}, or was changed since; move it away, choose "
+            "another --output_jsonl, or replace it with --force"
+        )
+
     def discard(self, processes: Processes) -> None:
-        """Forgets what is done, so that all of it is made again."""
+        """Forgets what is done, so that all of it is made again; a run that this begins may be interrupted, too."""
         processes.wait()
         if processes.is_main:
             shutil.rmtree(self.folder, ignore_errors=True)
-            stamp_file(self.output_jsonl).unlink(missing_ok=True)
+            with disk_errors(self.output_jsonl):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / FORCED).touch()
+                if self.output_jsonl.is_file():
+                    self._write_stamp({}, made_of="")  # ours, whatever it was; not current
         processes.wait()
 
     def is_current(self) -> bool:
@@ -156,13 +174,22 @@ class Workspace:
         stamp = read_stamp(self.output_jsonl)
         return stamp is not None and stamp["made_of"] == self._made_of
 
-    def _write_stamp(self, note: dict[str, Any]) -> None:
+    def _write_stamp(self, note: dict[str, Any], made_of: str) -> None:
         status = self.output_jsonl.stat()
-        stamp = {"made_of": self._made_of, "num_bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+        stamp = {"made_of": made_of, "num_bytes": status.st_size, "modified_ns": status.st_mtime_ns}
         content = json.dumps(note | stamp | {"max_rows": self.max_rows})
         with unfinished(stamp_file(self.output_jsonl)) as file:
             file.write_text(content, encoding="utf-8")
             file.rename(stamp_file(self.output_jsonl))
+
+
+def was_forced(output_jsonl: Path) -> bool:
+    """Whether the run that is unfinished here was begun with --force."""
+    return (_partial_folder(output_jsonl) / FORCED).exists()
+
+
+def _partial_folder(output_jsonl: Path) -> Path:
+    return output_jsonl.with_name(f"{output_jsonl.name}.partial")
 
 
 def stamp_file(output_jsonl: Path) -> Path:
@@ -192,14 +219,14 @@ def unfinished(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def disk_errors(output_jsonl: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Turns what the disk refuses into a UserError that names the file."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {output_jsonl}: {error.strerror or error}; free the disk or choose another folder "
-            "(--output_jsonl). What was encoded so far is kept and used next time"
+            f"cannot write {path}: {error.strerror or error}; free the disk or choose another folder. What was encoded "
+            "so far is kept and used next time"
         ) from None
 
 

@@ -309,7 +309,7 @@ def interrupt(fake: FakeCodec, raw: Path, codec_folder: Path, after_chunks: int 
     fake.batches_left = 1_000_000
     assert fake.take_num_clips() == 2 * after_chunks
     assert not encoded_path(raw).exists()
-    assert len(list(partial_folder(raw).iterdir())) == after_chunks
+    assert len(list(partial_folder(raw).glob("*.safetensors"))) == after_chunks
 
 
 def partial_folder(raw: Path) -> Path:
@@ -341,6 +341,52 @@ def test_chunks_that_a_kill_left_unfinished_are_made_again(
     assert fake.take_num_clips() == 4
     assert [row["audio_codes"] for row in read_rows(output)] == expected_codes(raw)
     assert not partial_folder(raw).exists()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_damaged_chunk_is_made_again(fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path) -> None:
+    """A power cut can leave a file of the right name without its content."""
+    raw = make_raw(6)
+    interrupt(fake, raw, codec_folder, after_chunks=2)
+    sorted(partial_folder(raw).iterdir())[0].write_bytes(b"")
+    output = encode(raw, codec_folder)
+    assert fake.take_num_clips() == 4
+    assert [row["audio_codes"] for row in read_rows(output)] == expected_codes(raw)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_an_interrupted_forced_run_goes_on_without_force(
+    fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path
+) -> None:
+    raw = make_raw(6)
+    encode(raw, codec_folder)
+    fake.take_num_clips()
+    fake.batches_left = 2
+    with pytest.raises(KeyboardInterrupt):
+        encode(raw, codec_folder, force=True)
+    fake.batches_left = 100
+    fake.take_num_clips()
+    encode(raw, codec_folder)
+    assert fake.take_num_clips() == 2
+    encode(raw, codec_folder)
+    assert fake.take_num_clips() == 0
+
+
+def test_neither_the_input_nor_somebody_else_s_file_is_replaced(
+    fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path
+) -> None:
+    raw = make_raw(3)
+    before = raw.read_bytes()
+    with pytest.raises(UserError, match="is the input"):
+        encode(raw, codec_folder, raw.parent / "." / raw.name, max_rows=1)
+    own = raw.with_name("own.jsonl")
+    own.write_text("mine\n")
+    with pytest.raises(UserError, match="was not made by --mode encode"):
+        encode(raw, codec_folder, own)
+    assert (raw.read_bytes(), own.read_text()) == (before, "mine\n") and fake.num_built == 0
+    encode(raw, codec_folder, own, force=True)
+    encode(raw, codec_folder, own)
+    assert len(read_rows(own)) == 3
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,6 +314,57 @@ def test_an_unchanged_dataset_is_not_prepared_again(
     assert "is made again" in capsys.readouterr().out
     run(ten_clips, force=True)
     assert fake.take_num_clips() == 3 + 10
+
+
+def test_a_clip_that_was_replaced_is_noticed(tmp_path: Path, run: Run, fake: FakeCodec) -> None:
+    """The table of a dataset with loose clips does not change with them."""
+    dataset = write_csv_dataset(tmp_path / "set", demo_texts(3))
+    before = read(run(dataset))
+    fake.take_num_clips()
+    soundfile.write(tmp_path / "set" / "wavs" / "train_02.wav", noise(2.0), 24_000)
+    after = read(run(dataset))
+    assert fake.take_num_clips() == 3
+    assert after[1]["audio_codes"] == fake_codes(load_audio(tmp_path / "set" / "wavs" / "train_02.wav")).tolist()
+    assert after[0]["audio_codes"] == before[0]["audio_codes"]
+
+
+def test_a_reference_that_was_deleted_is_made_again(run: Run, fake: FakeCodec, ten_clips: Path) -> None:
+    (audio,) = {row["ref_audio"] for row in read(run(ten_clips))}
+    (Path("data") / audio).unlink()
+    run(ten_clips)
+    assert (Path("data") / audio).is_file()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_killed_between_the_file_and_its_stamp(
+    run: Run, fake: FakeCodec, ten_clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("finetuning.workspace.Workspace._write_stamp", killed)
+        run(ten_clips)
+    assert Path("data/train.jsonl").is_file() and fake.take_num_clips() == 10
+    assert len(read(run(ten_clips))) == 10 and fake.take_num_clips() == 0
+
+
+def test_saved_clips_follow_the_data_and_carry_no_time_of_their_own(tmp_path: Path, run: Run, fake: FakeCodec) -> None:
+    quiet = [bytes_of(noise(1.0, seed=n, level=0.05), 24_000, "WAV") for n in range(2)]
+    loud = [bytes_of(noise(1.0, seed=n, level=0.1), 24_000, "WAV") for n in range(2)]
+    dataset = write_parquet(tmp_path / "set", clips(loud))
+    first = run(dataset, save_audio=True).read_bytes()
+    shutil.rmtree("data")
+    time.sleep(0.01)
+    assert run(dataset, save_audio=True).read_bytes() == first
+    output = run(write_parquet(tmp_path / "set", clips(quiet)), save_audio=True)
+    assert [(output.parent / row["audio"]).read_bytes() for row in read(output)] == quiet
+
+
+def test_speakers_that_differ_in_case_stop_at_once(tmp_path: Path, run: Run, fake: FakeCodec) -> None:
+    rows = clips([bytes_of(noise(0.5, seed=n), 24_000, "WAV") for n in range(3)])
+    with pytest.raises(UserError, match="differ in case only"):
+        run(write_parquet(tmp_path / "set", rows, speaker=["Ada", "Bea", "ada"]))
 
 
 def test_a_place_that_cannot_be_written(run: Run, fake: FakeCodec, ten_clips: Path) -> None:

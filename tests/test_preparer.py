@@ -278,6 +278,24 @@ def test_fewer_rows_than_asked_for_are_made_again(
         assert len(rows.train) == (limit or 6)
 
 
+def test_rows_of_another_dataset_are_not_trained_without_a_word(
+    tmp_path: Path, make_settings: MakeSettings, prepare: Callable, fake: FakeCodec
+) -> None:
+    prepare(make_settings(dataset_name=str(write_dataset(tmp_path / "one", train=3))))
+    other = make_settings(dataset_name=str(write_dataset(tmp_path / "two", train=3)))
+    with pytest.raises(UserError, match=r"was prepared from .*/one, but DATASET_NAME is .*/two"):
+        prepare(other)
+
+
+def test_a_limit_beyond_the_rows_is_no_limit(
+    tmp_path: Path, make_settings: MakeSettings, prepare: Callable, fake: FakeCodec
+) -> None:
+    """Else every start would ask the dataset again, and fail where it is out of reach."""
+    folder = write_dataset(tmp_path / "set", train=3)
+    prepare(make_settings(dataset_name=str(folder), max_train_samples=50))
+    assert not must_prepare(make_settings(dataset_name=str(folder)))
+
+
 def test_a_file_of_the_user_s_is_never_made_again(
     tmp_path: Path, make_settings: MakeSettings, prepare: Callable, fake: FakeCodec
 ) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from datasets_for_tests import Clip, demo_texts, write_audiofolder, write_parquet
-from fakes import FakeCodec
+from fakes import FakeCodec, fake_codes
 
+from finetuning.audio import load_audio
 from finetuning.codec import Codec
 from finetuning.encoding import ClipEncoder
 from finetuning.errors import UserError
@@ -211,6 +213,29 @@ def test_the_cache_keeps_within_its_bound_and_prefers_its_own_data(
     fake.take_num_clips()
     list(stream.iterate(1))
     assert fake.take_num_clips() == sum(min(4, NUM_ROWS - 4 * chunk) for chunk in range(10) if chunk not in kept)
+
+
+def test_a_clip_that_was_replaced_is_not_taken_from_the_cache(
+    tmp_path: Path, make_stream: MakeStream, fake: FakeCodec
+) -> None:
+    folder = write_audiofolder(tmp_path / "loose", demo_texts(5))
+    stream = make_stream(folder, cache=CodesCache(tmp_path / "cache", "set", 10_000_000))
+    list(stream.iterate(0))
+    fake.take_num_clips()
+    victim = folder / "train" / "train_01.flac"
+    soundfile.write(victim, np.random.default_rng(0).normal(0, 0.1, 48_000), 24_000)
+    rows = list(stream.iterate(1))
+    assert fake.take_num_clips() == 4  # its chunk
+    assert rows[0].codes.tolist() == fake_codes(load_audio(victim)).tolist()
+
+
+def test_fewer_rows_than_announced_are_said(
+    tmp_path: Path, make_stream: MakeStream, fake: FakeCodec, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    stream = make_stream()
+    monkeypatch.setattr(type(stream.rows), "num_rows", 60)
+    assert indices(stream) == [*range(NUM_ROWS), *[None] * (60 - NUM_ROWS)]
+    assert f"only {NUM_ROWS} of 60 rows are there" in capsys.readouterr().out
 
 
 def test_a_cut_chunk_of_the_cache_is_encoded_again(tmp_path: Path, make_stream: MakeStream, fake: FakeCodec) -> None:
