@@ -174,13 +174,18 @@ def _group_tables(tables: Sequence[str], root: str, dataset_name: str) -> dict[s
         tables: paths relative to ``root`` (a folder, or an hf:// address).
 
     Raises:
-        UserError: there is no table, or one that may or may not belong to the split train that others name.
+        UserError: there is no table; they are of different kinds; one may or may not belong to a split train.
     """
     chosen = list(filter(_is_metadata, tables)) or tables
     by_suffix = [[table for table in chosen if table.lower().endswith(suffix)] for suffix in TABLE_SUFFIXES]
     taken = next(filter(None, by_suffix), [])
     if not taken:
         raise _no_transcripts(dataset_name)
+    folders = set(map(posixpath.dirname, taken))
+    if lost := [table for table in chosen if _is_metadata(table) and posixpath.dirname(table) not in folders]:
+        raise UserError(
+            f"DATASET_NAME: {dataset_name} has metadata of different kinds ({taken[0]}, {lost[0]}); make them one kind"
+        )
     by_split: dict[str, list[str]] = {}
     for table, split in zip(taken, _splits_of(taken), strict=True):
         by_split.setdefault(split, []).append(table)

@@ -185,7 +185,7 @@ class _CsvTable(Table):
             list(csv.reader(lines, delimiter=self.delimiter, strict=True))
         except csv.Error:
             return True
-        inside = [line.split(self.delimiter) for value in row for line in value.split("\n")[1:]]
+        inside = [line.split(self.delimiter) for value in row if "\n" in value for line in value.split("\n")]
         return any(len(cells) > 1 and (self.delimiter == "\t" or any(map(_is_clip, cells))) for cells in inside)
 
     def _open_quote(self, line: int) -> UserError:
@@ -216,7 +216,7 @@ def _noted(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
 
 
 def _is_clip(cell: str) -> bool:
-    return cell.strip(' "\r').lower().endswith(AUDIO_SUFFIXES)
+    return cell.strip().lower().endswith(AUDIO_SUFFIXES)
 
 
 class _JsonLinesTable(Table):

@@ -14,11 +14,11 @@ from conftest import VOICE
 
 from finetuning.audio import load_audio
 from finetuning.base_model import load_speaker_encoder, resolve_base
-from finetuning.check_rows import Mending, check_at_start, check_jsonl
+from finetuning.check_rows import MAX_VOICE_REFERENCES, Mending, _VoiceSample, check_at_start, check_jsonl
 from finetuning.checks import Finding
 from finetuning.codec import Codec
 from finetuning.errors import UserError
-from finetuning.manifest import RowFormat
+from finetuning.manifest import Row, RowFormat
 from finetuning.row_index import open_rows
 from finetuning.settings import load_settings
 from finetuning.training_rows import TrainingRows
@@ -109,12 +109,43 @@ def test_a_foreign_reference_is_heard(check: Check, demo_rows: list[dict[str, An
     assert "reference_voice" in found()
 
 
+def test_every_distinct_reference_is_heard(
+    check: Check, demo_rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is right, a later one is not; the finding names the row and counts those that it stands for."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 6 * 24_000)
+    soundfile.write(tmp_path / "noise.wav", noise, 24_000)
+    own = str(VOICE / "english_voice.wav")
+    rows = [row | {"ref_audio": str(tmp_path / "noise.wav") if n in (6, 9) else own} for n, row in enumerate(demo_rows)]
+    check(rows)
+    report = json.loads(Path("data/report/report.json").read_text(encoding="utf-8"))
+    (finding,) = [finding for finding in report["findings"] if finding["check"] == "reference_voice"]
+    assert finding["num_rows"] == 2 and [example["line"] for example in finding["examples"]] == [7]
+
+
+def test_of_many_references_some_are_heard(make_settings: Callable[..., Any]) -> None:
+    """Each is as likely as any other, in whatever order they come, and its rows are counted from the first on."""
+    rows = [
+        Row(line, "a", "en", "anna", None, None, Path(f"{line % 97}.wav"), None, None, {}) for line in range(1, 971)
+    ]
+    drawn = []
+    for order in (rows, rows[::-1]):
+        sample = _VoiceSample(make_settings())
+        for row in order:
+            sample.offer(row)
+        drawn.append(sample.references["anna"])
+    assert len(drawn[0]) == MAX_VOICE_REFERENCES and set(drawn[0]) == set(drawn[1])
+    assert {reference.num_rows for reference in drawn[0].values()} == {10}
+    assert all(reference.line % 97 == int(path.removesuffix(".wav")) for path, reference in drawn[0].items())
+    assert all(reference.line <= 97 for reference in drawn[0].values())
+
+
 def test_voices_are_compared_by_codes_where_the_audio_is_gone(
     check: Check, demo_rows: list[dict[str, Any]], codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: dict[int, np.ndarray] = {}
 
-    def listen(vectors: dict[int, np.ndarray], speakers: dict[int, str], references: dict[str, Any]) -> list[Finding]:
+    def listen(vectors: dict[int, np.ndarray], speakers: dict[int, str], references: list[Any]) -> list[Finding]:
         heard.update(vectors)
         return []
 
@@ -154,6 +185,34 @@ def test_mending_writes_new_files_only(check: Check, tmp_path: Path) -> None:
     check(source, dropped)
     texts = [json.loads(line)["text"] for line in (tmp_path / "dropped.jsonl").read_text().splitlines()]
     assert "Padded." not in texts and len(texts) == 5
+
+
+def test_single_faulty_rows_are_left_out_too(check: Check, demo_rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    """One in 110 is only info; what the same run mends stays."""
+    rows = [demo_rows[n % len(demo_rows)] | {"text": f"Sentence number {'abcdefghij'[n % 10]}."} for n in range(110)]
+    good = {"seconds": 2.0, "leading_silence_seconds": 0.0, "trailing_silence_seconds": 0.0, "clipped_share": 0.0}
+    rows = [row | {"measures": good | {"audio_hash": f"{n + 1:x}"}} for n, row in enumerate(rows)]
+    rows = [{key: value for key, value in row.items() if key != "audio_codes"} for row in rows]
+    rows[3]["measures"] |= {"clipped_share": 0.1}
+    rows[5]["measures"] |= {"leading_silence_seconds": 0.9, "seconds": 2.9}
+    rows[7]["text"] += " 7"
+    check(rows, Mending(tmp_path / "a.jsonl", drop_flagged=True))
+    assert found()["clipping"] == found()["leading_silence"] == found()["digits"] == "info"
+    left = [json.loads(line)["measures"]["audio_hash"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert {f"{n + 1:x}" for n in range(110)} - set(left) == {"4", "6"}
+    check(rows, Mending(tmp_path / "b.jsonl", trim_silence=True, drop_flagged=True))
+    assert len((tmp_path / "b.jsonl").read_text().splitlines()) == 109
+
+
+@pytest.mark.parametrize("loudness, part", [(5.0, "5 LUFS is not speech"), (-23.0, "exists; mended data")])
+def test_mending_that_cannot_be_done_is_refused_before_the_check(
+    check: Check, demo_rows: list[dict[str, Any]], tmp_path: Path, loudness: float, part: str
+) -> None:
+    if loudness < 0:
+        (tmp_path / "new_audio").mkdir()
+    with pytest.raises(UserError, match=part):
+        check(demo_rows, Mending(tmp_path / "new.jsonl", target_loudness_lufs=loudness))
+    assert not Path("data/report").exists()
 
 
 def test_mending_needs_a_place_and_a_task(check: Check, demo_rows: list[dict[str, Any]]) -> None:

@@ -15,6 +15,8 @@ from finetuning.audio import audio_duration_seconds, load_audio
 from finetuning.checks import (
     SEVERITIES,
     Finding,
+    ReferenceVoice,
+    faulty_lines,
     find_problems,
     similarity_findings,
 )
@@ -191,6 +193,34 @@ def test_lines_are_the_rows_to_leave_out() -> None:
     assert found([row for row in rows if row["line"] not in findings["clipping"].lines]) == {}
 
 
+def test_faulty_lines_are_defects_of_rows_and_whatever_is_warned_of() -> None:
+    rows = good_rows()
+    defects = {"clipped_share": 0.01, "noise_floor_db": -20.0, "trailing_silence_seconds": 3.0, "dc_offset": 0.1}
+    for row, (figure, value) in zip(rows, defects.items(), strict=False):
+        row["measures"] |= {figure: value}
+    rows[2]["measures"]["seconds"] += 3.0
+    rows[4]["text"] += " \N{PARTY POPPER}"
+    rows[5]["text"] = "абвгдежзий" * 5
+    rows[6]["codes"] = np.repeat(rows[6]["codes"][:1], len(rows[6]["codes"]), axis=0)
+    rows[8]["measures"] |= {"audio_hash": rows[7]["measures"]["audio_hash"]}
+    rows[9]["measures"] |= {"peak_db": 0.0}
+    rows[10]["measures"] |= {"seconds": 0.9}
+    rows[10]["text"] = "abcdefghij"
+    rows[11]["text"] += " 21"
+    rows[13]["codes"] = rows[12]["codes"]
+    findings = find_problems(collect(rows))
+    assert {"digits", "full_scale", "short_clips"} <= {finding.check for finding in findings}
+    expected = {1, 2, 3, 4, 5, 6, 7, 9, 13, 14}
+    assert faulty_lines(findings) == expected
+    assert faulty_lines(findings, {"trailing_silence"}) == expected - {3}
+    for row in rows[20:60]:
+        row["measures"] |= {"seconds": 0.9}
+        row["text"] = f"abcdefg {chr(97 + row['line'] % 20)}"
+    found_now = find_problems(collect(rows))
+    assert next(finding for finding in found_now if finding.check == "short_clips").severity == "warning"
+    assert {*range(21, 61), 11} <= faulty_lines(found_now)
+
+
 def test_findings_about_the_set_name_no_lines() -> None:
     rows = good_rows(40)
     for row in rows:
@@ -262,7 +292,7 @@ def test_many_impossible_rates_are_an_error() -> None:
         row["text"] = "abcdefghij" * 40
     finding = found(rows)["impossible_rate"]
     assert finding.severity == "error" and "do not belong" in finding.message
-    assert finding.num_rows == 40
+    assert finding.num_rows == 40 and finding.lines.tolist() == list(range(1, 41))
 
 
 def test_rate_outliers_are_within_the_language() -> None:
@@ -502,8 +532,8 @@ def by_line(vectors: np.ndarray, first: int = 1) -> dict[int, np.ndarray]:
 def test_a_clip_of_somebody_else_is_found(spread: float) -> None:
     vectors = by_line(voices(100, spread))
     speakers = dict.fromkeys(range(1, 102), "anna")
-    assert similarity_findings(vectors, speakers, {}) == []
-    (finding,) = similarity_findings(vectors | {101: voices(1, 0.0, seed=5)[0]}, speakers, {})
+    assert similarity_findings(vectors, speakers, []) == []
+    (finding,) = similarity_findings(vectors | {101: voices(1, 0.0, seed=5)[0]}, speakers, [])
     assert (finding.check, finding.num_rows) == ("speaker_outliers", 1)
     others, outlier = np.stack(list(vectors.values())).astype(float), voices(1, 0.0, seed=5)[0].astype(float)
     mean = (others / np.linalg.norm(others, axis=1, keepdims=True)).sum(axis=0)  # without the outlier itself
@@ -514,22 +544,38 @@ def test_a_clip_of_somebody_else_is_found(spread: float) -> None:
 def test_a_tight_cluster_does_not_fire_on_noise() -> None:
     vectors = voices(50, 1e-4)
     vectors[7] += 30 * (voices(1, 1e-4)[0] - vectors[7])
-    assert similarity_findings(by_line(vectors), dict.fromkeys(range(1, 51), "anna"), {}) == []
+    assert similarity_findings(by_line(vectors), dict.fromkeys(range(1, 51), "anna"), []) == []
 
 
-def test_few_clips_are_not_judged() -> None:
+def reference(
+    speaker: str, vector: np.ndarray, path: str = "a.wav", line: int = 1, num_rows: int = 30
+) -> ReferenceVoice:
+    return ReferenceVoice(speaker, path, line, num_rows, vector)
+
+
+def test_few_clips_are_not_judged_which_is_said() -> None:
     vectors = np.concatenate([voices(6, 0.1), voices(1, 0.1, seed=5)])
-    assert similarity_findings(by_line(vectors), dict.fromkeys(range(1, 8), "anna"), {"anna": vectors[-1]}) == []
+    speakers = dict.fromkeys(range(1, 8), "anna")
+    (finding,) = similarity_findings(by_line(vectors), speakers, [reference("anna", vectors[-1])])
+    assert (finding.check, finding.severity, finding.num_rows) == ("voices_not_judged", "info", 7)
+    assert finding.message == 'voices of "anna" were not judged: fewer than 8 clips'
+    many = {line: f"s{line}" for line in range(1, 8)}
+    (finding,) = similarity_findings(by_line(vectors[:-1]), many, [])  # nothing of s7 could be heard
+    assert 'voices of "s1", "s2", "s3", "s4", "s5" and 2 others were' in finding.message
 
 
 def test_a_reference_of_another_voice_is_found() -> None:
     vectors = by_line(voices(30, 0.3)) | by_line(voices(30, 0.3, seed=5), first=31)
     speakers = {line: "anna" if line <= 30 else "bert" for line in range(1, 61)}
-    right = {"anna": voices(31, 0.3)[30], "bert": voices(31, 0.3, seed=5)[30]}
+    anna, bert = voices(31, 0.3)[30], voices(31, 0.3, seed=5)[30]
+    right = [reference("anna", anna), reference("bert", bert, "b.wav", 31, 20)]
     assert similarity_findings(vectors, speakers, right) == []
-    (finding,) = similarity_findings(vectors, speakers, right | {"bert": right["anna"]})
-    assert (finding.check, finding.severity, finding.num_rows) == ("reference_voice", "warning", 30)
-    assert '"bert"' in finding.message and finding.examples[0][0] == 31
+    wrong = reference("bert", anna, "second.wav", 40, 10)
+    (finding,) = similarity_findings(vectors, speakers, [*right, wrong])
+    assert (finding.check, finding.severity, finding.num_rows) == ("reference_voice", "warning", 10)
+    assert 'second.wav of "bert"' in finding.message and [line for line, _ in finding.examples] == [40]
+    (finding,) = similarity_findings(vectors, speakers, [*right, wrong, reference("anna", bert, num_rows=3)])
+    assert finding.message.startswith("2 references do not sound like") and finding.num_rows == 13
 
 
 def test_voices_of_the_demo_with_the_random_encoder(demo: list[dict[str, Any]]) -> None:
@@ -548,8 +594,8 @@ def test_voices_of_the_demo_with_the_random_encoder(demo: list[dict[str, Any]]) 
 
     vectors = {row["line"]: vector(load_audio(row["audio"])) for row in demo}
     speakers = dict.fromkeys([*vectors, 99], "english_voice")
-    reference = vector(load_audio(VOICE / "english_voice.wav"))
-    assert similarity_findings(vectors, speakers, {"english_voice": reference}) == []
+    voice = reference("english_voice", vector(load_audio(VOICE / "english_voice.wav")))
+    assert similarity_findings(vectors, speakers, [voice]) == []
     hiss = vector((0.1 * np.random.default_rng(0).standard_normal(48_000)).astype(np.float32))
-    findings = similarity_findings(vectors | {99: hiss}, speakers, {"english_voice": hiss})
+    findings = similarity_findings(vectors | {99: hiss}, speakers, [reference("english_voice", hiss)])
     assert {finding.check for finding in findings} == {"speaker_outliers", "reference_voice"}

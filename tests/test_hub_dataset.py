@@ -25,6 +25,8 @@ from test_source import (
     make_audiofolder,
     make_csv_beside_wavs,
     make_webdataset,
+    metadata_rows,
+    write_csv,
 )
 
 #: Rows of random bytes, so that the files cannot shrink.
@@ -50,7 +52,7 @@ def read(name, split="train", start=0, column=None, pauses=False):
         print(json.dumps({"paused": True}), flush=True)
         sys.stdin.readline()
     rows = list(rows)
-    result |= {key: [getattr(row, key) for row in rows] for key in ("index", "text", "language")}
+    result |= {key: [getattr(row, key) for row in rows] for key in ("index", "text", "language", "other")}
     return result | {"audio": [digest(row.audio) for row in rows]}
 
 def digest(audio):
@@ -78,7 +80,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     script.mkdir()
     (script / "script.py").write_text("print('must not run')\n")
     (script / "README.md").write_text("# A dataset with a script\n")
+    references = make_audiofolder(folder / "references")
+    rows = [row | {"ref_audio": "wavs/0.wav", "ref_text": "x", "note": "n"} for row in metadata_rows()]
+    write_csv(references / "metadata.csv", rows)
     repositories = {
+        "me/references": references,
         "me/large": folder / "large",
         "me/gated": folder / "large",
         "me/audiofolder": folder / "audiofolder",
@@ -200,6 +206,12 @@ def test_other_formats(name: str, read: Reader) -> None:
     whole, part = read(name=name), read(name=name, start=5)
     assert (whole["audio"], whole["text"]) == (clips, TEXTS)
     assert (part["index"], part["audio"], part["text"]) == ([5, 6], clips[5:], TEXTS[5:])
+
+
+def test_a_reference_in_the_repository_is_left_out(read: Reader) -> None:
+    found = read(name="me/references")
+    assert found["audio"] == digests(CLIPS)
+    assert found["other"] == [{"note": "n"}] * NUM_CLIPS
 
 
 @pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__.removeprefix("make_"))

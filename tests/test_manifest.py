@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ import pytest
 from finetuning import manifest
 from finetuning.errors import UserError
 from finetuning.manifest import (
-    Rejections,
     Row,
     RowError,
     RowFormat,
+    Tally,
     check_codes,
     check_speaker_names,
     parse_row,
     read_lines,
+    read_rows,
+    rejected_record,
 )
 
 WriteJsonl = Callable[..., Path]
@@ -373,11 +376,27 @@ def test_speaker_names_across_files() -> None:
         check_speaker_names({"Ada": first, "ada": second})
 
 
-def test_rejections_list_in_a_new_folder(tmp_path: Path) -> None:
-    rejections = Rejections(tmp_path / "rows.jsonl", num_good=100)
-    rejections.check(tmp_path / "none.jsonl")
-    assert not (tmp_path / "none.jsonl").exists()
-    rejections.add(3, "why", '{"text": "ß"}\n')
-    rejections.check(tmp_path / "new" / "list.jsonl")
-    (listed,) = [json.loads(line) for line in (tmp_path / "new" / "list.jsonl").read_text("utf-8").splitlines()]
-    assert listed == {"file": str(tmp_path / "rows.jsonl"), "line": 3, "reason": "why", "row": '{"text": "ß"}'}
+def test_tally_counts_and_remembers_the_first_few(tmp_path: Path) -> None:
+    tally = Tally()
+    tally.add(90, [rejected_record(Path("a.jsonl"), 3, "why", '{"text": "ß"}\n')])
+    tally.check_share()
+    assert tally.summary() == "1 of 91 rows:\n  a.jsonl line 3: why"
+    tally.add(0, [rejected_record(Path("b.jsonl"), number, "so", "x" * 1000) for number in range(1, 10)])
+    tally.check_share()  # exactly a tenth
+    tally.add(0, [rejected_record(Path("b.jsonl"), 10, "so", "")])
+    assert "x" not in str(tally.first) and len(tally.first) == 5 and (tally.num_good, tally.num_bad) == (90, 11)
+    with pytest.raises(UserError, match=r"11 of 101 rows cannot be used:\n.*line 3: why(.|\n)*… and 6 more$"):
+        tally.check_share()
+    tally.check_share(total=110)
+
+
+def test_bad_rows_of_a_file_are_not_held(write_jsonl: Callable[..., Path]) -> None:
+    tally, many = Tally(), [{"text": "", "note": "x" * 10_000} for _ in range(500)]
+    jsonl = write_jsonl(many)
+    tracemalloc.start()
+    try:
+        assert list(read_rows(jsonl, "TRAIN_JSONL", RowFormat(), tally, needs_codes=True)) == []
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tally.num_bad == 500 and [bad["line"] for bad in tally.first] == [1, 2, 3, 4, 5] and kept < 500_000

@@ -15,7 +15,7 @@ from conftest import VOICE
 
 from finetuning.audio import load_audio
 from finetuning.errors import UserError
-from finetuning.manifest import Rejections, Row, RowFormat, read_rows
+from finetuning.manifest import Row, RowFormat, Tally, read_rows
 from finetuning.mend import MendSummary, mend
 from finetuning.quality import loudness_lufs, silent_edges_seconds
 
@@ -52,7 +52,7 @@ def run(tmp_path: Path, write_jsonl: Callable[..., Path]) -> Callable[..., tuple
 
 
 def read(jsonl: Path) -> Iterator[Row]:
-    return read_rows(jsonl, "TRAIN_JSONL", RowFormat(), Rejections(jsonl), needs_codes=False)
+    return read_rows(jsonl, "TRAIN_JSONL", RowFormat(), Tally(), needs_codes=False)
 
 
 def silence(seconds: float, rate_hz: int = 24_000) -> np.ndarray:

@@ -39,7 +39,7 @@ def finding(severity: str, check: str = "clipping", **fields: object) -> Finding
 
 
 FINDINGS = [
-    finding("info", "digits", num_rows=50),
+    finding("info", "digits", num_rows=50, examples=[(4, "21 cats")]),
     finding("warning", "clipping", examples=[(7, "2.00%"), (9, "1.00%")]),
     finding("error", "dead_codebooks"),
 ]
@@ -54,6 +54,7 @@ def test_table_has_the_worst_first_and_a_verdict_last() -> None:
     assert heads == [["error", "dead_codebooks", "3"], ["warning", "clipping", "3"], ["info", "digits", "50"]]
     text = "\n".join(lines)
     assert "→ mend clipping" in text and "e.g. line 7: 2.00%" in text and "mend digits" not in text
+    assert "e.g. line 4: 21 cats" in text
     assert lines[-1] == "1 error, 1 warning: do not train on this data before the errors are mended"
 
 

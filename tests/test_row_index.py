@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from conftest import PROJECT
 
@@ -290,7 +291,7 @@ def test_bad_rows_are_not_kept_in_memory(
     monkeypatch.setattr(
         row_index._Facts,
         "check",
-        lambda self, rejections, setting: held.append(len(rejections.rows)) or check(self, rejections, setting),
+        lambda self, tally, *rest: held.append(len(tally.first)) or check(self, tally, *rest),
     )
     with pytest.raises(UserError, match=r"400 of 400 rows cannot be used(.|\n)*line 5: (.|\n)*and 395 more"):
         build(write_jsonl([row(seed, text="") for seed in range(400)]))
@@ -384,13 +385,88 @@ def test_a_build_that_was_killed_leaves_nothing_that_counts(
     assert done.returncode == -9
     (left,) = indexes(tmp_path)
     assert left.name.startswith(".building-") and find_index(jsonl, RowFormat()) is None
-    running = left.with_name(f".building-{socket.gethostname()}-1")  # process 1 is always there
-    elsewhere, forgotten = left.with_name(".building-other-1-7"), left.with_name(".building-other-2-7")
-    for folder in (running, elsewhere, forgotten):
+    here = f".building-{socket.gethostname()}"
+    running = left.with_name(f"{here}-1-0123abcd")  # process 1 is always there
+    other_thread = left.with_name(f"{here}-{os.getpid()}-0123abcd")
+    last_container = left.with_name(f"{here}-{os.getpid()}-4567cdef")
+    elsewhere, forgotten = (
+        left.with_name(".building-other-1-7-01234567"),
+        left.with_name(".building-other-2-7-01234567"),
+    )
+    for folder in (running, other_thread, last_container, elsewhere, forgotten):
         folder.mkdir()
     os.utime(forgotten, (0, 0))
+    began = psutil.Process().create_time()
+    os.utime(last_container, (began - 1000, began - 1000))
     built = build(jsonl)
-    assert len(built) == 1000 and indexes(tmp_path) == sorted([built.arrow_file.parent, running, elsewhere])
+    kept = [built.arrow_file.parent, running, other_thread, elsewhere]
+    assert len(built) == 1000 and indexes(tmp_path) == sorted(kept)
+
+
+AT_ONCE = """
+import multiprocessing, os, shutil, sys
+from pathlib import Path
+from finetuning import row_index
+from finetuning.errors import UserError
+from finetuning.manifest import RowFormat
+
+def build_often(jsonl, refused, barrier, number):
+    for attempt in range(40):
+        index = next((jsonl.parent / ".rows").glob("train.jsonl-*"), None)
+        barrier.wait()
+        if index and number == 0 and attempt % 3 == 1:
+            shutil.rmtree(jsonl.parent / ".rows")
+        elif index and number == 0 and attempt % 3 == 2:
+            (index / "summary.json").unlink()
+        barrier.wait()
+        try:
+            row_index.open_rows(refused, RowFormat(), "TRAIN_JSONL")
+        except UserError as error:
+            assert "cannot be used" in str(error), error
+        rows = row_index.open_rows(jsonl, RowFormat(), "TRAIN_JSONL", rejected_file=jsonl.parent / "rejected.jsonl")
+        assert len(rows) == 20 and rows[19]["text"] == "Sentence 19."
+        assert len((jsonl.parent / "rejected.jsonl").read_text().splitlines()) == 1
+        barrier.wait()
+
+fork = multiprocessing.get_context("fork")
+barrier = fork.Barrier(2, timeout=60)
+paths = Path(sys.argv[1]), Path(sys.argv[2])
+builders = [fork.Process(target=build_often, args=(*paths, barrier, number)) for number in range(2)]
+for builder in builders:
+    builder.start()
+for builder in builders:
+    builder.join()
+sys.exit(max(abs(builder.exitcode) for builder in builders))
+"""
+
+
+def test_processes_that_build_the_same_index_at_once(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    """None, a broken one or a good one is there; a refused build beside it removes empty folders."""
+    jsonl = write_jsonl([*(row(seed) for seed in range(20)), row(20, text="")])
+    refused = write_jsonl([row(text="")], "refused.jsonl")
+    done = subprocess.run(
+        [sys.executable, "-c", AT_ONCE, str(jsonl), str(refused)], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (index,) = indexes(tmp_path)
+    assert index.name.startswith("train.jsonl-") and sorted(path.name for path in tmp_path.iterdir()) == [
+        ".rows", "refused.jsonl", "rejected.jsonl", "train.jsonl"
+    ]  # fmt: skip
+
+
+def test_the_faster_process_wins(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    """Its index stays, and the slower one's is thrown away."""
+    jsonl, other = write_jsonl([row(seed) for seed in range(5)]), []
+
+    def build_the_same(_: Any) -> bool:
+        if not other:
+            other.append(open_rows(jsonl, RowFormat(), "TRAIN_JSONL").arrow_file)
+            other.append(other[0].stat().st_ino)
+        return False
+
+    slow = open_rows(jsonl, RowFormat(), "TRAIN_JSONL", stop_at=build_the_same)
+    assert slow.arrow_file == other[0] and slow.arrow_file.stat().st_ino == other[1]
+    assert indexes(tmp_path) == [slow.arrow_file.parent]
 
 
 def test_interrupted_build_is_cleaned_up(build: Build, write_jsonl: WriteJsonl, tmp_path: Path) -> None:

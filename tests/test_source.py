@@ -290,6 +290,86 @@ def test_splits(tmp_path: Path) -> None:
     assert next(open_split(str(tmp_path / "d"), "test").rows()).text == "test"
 
 
+def make_tables(folder: Path, *names: str) -> str:
+    """Tables of one row, whose text is the table's name, beside a clip."""
+    for name in names:
+        table = folder / name
+        write_clips(table.parent)
+        rows = [{"file_name": "0.wav", "text": name}]
+        (write_jsonl if table.suffix in (".jsonl", ".json") else write_csv)(table, rows)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("tables", "splits"),
+    [
+        ("anna/metadata.csv dev-tom/metadata.csv", {"train": [0, 1]}),
+        ("anna/metadata.csv dev/metadata.csv", {"train": [0], "validation": [1]}),
+        ("dev-tom/metadata.csv test-anna/metadata.csv", {"train": [0, 1]}),
+        ("train/anna/metadata.csv train/dev-tom/metadata.csv", {"train": [0, 1]}),
+        (
+            "dev_1/metadata.csv test-01-of-03/metadata.csv training/x/metadata.csv",
+            {"train": [2], "validation": [0], "test": [1]},
+        ),
+        (
+            "dev/metadata.csv test-clean/metadata.csv train-clean-100/metadata.csv",
+            {"train": [2], "validation": [0], "test": [1]},
+        ),
+        (
+            "evaluation/metadata.csv train2/metadata.csv valid/metadata.csv",
+            {"train": [1], "validation": [2], "test": [0]},
+        ),
+        ("anna/metadata.csv dev-x/metadata.csv train-tom/metadata.csv", {"train": [0, 1, 2]}),
+        ("dataset_info.json test.json", {"test": [1]}),
+        ("anna.csv hausa_val.csv tom.csv", {"train": [0, 2], "validation": [1]}),
+        ("other.csv test.csv train.csv validated.csv", {"train": [2], "test": [1]}),
+        ("config.json test.json train.json", {"train": [2], "test": [1]}),
+    ],
+)
+def test_tables_and_the_splits_that_their_places_name(
+    tables: str, splits: dict[str, list[int]], tmp_path: Path
+) -> None:
+    names = tables.split()
+    dataset = make_tables(tmp_path, *names)
+    found = {split: [row.text for row in open_split(dataset, split).rows()] for split in split_names(dataset)}
+    assert found == {split: [names[index] for index in indices] for split, indices in splits.items()}
+    assert list(found) == list(splits)
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ("anna/metadata.csv dev-tom/metadata.csv", "dev-tom/metadata.csv taken for train"),
+        ("other.csv train.csv validated.csv", "other.csv and 1 more left out, because train.csv"),
+        ("anna/metadata.csv tom/metadata.csv", ""),
+        ("train/metadata.csv dev/metadata.csv", ""),
+    ],
+)
+def test_tables_in_doubt_are_said(tables: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    split_names(make_tables(tmp_path, *tables.split()))
+    output = capsys.readouterr().out
+    assert (said in output and output.count("\n") == 1) if said else output == ""
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (
+            "anna/metadata.csv train/metadata.csv",
+            r"train \(train/metadata.csv\).* split of anna/metadata.csv; move it with",
+        ),
+        ("dev-tom/metadata.csv train/metadata.csv", "nothing tells the split of dev-tom/metadata.csv"),
+        ("metadata.csv train/metadata.csv", "nothing tells the split of metadata.csv; move it"),
+        ("a/x.csv b/x.csv train.csv", "split of a/x.csv and 1 more; rename it to a/train_x.csv"),
+        ("anna/metadata.csv tom/metadata.jsonl", r"different kinds \(anna/metadata.csv, tom/metadata.jsonl\)"),
+    ],
+)
+def test_tables_that_may_belong_to_train_are_refused(tables: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^DATASET_NAME: .*{message}") as caught:
+        split_names(make_tables(tmp_path, *tables.split()))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_readme_names_the_files(tmp_path: Path) -> None:
     folder = make_audiofolder_jsonl_in_splits(tmp_path / "dataset")
     (folder / "README.md").write_text(
@@ -332,6 +412,41 @@ def test_relative_paths_start_at_the_table_then_at_the_working_directory(
     assert [row.audio_name for row in rows[3:5]] == ["~/here/both.wav", None]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_ref_audio_is_found_as_the_audio_is(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Absolute, else beside the table, else in the working directory; what is no file goes, with its words."""
+    for name in ("data/both.wav", "here/both.wav", "here/mine.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.chdir(tmp_path / "here")
+    given = [
+        "both.wav",
+        " mine.wav ",
+        str(tmp_path / "here" / "both.wav"),
+        None,
+        "gone.wav",
+        "",
+        "..",
+        "x" * 5000,
+        "gone.wav",
+    ]
+    expected = [str(tmp_path / name) for name in ("data/both.wav", "here/mine.wav", "here/both.wav")]
+    rows = [{"audio": "both.wav", "text": "a", "ref_audio": name, "ref_text": "b", "id": "c"} for name in given]
+    if suffix == "jsonl":
+        write_jsonl(tmp_path / "data" / "t.jsonl", rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "t.parquet")
+    split = open_split(str(tmp_path / "data" / f"t.{suffix}"), "train")
+    found = [row.other for row in split.rows()]
+    kept = [{"ref_audio": path, "ref_text": "b", "id": "c"} for path in expected]
+    assert found == [*kept, {"ref_audio": None, "ref_text": "b", "id": "c"}, *[{"id": "c"}] * 5]
+    assert [row.other for row in pickle.loads(pickle.dumps(split)).rows()] == found
+    output = capsys.readouterr().out
+    assert "ref_audio of row 5 (gone.wav) is no file" in output and output.count("\n") == 1
+
+
 def test_csv_with_quotes_line_breaks_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
     write_clips(tmp_path / "wavs")
     text = '\ufeffaudio,text,note\r\n\r\na.wav,"two\r\nlines, ""quoted""",\r\n\r\nb.wav,é,x\r\n'
@@ -340,6 +455,53 @@ def test_csv_with_quotes_line_breaks_blank_lines_and_a_byte_order_mark(tmp_path:
     assert [(row.audio_name, row.text, row.other) for row in rows] == [
         ("a.wav", 'two\r\nlines, "quoted"', {"note": None}), ("b.wav", "é", {"note": "x"}),
     ]  # fmt: skip
+
+
+def read_texts(path: Path, lines: Sequence[str]) -> list[str]:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return [row.text for row in open_split(str(path), "train").rows()]
+
+
+def test_quotes_in_a_table_with_bars_are_text(tmp_path: Path) -> None:
+    texts = ['"Hello there', 'b "c"', '"whole"', "d, e"]
+    lines = ["file_name|text", *(f"{index}.wav|{text}" for index, text in enumerate(texts))]
+    assert read_texts(tmp_path / "bars.csv", lines) == texts
+    quoted = ['"file_name"|"text"', '"0.wav"|"a | ""b"""', '"1.wav"|"c"']
+    assert read_texts(tmp_path / "quoted.csv", quoted) == ['a | "b"', "c"]
+    with pytest.raises(UserError, match=r'line 3 has 3 fields, the header has 2; take the "\|" out of the text'):
+        read_texts(tmp_path / "bars.csv", [*lines[:2], "1.wav|a | b"])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "lines", "number"),
+    [
+        ("csv", ['0.wav,"Hello there', "1.wav,b", "2.wav,c", "3.wav,d"], 2),
+        ("csv", ["0.wav,a", '1.wav,"Hello', "2.wav,he said", '3.wav,"Bye, you"'], 3),
+        ("csv", ["0.wav,a", '1.wav,"Hello', '2.wav,5 feet 7"', "3.wav,d"], 3),
+        ("csv", ["", "0.wav,a", '1.wav,"Hello', '"2.wav",x"', '3.wav,d"'], 4),
+        ("tsv", ["0\ta", '1\t"Hello', '2\t5 feet 7"', "3\td"], 3),
+        ("tsv", ["0\ta", '1\t"Hello', *("2\tlong" for _ in range(50_000))], 3),
+    ],
+    ids=["to the end", "to the next field", "to another inch", "quoted name", "tab", "too long for a field"],
+)
+def test_a_quote_that_is_not_closed_is_refused(suffix: str, lines: list[str], number: int, tmp_path: Path) -> None:
+    header = {"tsv": "file_name\ttext", "csv": "file_name,text"}[suffix]
+    with pytest.raises(UserError, match=f"t.{suffix} line {number} opens a double quote that is not closed") as caught:
+        read_texts(tmp_path / f"t.{suffix}", [header, *lines])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_quote_that_is_not_closed_before_the_name_is_refused(tmp_path: Path) -> None:
+    lines = ["text,file_name\r", '"Hello,0.wav\r', '5 feet 7",1.wav\r']
+    with pytest.raises(UserError, match=r"t.csv line 2 opens a double quote"):
+        read_texts(tmp_path / "t.csv", lines)
+
+
+def test_line_breaks_and_commas_within_quotes_are_text(tmp_path: Path) -> None:
+    rows = ['0.wav,"one, two,', "three, four", '"', '1.wav,"a ""quoted"", word"', '2.wav,"Yes," she said.']
+    texts = ["one, two,\nthree, four\n", 'a "quoted", word', "Yes, she said."]
+    assert read_texts(tmp_path / "t.csv", ["file_name,text", *rows]) == texts
+    assert read_texts(tmp_path / "t.tsv", ["file_name\ttext", '0.wav\t"one,', 'two"', "1.wav\tb"]) == ["one,\ntwo", "b"]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
