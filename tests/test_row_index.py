@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -429,7 +430,7 @@ def build_often(jsonl, refused, barrier, number):
         barrier.wait()
 
 fork = multiprocessing.get_context("fork")
-barrier = fork.Barrier(2, timeout=60)
+barrier = fork.Barrier(2, timeout=30)
 paths = Path(sys.argv[1]), Path(sys.argv[2])
 builders = [fork.Process(target=build_often, args=(*paths, barrier, number)) for number in range(2)]
 for builder in builders:
@@ -452,6 +453,21 @@ def test_processes_that_build_the_same_index_at_once(write_jsonl: WriteJsonl, tm
     assert index.name.startswith("train.jsonl-") and sorted(path.name for path in tmp_path.iterdir()) == [
         ".rows", "refused.jsonl", "rejected.jsonl", "train.jsonl"
     ]  # fmt: skip
+
+
+def test_an_index_that_is_replaced_while_it_is_opened(
+    build: Build, write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl, real, opened = write_jsonl([row(seed) for seed in range(5)]), row_index._tell, []
+
+    def tell(folder: Path, rejected_file: Path | None) -> None:
+        opened.append(folder)
+        if len(opened) == 1:
+            shutil.rmtree(folder)
+        real(folder, rejected_file)
+
+    monkeypatch.setattr(row_index, "_tell", tell)
+    assert build(jsonl)[4]["text"] == "Sentence 4." and len(opened) == 2
 
 
 def test_the_faster_process_wins(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
