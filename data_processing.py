@@ -36,6 +36,13 @@ INTERFACE = {
     "create_dataloader": "library",
     "get_dataset_info": "library",
 }
+#: What `--drop_flagged` does (see checks.ROW_DEFECTS).
+DROP_FLAGGED_HELP = (
+    "leave out every row that a check finds fault with, single ones too (unusable, clipped, DC offset, silence at an "
+    "edge, noise, telephone band, too quiet, odd speaking rate, another voice, audio or codes of an earlier row, frozen "
+    "codes, unspeakable characters, wrong script; short and long clips only where there is a warning); what "
+    "--trim_silence or --loudness mends stays"
+)
 #: Rows that `--mode direct` shows.
 NUM_SHOWN = 5
 
@@ -166,7 +173,7 @@ def parse_arguments() -> argparse.Namespace:
     mending = parser.add_argument_group("mending (check; off by default, the input is never changed)")
     mending.add_argument("--trim_silence", action="store_true", help="cut silence off both ends of the clips")
     mending.add_argument("--loudness", type=float, metavar="LUFS", help="bring the clips to this loudness, such as -23")
-    mending.add_argument("--drop_flagged", action="store_true", help="leave out the rows that a check found fault with")
+    mending.add_argument("--drop_flagged", action="store_true", help=DROP_FLAGGED_HELP)
     return parser.parse_args()
 
 

@@ -117,7 +117,8 @@ class Preflight:
         return str(self.settings.output_dir)
 
     def data(self) -> str:
-        from finetuning.manifest import Rejections, RowFormat, read_rows
+        from finetuning.console import say
+        from finetuning.manifest import RowFormat, Tally, read_rows
         from finetuning.preparer import open_dataset_split
         from finetuning.training_rows import check_train_jsonl, comes_from_dataset
 
@@ -132,13 +133,13 @@ class Preflight:
             files.append(("VALIDATION_JSONL", settings.validation_jsonl))
         found = []
         for setting, file in files:
-            rejections = Rejections(file)
-            needs_codes = settings.data_mode == "none"
-            for row in read_rows(file, setting, row_format, rejections, needs_codes=needs_codes):
+            tally, needs_codes = Tally(), settings.data_mode == "none"
+            for row in read_rows(file, setting, row_format, tally, needs_codes=needs_codes):
                 self._references |= {row.ref_audio} - {None}
-            with tempfile.TemporaryDirectory() as folder:
-                rejections.check(Path(folder) / "rejected.jsonl")
-            found.append(f"{rejections.num_good} rows in {file}")
+            tally.check_share()
+            if tally.num_bad:
+                say(f"skipped {tally.summary()}")
+            found.append(f"{tally.num_good} rows in {file}")
         return ", ".join(found)
 
     def references(self) -> str:
@@ -290,11 +291,11 @@ def _dataset_rows_that_load(settings: Settings, base: Base, folder: Path) -> Ite
 
 def _rows_that_load(settings: Settings, base: Base, _: Path) -> Iterator[dict]:
     from finetuning.audio import AudioError, load_audio
-    from finetuning.manifest import Rejections, RowFormat, read_rows
+    from finetuning.manifest import RowFormat, Tally, read_rows
 
     row_format, found = RowFormat.from_settings(settings, base.special_tokens()), 0
-    rejections, needs_codes = Rejections(settings.train_jsonl), settings.data_mode == "none"
-    for row in read_rows(settings.train_jsonl, "TRAIN_JSONL", row_format, rejections, needs_codes=needs_codes):
+    needs_codes = settings.data_mode == "none"
+    for row in read_rows(settings.train_jsonl, "TRAIN_JSONL", row_format, Tally(), needs_codes=needs_codes):
         try:
             if row.codes is None:
                 load_audio(row.audio)

@@ -23,17 +23,17 @@ from finetuning.console import say
 from finetuning.encoding import CHUNK_ROWS, ClipEncoder, EncodedChunk, EncodedClip, Progress
 from finetuning.errors import UserError
 from finetuning.manifest import (
-    Rejections,
     Row,
     RowError,
     RowFormat,
+    Tally,
     check_speaker_names,
     parse_row,
     read_lines,
     read_rows,
 )
 from finetuning.processes import Processes
-from finetuning.workspace import Digest, Tally, Workspace, was_forced
+from finetuning.workspace import Digest, Workspace, was_forced
 
 #: A place in a file (byte of a JSONL, row of a chunk) and the file's number share one integer.
 _PLACES_PER_FILE = 1 << 44
@@ -354,23 +354,23 @@ def dataset_info(jsonl: Path, row_format: RowFormat) -> dict[str, Any]:
 
     ``languages`` and ``speakers`` map names to numbers of rows; lengths come from codes, else from the audio's header.
     """
-    rejections = Rejections(jsonl)
+    tally = Tally()
     languages: Counter[str] = Counter()
     speakers: Counter[str] = Counter()
     seconds, num_with_codes = [], 0
-    for row in read_rows(jsonl, "--input_jsonl", row_format, rejections, needs_codes=False):
+    for row in read_rows(jsonl, "--input_jsonl", row_format, tally, needs_codes=False):
         num_with_codes += row.codes is not None
         languages[row.language] += 1
         speakers[row.speaker] += 1
         length = audio_duration_seconds(row.audio) if row.codes is None else len(row.codes) / FRAMES_PER_SECOND
         seconds.append(length or 0.0)
     lengths = {"min": min(seconds), "median": float(np.median(seconds)), "max": max(seconds)} if seconds else {}
-    first_bad = [f"line {number}: {reason}" for number, reason, _ in rejections.rows[:1]]
+    first_bad = [f"line {bad['line']}: {bad['reason']}" for bad in tally.first[:1]]
     return {
         "file": str(jsonl),
-        "num_samples": rejections.num_good,
+        "num_samples": tally.num_good,
         "num_with_codes": num_with_codes,
-        "num_bad": len(rejections.rows),
+        "num_bad": tally.num_bad,
         **({"first_bad": first_bad[0]} if first_bad else {}),
         "hours": sum(seconds) / 3600,
         "seconds": lengths,

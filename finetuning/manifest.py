@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from finetuning.codec import CODEBOOK_SIZE, NUM_CODEBOOKS
-from finetuning.console import say
 from finetuning.errors import UserError
 from finetuning.settings import Settings, speaker_name_problem
 
@@ -332,24 +331,6 @@ class Tally:
 def rejected_record(jsonl: Path, number: int, reason: str, line: str) -> dict[str, Any]:
     """One bad row as the lists of bad rows hold it."""
     return {"file": str(jsonl), "line": number, "reason": reason, "row": line.rstrip("\n")}
-
-
-class Rejections(Tally):
-    """The former name of ``Tally``, for callers that want a list of the rows."""
-
-    def __init__(self, file: Path, num_good: int = 0) -> None:
-        super().__init__(num_good)
-        self.file = file
-        self.rows: list[tuple[int, str, str]] = []  # (line number, reason, "")
-
-    def add(self, num_good: int, rejected: Sequence[dict[str, Any]]) -> None:
-        super().add(num_good, rejected)
-        self.rows += [(bad["line"], bad["reason"], "") for bad in rejected]
-
-    def check(self, list_file: Path) -> None:
-        self.check_share()
-        if self.num_bad:
-            say(f"skipped {self.summary()}")
 
 
 def check_speaker_names(names: dict[str, tuple[Path, int]]) -> None:

@@ -25,14 +25,10 @@ from finetuning.encoding import CHUNK_ROWS, ClipEncoder, EncodedChunk, EncodedCl
 from finetuning.errors import UserError
 from finetuning.manifest import RowError, RowFormat, check_fields, check_speaker_names
 from finetuning.processes import Processes
-from finetuning.quality import reference_score
+from finetuning.quality import BEST_REFERENCE_SECONDS, REFERENCE_SECONDS, reference_score
 from finetuning.source import SourceRow, Split
-from finetuning.workspace import Digest, Tally, Workspace, disk_errors, read_stamp, unfinished
+from finetuning.workspace import Digest, Workspace, disk_errors, read_stamp, unfinished
 
-#: A reference is chosen among clips of this length …
-REFERENCE_SECONDS = (3.0, 30.0)
-#: … and among these, if there are any.
-BEST_REFERENCE_SECONDS = (5.0, 10.0)
 #: Saved clips get this time (2000-01-01), so that a file is the same whenever it was made; an edited clip has another.
 SAVED_AUDIO_TIME_NS = 946_684_800 * 10**9
 #: Keys that a prepared row gets; a column of that name gives way.

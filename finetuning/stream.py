@@ -24,9 +24,10 @@ import numpy as np
 from finetuning.audio import Audio
 from finetuning.console import say
 from finetuning.encoding import CHUNK_ROWS, ClipEncoder, EncodedChunk
+from finetuning.manifest import Tally
 from finetuning.prepare import DatasetRows, encode_chunks
 from finetuning.settings import Settings
-from finetuning.workspace import Digest, Tally
+from finetuning.workspace import Digest
 
 #: So many neighbouring chunks stay together when an epoch is shuffled, so that a file's parts are read once.
 BLOCK_CHUNKS = 16

@@ -12,51 +12,22 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetuning.console import say
 from finetuning.encoding import EncodedChunk
 from finetuning.errors import UserError
-from finetuning.manifest import MAX_BAD_SHARE
+from finetuning.manifest import Tally
 from finetuning.processes import Processes
 
 #: Marks an unfinished run that was begun with --force.
 FORCED = "forced"
-#: Bad rows that a message names.
-NUM_SHOWN = 5
 
 
 def rejected_path(output_jsonl: Path) -> Path:
     """Where the rows that were left out are listed, with the reason."""
     return output_jsonl.with_name(f"{output_jsonl.stem}.rejected.jsonl")
-
-
-@dataclass
-class Tally:
-    """Good and bad rows, counted; only the first few bad ones are remembered."""
-
-    num_good: int = 0
-    num_bad: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, num_good: int, rejected: Sequence[dict[str, Any]]) -> None:
-        self.num_good += num_good
-        self.num_bad += len(rejected)
-        free = NUM_SHOWN - len(self.first)
-        self.first += [f"  {bad['file']} line {bad['line']}: {bad['reason']}" for bad in rejected[:free]]
-
-    def check_share(self, total: int | None = None) -> None:
-        """Stops when more than a tenth of the rows (of ``total``, where more are to come) is bad."""
-        if self.num_bad > MAX_BAD_SHARE * (total or self.num_good + self.num_bad):
-            raise UserError(self.summary("cannot be used"))
-
-    def summary(self, verdict: str = "") -> str:
-        """The count and the first few."""
-        more = [f"  … and {self.num_bad - len(self.first)} more"] if self.num_bad > len(self.first) else []
-        heading = f"{self.num_bad} of {self.num_good + self.num_bad} rows {verdict}".rstrip()
-        return "\n".join([f"{heading}:", *self.first, *more])
 
 
 # ------------------------------------------------------------------------------------- what is done, and the result
