@@ -39,8 +39,8 @@ INTERFACE = {
 #: What `--drop_flagged` does (see checks.ROW_DEFECTS).
 DROP_FLAGGED_HELP = (
     "leave out every row that a check finds fault with, single ones too (unusable, clipped, DC offset, silence at an "
-    "edge, noise, telephone band, too quiet, odd speaking rate, another voice, audio or codes of an earlier row, frozen "
-    "codes, unspeakable characters, wrong script; short and long clips only where there is a warning); what "
+    "edge, noise, telephone band, too quiet, odd speaking rate, another voice, audio or codes of an earlier row, "
+    "frozen codes, unspeakable characters, wrong script; short and long clips only where there is a warning); what "
     "--trim_silence or --loudness mends stays"
 )
 #: Rows that `--mode direct` shows.

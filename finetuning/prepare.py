@@ -23,7 +23,7 @@ from finetuning.console import say
 from finetuning.encode_rows import Source, recorded_sources
 from finetuning.encoding import CHUNK_ROWS, ClipEncoder, EncodedChunk, EncodedClip, Progress, clip_has_changed
 from finetuning.errors import UserError
-from finetuning.manifest import RowError, RowFormat, check_fields, check_speaker_names
+from finetuning.manifest import RowError, RowFormat, Tally, check_fields, check_speaker_names
 from finetuning.processes import Processes
 from finetuning.quality import BEST_REFERENCE_SECONDS, REFERENCE_SECONDS, reference_score
 from finetuning.source import SourceRow, Split
