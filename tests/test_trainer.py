@@ -184,10 +184,10 @@ def test_a_signal_finishes_the_step_and_saves(
     trainer = make_trainer(build(settings))
     step = Trainer._optimizer_step
 
-    def interrupted(self: Trainer, *arguments: Any) -> None:
+    def interrupted(self: Trainer, *arguments: Any) -> bool:
         if self.step == 2:
             os.kill(os.getpid(), number)
-        step(self, *arguments)
+        return step(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_optimizer_step", interrupted)
     handler = signal.getsignal(number)
