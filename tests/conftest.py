@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,22 @@ def codec_folder(tmp_path: Path) -> Path:
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
     return folder
+
+
+@pytest.fixture
+def make_raw(tmp_path: Path) -> Callable[..., Path]:
+    """``raw_clips.write_raw`` in tmp_path/data."""
+    from raw_clips import write_raw
+
+    return partial(write_raw, tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The toy layers are too small to share; on a busy machine a second thread makes them many times slower."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 from fakes import FakeCodec, fake_codes
+from raw_clips import expected_codes, read_rows, write_clip, write_rows
 
 from finetuning.audio import load_audio
-from finetuning.base_model import Base, resolve_base
 from finetuning.codec import Codec, codec_fingerprint
 from finetuning.encode_rows import dataset_info, encode_jsonl, encoded_path, format_info
 from finetuning.errors import UserError
@@ -28,58 +26,7 @@ from finetuning.manifest import RowFormat
 VOICE = Path(__file__).parent.parent / "voices" / "english_voice"
 MakeSettings = Callable[..., Any]
 MakeRaw = Callable[..., Path]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The toy layers are too small to share; on a busy machine a second thread makes them many times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    from finetuning.settings import load_settings
-
-    return resolve_base(load_settings({"init_model_path": "tiny-random"}, environment={}))
-
-
-def write_clip(path: Path, seed: int, seconds: float = 0.5) -> None:
-    noise = np.random.default_rng(seed).normal(0, 0.1, round(seconds * 24_000))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, noise, 24_000)
-
-
-@pytest.fixture
-def make_raw(tmp_path: Path) -> MakeRaw:
-    """Writes a raw JSONL in tmp_path/data with so many clips beside it, long and short ones mixed."""
-
-    def make(num_clips: int = 6, name: str = "train.jsonl", **fields: Any) -> Path:
-        folder = tmp_path / "data"
-        rows = []
-        for index in range(num_clips):
-            audio = f"{Path(name).stem}_clips/{index:02}.wav"
-            write_clip(folder / audio, zlib.crc32(name.encode()) + index, seconds=0.4 + 0.1 * (index * 5 % 7))
-            rows.append({"audio": audio, "text": f"Sentence {index}.", "mood": {"number": index}} | fields)
-        write_rows(folder / name, rows)
-        return folder / name
-
-    return make
-
-
-def write_rows(path: Path, rows: list[Any]) -> None:
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def expected_codes(raw: Path) -> list[list[list[int]]]:
-    return [fake_codes(load_audio(raw.parent / row["audio"])).tolist() for row in read_rows(raw)]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def encode(raw: Path, codec_folder: Path, output: Path | None = None, **arguments: Any) -> Path:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
-import torch
+from fakes import FakeCodec
+from raw_clips import expected_codes, read_rows, write_clip, write_rows
 
 from finetuning import row_index, training_rows
 from finetuning.audio import load_audio
@@ -26,54 +24,7 @@ from finetuning.training_rows import check_train_jsonl, open_training_rows
 
 MakeSettings = Callable[..., Any]
 MakeRaw = Callable[..., Path]
-
-
-def fake_codes(waveform: np.ndarray) -> np.ndarray:
-    """Codes that depend on the samples alone."""
-    generator = np.random.default_rng(zlib.crc32(waveform.tobytes()))
-    return generator.integers(0, 2048, (-(-len(waveform) // 1920), 16)).astype(np.int16)
-
-
-class FakeCodec:
-    """Counts how often it is built and what it encodes; raises when ``batches_left`` is used up."""
-
-    def __init__(self) -> None:
-        self.num_built = 0
-        self.batch_sizes: list[int] = []
-        self.batches_left = 1_000_000
-
-    def build(self, folder: Path, device: str = "cpu") -> FakeCodec:
-        self.num_built += 1
-        return self
-
-    def encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        if self.batches_left == 0:
-            raise KeyboardInterrupt
-        self.batches_left -= 1
-        self.batch_sizes.append(len(waveforms))
-        return [fake_codes(waveform) for waveform in waveforms]
-
-    def take_num_clips(self) -> int:
-        """How many clips were encoded since the last call."""
-        number = sum(self.batch_sizes)
-        self.batch_sizes.clear()
-        return number
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The toy layers are too small to share; on a busy machine a second thread makes them many times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCodec:
-    fake_codec = FakeCodec()
-    monkeypatch.setattr("finetuning.encoding.Codec", fake_codec.build)
-    return fake_codec
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -81,42 +32,6 @@ def base() -> Base:
     from finetuning.settings import load_settings
 
     return resolve_base(load_settings({"init_model_path": "tiny-random"}, environment={}))
-
-
-def write_clip(path: Path, seed: int, seconds: float = 0.5) -> None:
-    noise = np.random.default_rng(seed).normal(0, 0.1, round(seconds * 24_000))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, noise, 24_000)
-
-
-@pytest.fixture
-def make_raw(tmp_path: Path) -> MakeRaw:
-    """Writes a raw JSONL in tmp_path/data with so many clips beside it, long and short ones mixed."""
-
-    def make(num_clips: int = 6, name: str = "train.jsonl", **fields: Any) -> Path:
-        folder = tmp_path / "data"
-        rows = []
-        for index in range(num_clips):
-            audio = f"{Path(name).stem}_clips/{index:02}.wav"
-            write_clip(folder / audio, zlib.crc32(name.encode()) + index, seconds=0.4 + 0.1 * (index * 5 % 7))
-            rows.append({"audio": audio, "text": f"Sentence {index}.", "mood": {"number": index}} | fields)
-        write_rows(folder / name, rows)
-        return folder / name
-
-    return make
-
-
-def write_rows(path: Path, rows: list[Any]) -> None:
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def expected_codes(raw: Path) -> list[list[list[int]]]:
-    return [fake_codes(load_audio(raw.parent / row["audio"])).tolist() for row in read_rows(raw)]
 
 
 def names_in(folder: Path) -> set[str]:
