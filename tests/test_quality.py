@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +67,6 @@ def test_short_and_silent_clips_have_figures_too(num_samples: int) -> None:
         json.dumps(measures, allow_nan=False)
         assert measures["loudness_lufs"] is None
         reference_score(measures)
-
-
-def test_six_seconds_take_milliseconds(speech: np.ndarray) -> None:
-    measure_clip(speech)  # imports
-    started = time.perf_counter()
-    measure_clip(speech[: 6 * RATE_HZ])
-    assert time.perf_counter() - started < 0.1  # 7 ms on an idle core
 
 
 # -------------------------------------------------------------------------------------------------------- loudness
