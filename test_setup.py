@@ -2,7 +2,8 @@
 
     python test_setup.py                                  # as .env says
     ENV_FILE=.env.demo python test_setup.py               # the demo, on CPU
-    accelerate launch --num_processes=4 test_setup.py     # also: can the processes talk?
+    accelerate launch --num_processes=4 test_setup.py     # also: can the processes talk, are all of them ready?
+    ./uv_train_4gpu.sh --check                            # the same
 
 Nothing is written but to a temporary folder.
 """
@@ -34,26 +35,67 @@ BYTES_PER_TRAINED_WEIGHT, BYTES_PER_FROZEN_WEIGHT = 16, 4
 
 
 class Preflight:
-    """Numbered checks; later ones use what earlier ones found and are skipped when that is missing."""
+    """Numbered checks; later ones use what earlier ones found and are skipped when that is missing.
+
+    Every one of several processes makes them all, for they may run on different machines. Once they can talk, a check
+    fails for all of them when it fails in one.
+    """
 
     def __init__(self) -> None:
         self.num_failed = self._number = 0
-        self._is_main = int(os.environ.get("RANK") or 0) == 0
+        self._rank = int(os.environ.get("RANK") or 0)
+        self._is_main = self._rank == 0
+        self._unsaid: list[str] = []
         self.settings: Settings | None = None
         self.base = self.device = self.accelerator = None
         self._references: set[Path] = set()
 
-    def check(self, title: str, function: Callable[[], str], needs: object = True) -> None:
-        """Runs one check; ``function`` returns a line about what it found or raises UserError."""
+    def check(self, title: str, function: Callable[[], str], needs: object = True, together: bool = False) -> None:
+        """Runs one check; ``function`` returns a line about what it found or raises UserError.
+
+        Args:
+            needs: None skips the check.
+            together: the processes talk inside of it, so that none can go on when one fails: it fails at once.
+        """
         self._number += 1
-        if needs is None:
-            say(f"{self._number:>2}. – {title}: skipped, an earlier check failed")
-            return
+        found, problem = "", None
         try:
-            say(f"{self._number:>2}. ✓ {title}: {function()}")
+            found = "" if needs is None else function()
         except UserError as error:
+            if together and self.accelerator.num_processes > 1:
+                raise UserError(f"{title}: process {self._rank}: {error}") from None
+            problem = str(error)
+        if problem := self._of_any_process(problem):
             self.num_failed += 1
-            say(f"{self._number:>2}. ✗ {title}: {error}")
+            say(f"{self._number:>2}. ✗ {title}: {problem}")
+            self._unsaid += [] if self._is_main else [f"{title}: {problem}"]
+        elif needs is None:
+            say(f"{self._number:>2}. – {title}: skipped, an earlier check failed")
+        else:
+            say(f"{self._number:>2}. ✓ {title}: {found}")
+
+    def _of_any_process(self, problem: str | None) -> str | None:
+        """This process's problem, or that of the first process that has one where they can talk."""
+        if self.accelerator is None or self.accelerator.num_processes == 1:
+            return problem
+        from accelerate.utils import gather_object
+
+        problems = {rank: found for rank, found in enumerate(gather_object([problem])) if found}
+        if not problems:
+            return None
+        rank = min(problems)
+        return problems[rank] if rank == 0 else f"process {rank}: {problems[rank]}"
+
+    def summary(self) -> None:
+        """
+        Raises:
+            UserError: a check failed.
+        """
+        if not self.num_failed:
+            return
+        if self._unsaid:  # the main process, which prints the lines, may know nothing of it
+            raise UserError(f"process {self._rank}: {'; '.join(self._unsaid)}")
+        raise UserError(f"{self.num_failed} check(s) failed; see the lines marked ✗")
 
     # ------------------------------------------------------------------------------------------------ the checks
 
@@ -88,16 +130,13 @@ class Preflight:
         return f"{self.device} ({name}), precision {self.settings.mixed_precision}, attention {attention}"
 
     def processes(self) -> str:
-        import torch
-
+        from finetuning.processes import check_processes_talk
         from finetuning.session import start
 
-        self.accelerator = start(self.settings, self.device)
-        count = self.accelerator.num_processes
-        total = self.accelerator.reduce(torch.ones(1, device=self.accelerator.device), reduction="sum").item()
-        if total != count:
-            raise UserError(f"{count} processes were started, but only {total:g} answered")
-        return "one process" if count == 1 else f"{count} processes can talk"
+        accelerator = check_processes_talk(lambda: start(self.settings, self.device))
+        count = accelerator.num_processes
+        self.accelerator = accelerator
+        return "one process" if count == 1 else f"{count} processes can talk ({accelerator.state.backend})"
 
     def model(self) -> str:
         from finetuning.base_model import load_tokenizer, resolve_base
@@ -159,9 +198,15 @@ class Preflight:
     def memory(self) -> str:
         """Weights, gradients and Adam states of the whole run, from the base's headers, before anything is loaded."""
         from finetuning.base_model import free_memory_bytes
+        from finetuning.sharding import asks_for_fsdp
 
         trained, frozen = parameter_counts(self.base, self.settings)
         needed = trained * BYTES_PER_TRAINED_WEIGHT + frozen * BYTES_PER_FROZEN_WEIGHT
+        count = int(os.environ.get("WORLD_SIZE") or 1)
+        if count > 1 and asks_for_fsdp():
+            needed //= count
+        if self.device == "cpu":  # the processes of a machine share its memory
+            needed *= int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         free = free_memory_bytes(self.device)
         line = f"weights, gradients and Adam states take {needed / 1e9:.2f} GB, activations come on top"
         if needed > free:
@@ -237,9 +282,9 @@ def main() -> None:
     check("references", preflight.references, needs=preflight.settings)
     check("memory", preflight.memory, needs=preflight.base)
     check("disk", preflight.disk, needs=preflight.base)
-    check("one training step", preflight.one_step, needs=preflight.accelerator if preflight.num_failed == 0 else None)
-    if preflight.num_failed:
-        raise UserError(f"{preflight.num_failed} check(s) failed; see the lines marked ✗")
+    ready = preflight.accelerator if preflight.num_failed == 0 else None
+    check("one training step", preflight.one_step, needs=ready, together=True)
+    preflight.summary()
     say("Everything is ready: python train.py")
 
 

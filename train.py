@@ -33,9 +33,10 @@ def train(settings: Settings) -> None:
     base, device = session.check_inputs(settings)
     accelerator = session.start(settings, device)
     try:
+        resume = session.choose_start(settings, base, accelerator)
         rows = session.open_rows(settings, base, accelerator)
         session.check_rows(settings, rows, accelerator)
-        run = session.build_run(settings, base, rows, accelerator)
+        run = session.build_run(settings, base, rows, accelerator, resume)
         if settings.prepare_only:
             session.walk_once(run)
             return

@@ -10,6 +10,7 @@ set -euo pipefail
 called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/install.sh
+source scripts/launch.sh
 
 script=train.py
 if [[ ${1:-} == --check ]]; then
@@ -22,4 +23,7 @@ if [[ -z ${ENV_FILE:-} && ! -f .env && $# -eq 0 ]]; then
 fi
 
 install_project
-exec .venv/bin/python "$script" "$@"
+if ((NUM_PROCESSES > 1)); then
+  show_gpus
+fi
+start .venv/bin/python "$script" "$@"

@@ -1,4 +1,4 @@
-"""Exports: checkpoints that stock qwen-tts loads, written to a temporary name and renamed.
+"""Exports: checkpoints that stock qwen-tts loads, each whole or not there (see ``disk``).
 
 An export is the base with three changes: trained weights in the base's dtypes, the speakers' vectors in their rows of
 the codec table, and a configuration of type ``custom_voice`` that names them. The package builds no speaker encoder for
@@ -8,22 +8,26 @@ that type, so its weights are left out.
 from __future__ import annotations
 
 import copy
-import json
+import errno
+import fcntl
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 
 from finetuning.base_model import UNPATCHED_TRANSFORMERS_VERSION, Base, tokenizer_files
 from finetuning.console import say
+from finetuning.disk import clean_up, files_of, free_bytes, nearest_existing, new_folder, remove_folder, write_json
 from finetuning.errors import UserError
 from finetuning.settings import Settings
+from finetuning.sharding import full_tensor
 from finetuning.speakers import Speakers
 
 CODEC_TABLE = "talker.model.codec_embedding.weight"
@@ -31,7 +35,10 @@ CODEC_TABLE = "talker.model.codec_embedding.weight"
 #: copied.
 LINKED_SUFFIX = ".safetensors"
 #: Files of a run besides its checkpoints.
-RUN_FILES = ("settings.json", "training_log.jsonl", "validation_log.jsonl")
+LOG_FILES = ("training_log.jsonl", "validation_log.jsonl", "skipped_rows.jsonl")
+RUN_FILES = ("settings.json", *LOG_FILES)
+#: Kept open by the process that trains in the folder.
+LOCK_FILE = ".lock"
 _STEP_FOLDER = re.compile(r"(checkpoint|epoch)-(\d+)")
 
 
@@ -42,52 +49,46 @@ class Exporter:
         model: ``Qwen3TTSForConditionalGeneration`` whose parameters are being trained.
     """
 
-    def __init__(self, settings: Settings, base: Base, model: Any, speakers: Speakers) -> None:
+    def __init__(
+        self, settings: Settings, base: Base, model: Any, speakers: Speakers, accelerator: Accelerator
+    ) -> None:
         self.output_dir = settings.output_dir
-        self.base, self.model, self.speakers = base, model, speakers
+        self.base, self.model, self.speakers, self.accelerator = base, model, speakers, accelerator
         self._dtypes = base.weight_dtypes()
-        self._save_total_limit = settings.save_total_limit
         self._said_files = False
 
     def save(self, names: Sequence[str], state: Mapping[str, Any]) -> None:
-        """Writes one checkpoint under several names; the files are written once and hard-linked.
+        """Writes one checkpoint under several names; the files are written once and hard-linked. All processes call it.
 
         Args:
             names: such as ``["last", "best", "checkpoint-500"]``.
             state: JSON values for training_state.json.
 
         Raises:
-            UserError: the folder cannot be written (disk full); older checkpoints stay.
+            OSError: the disk refused (full, say), in all processes; older checkpoints stay.
         """
-        first, *others = names
-        unfinished = self.output_dir / f".{first}.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
-            self._write(unfinished, state)
-            _replace_folder(unfinished, self.output_dir / first)
-            for name in others:
-                self._copy(self.output_dir / first, name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"OUTPUT_DIR: {first}/ could not be saved ({error}); the checkpoints before it are whole. "
-                "Free some space or choose another disk"
-            ) from None
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        self._rotate()
-        self._say_files(self.output_dir / first)
+        weights = self._weights()
+        attempt(self.accelerator, lambda: self._write(names, state, weights) if weights else None)
 
     def required_bytes(self) -> int:
         """Size of one checkpoint's weights; the unchanged files of the base are linked or small beside them."""
         return sum(tensor.numel() * self._dtype(name).itemsize for name, tensor in self._tensors())
 
-    def _write(self, folder: Path, state: Mapping[str, Any]) -> None:
-        folder.mkdir(parents=True)
+    def _write(self, names: Sequence[str], state: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> None:
+        first, *others = names
+        with new_folder(self.output_dir / first) as folder:
+            self._fill(folder, state, weights)
+        for name in others:
+            with new_folder(self.output_dir / name) as folder:
+                shutil.copytree(self.output_dir / first, folder, copy_function=link_or_copy, dirs_exist_ok=True)
+        self._say_files(self.output_dir / first)
+
+    def _fill(self, folder: Path, state: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> None:
         for file in unchanged_files(self.base):
             target = folder / file.name
             link_or_copy(file, target)
         shutil.copytree(self.base.codec_folder, folder / "speech_tokenizer", copy_function=link_or_copy)
-        save_file(self._weights(), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         num_layers = len(self.model.talker.model.layers)
         write_json(folder / "config.json", export_config(self.base, self.speakers, num_layers))
         (folder / "speaker_encoder").mkdir()
@@ -102,31 +103,54 @@ class Exporter:
         return self._dtypes.get(name, self._dtypes[CODEC_TABLE])  # new layers take the table's
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """The state dict in the base's dtypes, on the CPU, with the speakers' vectors in place."""
-        weights = {name: tensor.detach().to("cpu", self._dtype(name)).contiguous() for name, tensor in self._tensors()}
+        """The state dict in the base's dtypes, on the CPU, with the speakers' vectors in place; {} beside the main
+        process. What several processes hold in parts is gathered tensor by tensor."""
+        weights = {}
+        for name, tensor in self._tensors():
+            whole = full_tensor(tensor)  # all processes take part
+            if self.accelerator.is_main_process:
+                weights[name] = whole.detach().to("cpu", self._dtype(name)).contiguous()
+        if not weights:
+            return {}
         table = weights[CODEC_TABLE].clone()
         table[list(self.speakers.codec_rows)] = self.speakers.vectors.to(table.dtype)
         return weights | {CODEC_TABLE: table}
-
-    def _copy(self, source: Path, name: str) -> None:
-        unfinished = self.output_dir / f".{name}.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(source, unfinished, copy_function=link_or_copy)
-        _replace_folder(unfinished, self.output_dir / name)
-
-    def _rotate(self) -> None:
-        """Keeps the newest SAVE_TOTAL_LIMIT of checkpoint-N/; best/, last/ and epoch-N/ are never rotated."""
-        numbered = [(int(folder.name.split("-")[1]), folder) for folder in self.output_dir.glob("checkpoint-*")]
-        for _, folder in sorted(numbered)[: -self._save_total_limit]:
-            shutil.rmtree(folder)
 
     def _say_files(self, folder: Path) -> None:
         if self._said_files:
             return
         self._said_files = True
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        lines = [f"  {file.stat().st_size:>13,}  {file.relative_to(folder)}" for file in files]
+        lines = [f"  {file.stat().st_size:>13,}  {file.relative_to(folder)}" for file in files_of(folder)]
         say("\n".join([f"files of {folder} (bytes):", *lines]))
+
+
+def attempt(accelerator: Accelerator, work: Callable[[], Any]) -> None:
+    """Does some work in every process; an OSError of one becomes an OSError of all, so that none waits for it."""
+    problem = None
+    try:
+        work()
+    except OSError as error:
+        problem = str(error)
+    problems = gather_object([problem]) if accelerator.num_processes > 1 else [problem]
+    if failed := next((problem for problem in problems if problem), None):
+        raise OSError(failed)
+
+
+def rotate_checkpoints(output_dir: Path, limit: int, step: int) -> None:
+    """Keeps the newest ``limit`` of checkpoint-N/; best/, last/ and epoch-N/ are never rotated.
+
+    Args:
+        step: of now; numbers beyond it belong to a future that a resumed run has given up, and go first.
+    """
+    numbered = [(int(folder.name.split("-")[1]), folder) for folder in _step_folders(output_dir, "checkpoint")]
+    oldest_first = sorted(numbered, key=lambda item: (item[0] <= step, item[0]))
+    for _, folder in oldest_first[:-limit]:
+        remove_folder(folder)
+
+
+def _step_folders(output_dir: Path, kind: str) -> list[Path]:
+    found = [(folder, _STEP_FOLDER.fullmatch(folder.name)) for folder in output_dir.glob(f"{kind}-*")]
+    return [folder for folder, match in found if match and folder.is_dir()]
 
 
 # ------------------------------------------------------------------------------------------------ what is in a file
@@ -192,7 +216,7 @@ def unchanged_files(base: Base) -> list[Path]:
 
 
 def check_output_folder(settings: Settings, base: Base) -> None:
-    """Refuses an OUTPUT_DIR that holds the base or another run (unless OVERWRITE_OUTPUT is set), or is read-only.
+    """Refuses an OUTPUT_DIR that holds the base or is read-only.
 
     Raises:
         UserError
@@ -204,31 +228,61 @@ def check_output_folder(settings: Settings, base: Base) -> None:
                 f"OUTPUT_DIR: {settings.output_dir} holds what {setting} names ({folder}); choose another folder, "
                 "so that the base is never overwritten"
             )
-    entries = run_entries(settings.output_dir)
-    if entries and not settings.overwrite_output:
-        raise UserError(
-            f"OUTPUT_DIR: {settings.output_dir} already holds a run "
-            f"({', '.join(entry.name for entry in entries[:4])}); choose another folder, or set "
-            "OVERWRITE_OUTPUT=true to replace it (going on with a run, RESUME, is not built yet)"
-        )
     parent = nearest_existing(settings.output_dir)
     if not os.access(parent, os.W_OK):
         raise UserError(f"OUTPUT_DIR: {settings.output_dir} cannot be written ({parent} is read-only)")
 
 
+def check_holds_no_run(settings: Settings) -> None:
+    """Raises UserError for an OUTPUT_DIR with a run, unless OVERWRITE_OUTPUT is set."""
+    entries = run_entries(settings.output_dir)
+    if entries and not settings.overwrite_output:
+        raise UserError(
+            f"OUTPUT_DIR: {settings.output_dir} already holds a run "
+            f"({', '.join(entry.name for entry in entries[:4])}); choose another folder, set OVERWRITE_OUTPUT=true to "
+            "replace it, or, where it has a state, RESUME=auto to go on with it"
+        )
+
+
+def lock_output_folder(output_dir: Path) -> IO[str]:
+    """Claims the folder for this process until the file that it gives is closed, or the process is gone.
+
+    Raises:
+        UserError: another process trains there: one that was requeued too early, say.
+    """
+    lock = (output_dir / LOCK_FILE).open("a", encoding="utf-8")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"OUTPUT_DIR: another run is writing to {output_dir}; wait for its end, or stop it"
+            ) from None
+        say(f"{output_dir} lies on a disk without locks: see to it that no second run writes there")
+    return lock
+
+
 def run_entries(output_dir: Path) -> list[Path]:
-    """What a run leaves in OUTPUT_DIR: checkpoints and logs."""
+    """What a run leaves in OUTPUT_DIR: its states, checkpoints and logs."""
     if not output_dir.is_dir():
         return []
-    folders = [entry for entry in output_dir.iterdir() if entry.is_dir()]
-    checkpoints = [f for f in folders if f.name in ("best", "last", "roundtrip") or _STEP_FOLDER.fullmatch(f.name)]
-    return sorted(checkpoints) + [output_dir / name for name in RUN_FILES if (output_dir / name).is_file()]
+    names = ("state", "best", "last", "roundtrip")
+    folders = [output_dir / name for name in names if (output_dir / name).is_dir()]
+    numbered = [*_step_folders(output_dir, "checkpoint"), *_step_folders(output_dir, "epoch")]
+    return [*folders, *sorted(numbered), *(output_dir / name for name in RUN_FILES if (output_dir / name).is_file())]
 
 
 def clear_output_folder(settings: Settings) -> None:
-    """Removes the run that OVERWRITE_OUTPUT gives up, and leftovers of saves that were cut off."""
-    for entry in [*run_entries(settings.output_dir), *settings.output_dir.glob(".*.tmp")]:
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    """Removes the run that OVERWRITE_OUTPUT gives up, its states first, and leftovers of saves that were cut off."""
+    for entry in run_entries(settings.output_dir):
+        remove_folder(entry) if entry.is_dir() else entry.unlink()
+    clean_up_leftovers(settings.output_dir)
+
+
+def clean_up_leftovers(output_dir: Path) -> None:
+    """What saves that were cut off have left; see ``disk.clean_up``."""
+    clean_up(output_dir)
+    clean_up(output_dir / "state")
 
 
 def reclaimable_bytes(output_dir: Path) -> int:
@@ -242,18 +296,12 @@ def reclaimable_bytes(output_dir: Path) -> int:
 
 def check_disk_space(output_dir: Path, required_bytes: int) -> None:
     """Raises UserError when one checkpoint does not fit."""
-    free = shutil.disk_usage(nearest_existing(output_dir)).free
+    free = free_bytes(output_dir)
     if free < required_bytes:
         raise UserError(
             f"OUTPUT_DIR: {output_dir} has {free / 1e9:.1f} GB free, one checkpoint needs "
             f"{required_bytes / 1e9:.1f} GB; free some space or choose another disk"
         )
-
-
-def nearest_existing(path: Path) -> Path:
-    """The path itself or its nearest parent that exists."""
-    path = path.resolve()
-    return path if path.exists() else nearest_existing(path.parent)
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> str:
@@ -266,17 +314,3 @@ def link_or_copy(source: str | Path, target: str | Path) -> str:
         except OSError:
             pass  # another file system
     return shutil.copyfile(real, target)
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _replace_folder(finished: Path, target: Path) -> None:
-    """Puts a finished folder in another's place; for a moment the old one has another name, never half its files."""
-    old = target.with_name(f".{target.name}.old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    finished.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -14,18 +14,23 @@ The batch (all tensors on the CPU; B rows, L positions, F real frames, 16 codebo
 ``lines``           (B,) int64          line numbers in the JSONL, for messages
 ``weight``          () float32          0 for a batch that only keeps a process in step, else 1
 ==================  ==================  =================================================================
+
+A position inside an epoch is a tuple of ``Part``: so many steps were taken with that geometry, then so many with the
+next. It says which rows are left, and in which order they come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from finetuning.codec import CODEBOOK_SIZE, NUM_CODEBOOKS
+from finetuning.manifest import MIN_CODEC_FRAMES, check_codes
 from finetuning.prompt import (
     IGNORE,
     NO_CODEC,
@@ -44,6 +49,24 @@ from finetuning.row_index import Manifest
 Batch = dict[str, torch.Tensor]
 #: One process's micro-batches of one optimizer step, as row indices; an empty one keeps the process in step.
 StepPlan = list[list[int]]
+#: What reading or encoding a damaged row raises; pyarrow's errors are among them.
+ROW_ERRORS = (ValueError, LookupError, OSError)
+#: So much of a reason is kept.
+MAX_REASON_LETTERS = 200
+
+
+class SkippedRow(NamedTuple):
+    """A row that could not be trained on; ``line`` is 0 where not even that can be read."""
+
+    line: int
+    reason: str
+
+
+class Step(NamedTuple):
+    """One process's micro-batches of one optimizer step, and the rows that had to be left out of them."""
+
+    batches: list[Batch]
+    skipped: list[SkippedRow]
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,7 @@ class RowEncoder:
         speaker_index: speaker's lower-case name -> row of the objective's speaker vectors.
         dialects: lower-case name -> dialect, for preset speakers that have one.
         uses_instruct: False for a 0.6B base, whose stock inference drops instructions.
+        codebook_size: codes are below it; on a GPU a larger one would end the process without naming the row.
     """
 
     tokenizer: Any
@@ -62,9 +86,19 @@ class RowEncoder:
     speaker_index: Mapping[str, int]
     dialects: Mapping[str, str]
     uses_instruct: bool = True
+    codebook_size: int = CODEBOOK_SIZE
 
     def encode(self, row: Mapping[str, Any]) -> AlignedIds:
-        """The whole row: prompt, frames and labels."""
+        """The whole row: prompt, frames and labels.
+
+        Raises:
+            ValueError: no text, or codes of a wrong shape or out of range.
+        """
+        if not (row["text"] or "").strip():
+            raise ValueError("text is empty")
+        codes = check_codes(row["codes"])
+        if codes.max() >= self.codebook_size:
+            raise ValueError(f"audio_codes out of range: up to {codes.max()}, allowed 0 to {self.codebook_size - 1}")
         assistant_ids = self._tokenize(assistant_turn(row["text"]))
         instruct = row["instruct"] if self.uses_instruct else None
         try:
@@ -77,14 +111,25 @@ class RowEncoder:
             instruct_ids=self._tokenize(instruct_turn(instruct)) if instruct else None,
             language_id=language_codec_id(language, self.ids, self.dialects.get(row["speaker"].lower())),
         )
-        return append_frames(prompt, row["codes"], self.ids)
+        return append_frames(prompt, codes, self.ids)
+
+    def speaker_row(self, speaker: str | None) -> int:
+        """The speaker's row of the objective's speaker vectors.
+
+        Raises:
+            ValueError: there is none.
+        """
+        row = self.speaker_index.get((speaker or "").lower())
+        if row is None:
+            raise ValueError(f'speaker "{speaker or ""}" has no vector')
+        return row
 
     def _tokenize(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer(text)["input_ids"], dtype=np.int64)
 
 
 class StepDataset(Dataset):
-    """Indexed by a ``StepPlan``: gives the collated micro-batches of one optimizer step."""
+    """Indexed by a ``StepPlan``: gives the ``Step``, its micro-batches collated."""
 
     def __init__(self, manifest: Manifest, encoder: RowEncoder) -> None:
         self.manifest, self.encoder = manifest, encoder
@@ -92,16 +137,75 @@ class StepDataset(Dataset):
     def __len__(self) -> int:
         return len(self.manifest)
 
-    def __getitem__(self, plan: StepPlan) -> list[Batch]:
-        return [self.batch(indices) for indices in plan]
+    def __getitem__(self, plan: StepPlan) -> Step:
+        return make_step([[self.read(index) for index in indices] for indices in plan], self.encoder)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """One micro-batch; for no rows, row 0 with weight 0."""
-        rows = [self.manifest[index] for index in (indices or [0])]
-        speakers = [self.encoder.speaker_index[row["speaker"].lower()] for row in rows]
-        batch = collate([self.encoder.encode(row) for row in rows], speakers, [row["line"] for row in rows])
-        batch["weight"] = torch.tensor(1.0 if indices else 0.0)
+        """One micro-batch.
+
+        Raises:
+            ValueError: a row is damaged.
+        """
+        (batch,), skipped = self[[list(indices)]]
+        if skipped:
+            raise ValueError(f"line {skipped[0].line}: {skipped[0].reason}")
         return batch
+
+    def read(self, index: int) -> dict[str, Any] | SkippedRow:
+        """A row, or why it cannot be read."""
+        try:
+            return self.manifest[index]
+        except ROW_ERRORS as error:
+            return SkippedRow(self._line(index), reason_of(error))
+
+    def _line(self, index: int) -> int:
+        """The line of a row that cannot be read as a whole."""
+        try:
+            return int(self.manifest.select(np.array([index])).column("line")[0])
+        except ROW_ERRORS:
+            return 0
+
+
+def make_step(micro_batches: Iterable[Sequence[Mapping[str, Any] | SkippedRow]], encoder: RowEncoder) -> Step:
+    """Rows, as ``Manifest`` gives them, to collated micro-batches.
+
+    A row that cannot be encoded is left out and listed; a micro-batch without any row becomes a dummy of weight 0.
+    """
+    skipped: list[SkippedRow] = []
+    return Step([_make_batch(rows, encoder, skipped) for rows in micro_batches], skipped)
+
+
+def _make_batch(
+    rows: Sequence[Mapping[str, Any] | SkippedRow], encoder: RowEncoder, skipped: list[SkippedRow]
+) -> Batch:
+    encoded = []
+    for row in rows:
+        if isinstance(row, SkippedRow):
+            skipped.append(row)
+            continue
+        try:
+            speaker = encoder.speaker_row(row["speaker"])
+            encoded.append((encoder.encode(row), speaker, row["line"]))
+        except ROW_ERRORS as error:
+            skipped.append(SkippedRow(row["line"], reason_of(error)))
+    weight = 1.0 if encoded else 0.0
+    batch = collate(*zip(*(encoded or [_encoded_dummy(encoder)]), strict=True))
+    batch["weight"] = torch.tensor(weight)
+    return batch
+
+
+def _encoded_dummy(encoder: RowEncoder) -> tuple[AlignedIds, int, int]:
+    """A row that stands in no file: ids, speaker's row, line 0."""
+    speaker = next(iter(encoder.speaker_index))
+    codes = np.zeros((MIN_CODEC_FRAMES, NUM_CODEBOOKS), dtype=np.int16)
+    row = {"text": "-", "language": "Auto", "speaker": speaker, "instruct": None, "codes": codes}
+    return encoder.encode(row), encoder.speaker_row(speaker), 0
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
+    message = repr(error) if isinstance(error, LookupError) else str(error)
+    return " ".join(message.split())[:MAX_REASON_LETTERS]
 
 
 def collate(
@@ -137,6 +241,28 @@ def collate(
     }
 
 
+def split_batch(batch: Batch, num_parts: int) -> list[Batch]:
+    """The rows of a micro-batch in up to ``num_parts`` consecutive groups, as equal as they can be.
+
+    Each has no more padding than its own rows need, and the summed losses of the parts add up to those of the whole.
+
+    Args:
+        batch: padded on the right.
+    """
+    num_rows = len(batch["attention_mask"])
+    lengths = batch["attention_mask"].sum(1).tolist()
+    first_frames = np.cumsum([0, *batch["frame_mask"].sum(1).tolist()])
+    parts = []
+    for rows in np.array_split(np.arange(num_rows), min(num_parts, num_rows)):
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        part = {name: tensor[start:stop] for name, tensor in batch.items() if name not in ("codes", "weight")}
+        length = max(lengths[start:stop])
+        part |= {name: tensor[:, :length] for name, tensor in part.items() if tensor.ndim == 2}
+        codes = batch["codes"][first_frames[start] : first_frames[stop]]
+        parts.append(part | {"codes": codes, "weight": batch["weight"]})
+    return parts
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on the device; ``lines`` stay, they are for messages only."""
     return {name: tensor if name == "lines" else tensor.to(device) for name, tensor in batch.items()}
@@ -161,12 +287,70 @@ def unknown_languages(manifest: Manifest, languages: Mapping[str, int]) -> list[
     return unknown
 
 
+# ------------------------------------------------------------------------------------------------------- positions
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the rows of a step are dealt: rows of a micro-batch, micro-batches of a step, processes."""
+
+    batch_size: int
+    accumulation: int
+    num_processes: int
+
+    @property
+    def rows_per_step(self) -> int:
+        """Over all processes."""
+        return self.batch_size * self.accumulation * self.num_processes
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, int]) -> Geometry:
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class Part:
+    """So many steps of an epoch that were taken with one geometry."""
+
+    geometry: Geometry
+    num_steps: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Part:
+        return cls(Geometry.from_json(value["geometry"]), value["num_steps"])
+
+
+def merged(done: Iterable[Part]) -> list[Part]:
+    """The same position without empty parts, and with one part for neighbours of the same geometry."""
+    parts: list[Part] = []
+    for part in done:
+        if parts and parts[-1].geometry == part.geometry:
+            parts[-1] = Part(part.geometry, parts[-1].num_steps + part.num_steps)
+        elif part.num_steps:
+            parts.append(part)
+    return parts
+
+
+def split_position(done: Iterable[Part], geometry: Geometry) -> tuple[list[Part], int]:
+    """(parts of other geometries, whose rows are gone, and how many steps of the plan of what they left are done)."""
+    parts = merged(done)
+    if parts and parts[-1].geometry == geometry:
+        return parts[:-1], parts[-1].num_steps
+    return parts, 0
+
+
 # -------------------------------------------------------------------------------------------------------- sampling
 
 
 @dataclass(frozen=True)
 class StepSampler:
-    """The plan of every epoch: a pure function of its fields and the epoch's number.
+    """The plan of every epoch: a pure function of its fields, the epoch's number, and the position inside it.
 
     Rows are shuffled, then grouped by length inside windows of many steps, so that a micro-batch pads little and the
     order stays random; each row is visited once an epoch. The steps hold ``batch_size x accumulation x processes``
@@ -184,31 +368,62 @@ class StepSampler:
     window_steps: int = 32
 
     @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.batch_size, self.accumulation, self.num_processes)
+
+    @property
     def rows_per_step(self) -> int:
-        return self.batch_size * self.accumulation * self.num_processes
+        return self.geometry.rows_per_step
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.lengths) // self.rows_per_step)
+        return self.num_steps()
 
-    def epoch_plan(self, epoch: int, process: int = 0) -> StepPlans:
-        """The steps of one epoch for one process; all processes get as many micro-batches in each step."""
-        generator = np.random.default_rng([self.seed, epoch])
-        order = generator.permutation(len(self.lengths)).astype(np.int32)
-        window = self.rows_per_step * self.window_steps
+    def num_steps(self, done: Iterable[Part] = ()) -> int:
+        """Steps that are left in an epoch of which ``done`` is over."""
+        num_rows = len(self.lengths)
+        for part in merged(done):
+            num_rows -= min(num_rows, part.num_steps * part.geometry.rows_per_step)
+        return -(-num_rows // self.rows_per_step)
+
+    def epoch_plan(self, epoch: int, process: int = 0, done: Iterable[Part] = ()) -> StepPlans:
+        """The steps of one epoch that are left for one process; all processes get as many micro-batches in each step.
+
+        Args:
+            done: what is over. After steps of this geometry the plan goes on as if it had never stopped; the rows that
+                another geometry left are planned anew.
+        """
+        gone, num_steps = split_position(done, self.geometry)
+        rows = np.arange(len(self.lengths), dtype=np.int32)
+        for stage, part in enumerate(gone):
+            order = self._order(rows, part.geometry, epoch, stage)
+            rows = np.sort(order[part.num_steps * part.geometry.rows_per_step :])
+        order = self._order(rows, self.geometry, epoch, len(gone))
+        plans = StepPlans(order, self.batch_size * self.num_processes, self.accumulation, process, self.num_processes)
+        return plans[num_steps:]
+
+    def _order(self, rows: np.ndarray, geometry: Geometry, epoch: int, stage: int) -> np.ndarray:
+        """(num_rows,) the rows in the order in which a plan visits them.
+
+        Args:
+            rows: sorted.
+            stage: how often the geometry has changed inside this epoch.
+        """
+        generator = np.random.default_rng([self.seed, epoch, stage])
+        order = rows[generator.permutation(len(rows))]
+        window, size = geometry.rows_per_step * self.window_steps, geometry.batch_size * geometry.num_processes
         for start in range(0, len(order), window):
-            rows = order[start : start + window]
-            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
-            order[start : start + window] = self._shuffled_batches(rows, generator)
-        size = self.batch_size * self.num_processes
-        return StepPlans(order, size, self.accumulation, process, self.num_processes)
+            part = order[start : start + window]
+            part = part[np.argsort(self.lengths[part], kind="stable")]
+            order[start : start + window] = shuffled_batches(part, size, generator)
+        return order
 
-    def _shuffled_batches(self, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Length-sorted rows with their micro-batches (over all processes) in random order, an incomplete one last."""
-        size = self.batch_size * self.num_processes
-        num_full = len(rows) // size
-        batches = rows[: num_full * size].reshape(num_full, size)[generator.permutation(num_full)]
-        return np.concatenate([batches.reshape(-1), rows[num_full * size :]])
+
+def shuffled_batches(rows: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    """Length-sorted rows with their micro-batches (over all processes) in random order, an incomplete one last."""
+    num_full = len(rows) // size
+    batches = rows[: num_full * size].reshape(num_full, size)[generator.permutation(num_full)]
+    return np.concatenate([batches.reshape(-1), rows[num_full * size :]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +434,7 @@ class StepPlans(Sequence[StepPlan]):
         order: (num_rows,) row indices, micro-batch after micro-batch, each over all processes.
         batch_size: rows of a micro-batch over all processes.
         accumulation: micro-batches of a step.
+        least_steps: as many there are at least; those behind the last row hold one empty micro-batch.
     """
 
     order: np.ndarray
@@ -226,9 +442,10 @@ class StepPlans(Sequence[StepPlan]):
     accumulation: int = 1
     process: int = 0
     num_processes: int = 1
+    least_steps: int = 0
 
     def __len__(self) -> int:
-        return -(-len(self.order) // self._rows_per_step)
+        return max(-(-len(self.order) // self._rows_per_step), self.least_steps)
 
     def __getitem__(self, index: int | slice) -> Any:
         """A step's plan, or the plans of consecutive steps."""
@@ -236,9 +453,10 @@ class StepPlans(Sequence[StepPlan]):
         if isinstance(index, slice):
             if steps.step != 1:
                 raise ValueError("steps in another order")
-            return replace(self, order=self.order[steps.start * self._rows_per_step : steps.stop * self._rows_per_step])
+            order = self.order[steps.start * self._rows_per_step : steps.stop * self._rows_per_step]
+            return replace(self, order=order, least_steps=len(steps))
         rows = self.order[steps * self._rows_per_step : (steps + 1) * self._rows_per_step]
-        batches = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
+        batches = [rows[at : at + self.batch_size] for at in range(0, max(len(rows), 1), self.batch_size)]
         return [batch[self.process :: self.num_processes].tolist() for batch in batches]
 
     def __eq__(self, other: object) -> bool:
@@ -250,11 +468,21 @@ class StepPlans(Sequence[StepPlan]):
 
 
 def step_loader(dataset: StepDataset, plans: Sequence[StepPlan], num_workers: int = 0) -> DataLoader:
-    """Iterates over the steps of one epoch; each item is the step's list of micro-batches."""
-    return DataLoader(dataset, sampler=plans, batch_size=None, num_workers=num_workers)
+    """Iterates over the steps of ``plans``; each item is a ``Step``."""
+    # A generator of its own: an iterator draws a seed, which would move the random state that training goes on with.
+    return DataLoader(
+        dataset, sampler=plans, batch_size=None, num_workers=num_workers, generator=torch.Generator().manual_seed(0)
+    )
 
 
-def sequential_plan(num_rows: int, batch_size: int, process: int = 0, num_processes: int = 1) -> StepPlans:
-    """Every row once, in file order, one micro-batch a step, for validation; processes may get unequal numbers."""
+def sequential_plan(
+    num_rows: int, batch_size: int, process: int = 0, num_processes: int = 1, equal: bool = False
+) -> StepPlans:
+    """Every row once, in file order, one micro-batch a step, for validation.
+
+    Args:
+        equal: all processes get as many steps, the last of some without a row; else their numbers may differ.
+    """
     rows = np.arange(num_rows, dtype=np.int32)
-    return StepPlans(rows[rows // batch_size % num_processes == process], batch_size)
+    least_steps = -(-num_rows // (batch_size * num_processes)) if equal else 0
+    return StepPlans(rows[rows // batch_size % num_processes == process], batch_size, least_steps=least_steps)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from finetuning.errors import UserError, leave
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 #: The others wait while one process encodes or writes, which can take hours; a launcher's default is ten minutes.
 MAX_WAIT = timedelta(hours=24)
+#: The preflight does not wait that long: forming the group and a first collective take seconds, on many machines more.
+MAX_WAIT_OF_CHECK_SECONDS = 180.0
 #: Data workers for each GPU; without a GPU the codec itself keeps the cores busy.
 WORKERS_PER_GPU = 2
 
@@ -47,6 +57,50 @@ def launched_processes(device: str) -> Processes:
 
     state = PartialState(cpu=device == "cpu", timeout=MAX_WAIT)
     return Processes(state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+def check_processes_talk(
+    make_accelerator: Callable[[], Accelerator], max_seconds: float = MAX_WAIT_OF_CHECK_SECONDS
+) -> Accelerator:
+    """Makes the Accelerator and sums a number over all processes, as every training step does.
+
+    Args:
+        make_accelerator: forms the group of the launched processes; by itself it would wait for MAX_WAIT.
+
+    Raises:
+        UserError: they cannot talk. Where they wait for each other in vain the process ends with that message, since
+            nothing can wake it.
+    """
+    import torch
+
+    count, index = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("RANK") or 0)
+    advice = 'see "When NCCL hangs" in README.md; NCCL_DEBUG=INFO says what it tries'
+    problem = f"process {index} of {count} has waited {max_seconds:.0f} s for the others in vain; {advice}"
+    with _ends_after(max_seconds, problem) if count > 1 else contextlib.nullcontext():
+        try:
+            accelerator = make_accelerator()
+            numbers = torch.tensor([1.0, float(index)], device=accelerator.device)
+            started, indices = accelerator.reduce(numbers, reduction="sum").tolist()
+        except RuntimeError as error:
+            if count == 1:
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"process {index} of {count} cannot talk to the others: {reason}; {advice}") from None
+    if (started, indices) != (count, count * (count - 1) / 2):
+        raise UserError(f"{count} processes were started, but {started:g} answered; {advice}")
+    return accelerator
+
+
+@contextlib.contextmanager
+def _ends_after(max_seconds: float, problem: str) -> Iterator[None]:
+    """Ends this process with exit code 2 when the block takes longer."""
+    timer = threading.Timer(max_seconds, leave, (2, f"error: {problem}"))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def get_device_for_current_process() -> str:

@@ -60,6 +60,7 @@ MAX_SPEAKER_IDS = 1000
 
 _TEXT_COLUMNS = ("text", "language", "speaker", "instruct", "audio", "ref_audio", "ref_text", "codes_codec", "measures")
 _INT64_COLUMNS = ("line", "audio_bytes", "audio_modified_ns")
+_TRAINED_COLUMNS = ["text", "language", "speaker", "instruct", "codes"]
 _TEMPORARY = re.compile(r"\.building-(?P<host>.+)-(?P<process>\d+)-[0-9a-f]{8}")
 
 
@@ -145,6 +146,32 @@ class Manifest:
         parts = [chunk.is_valid().to_numpy(zero_copy_only=False) for chunk in chunks]
         return np.concatenate([np.empty(0, bool), *parts])[self._positions()]
 
+    def content_hash(self) -> str:
+        """A short hash of what is trained on: the texts, languages, speakers, instructions and codes of all rows, in
+        order. Neither paths nor the layout of the file have a part in it. Reads the whole file once.
+        """
+        import xxhash
+
+        hashes = {name: (xxhash.xxh3_128(), xxhash.xxh3_128()) for name in _TRAINED_COLUMNS}
+        for batch in self._record_batches():
+            for name, (of_lengths, of_values) in hashes.items():
+                lengths, values = _lengths_and_values(batch.column(name))
+                of_lengths.update(lengths)
+                of_values.update(values)
+        return _hash(len(self), {name: [part.hexdigest() for part in parts] for name, parts in hashes.items()})
+
+    def _record_batches(self) -> Iterator[Any]:
+        """All rows in order, as Arrow batches: the file's own pages wherever a whole batch is wanted."""
+        import pyarrow as pa
+
+        positions = self._positions()
+        ends = np.flatnonzero(np.diff(positions // ROWS_PER_BATCH)) + 1
+        for part in np.split(positions, ends) if len(positions) else []:
+            batch = self._reader.get_batch(int(part[0]) // ROWS_PER_BATCH)
+            rows = part % ROWS_PER_BATCH
+            is_whole = len(rows) == batch.num_rows and (np.diff(rows) == 1).all()
+            yield batch if is_whole else batch.select(_TRAINED_COLUMNS).take(pa.array(rows))
+
     def _whole_column(self, name: str) -> Any:
         """A column of all rows of the file, still in its pages."""
         import pyarrow as pa
@@ -165,6 +192,22 @@ def _open_arrow(file: Path) -> Any:
     import pyarrow as pa
 
     return pa.ipc.open_file(pa.memory_map(str(file)), options=pa.ipc.IpcReadOptions(use_threads=False))
+
+
+def _lengths_and_values(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Texts or lists of int16: (num_rows,) int32 lengths with -1 for None, and all values, one after the other."""
+    import pyarrow as pa
+
+    is_missing = column.is_null().to_numpy(zero_copy_only=False)
+    if pa.types.is_string(column.type):
+        column = column.fill_null("") if column.null_count else column
+        _, offsets, values = column.buffers()
+        values = np.frombuffer(values or b"", dtype=np.uint8)
+        offsets = np.frombuffer(offsets, dtype=np.int32)[column.offset : column.offset + len(column) + 1]
+    else:
+        offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
+    lengths = np.where(is_missing, -1, np.diff(offsets)).astype(np.int32)
+    return lengths, values[offsets[0] : offsets[-1]]
 
 
 def _count_rows(reader: Any) -> int:

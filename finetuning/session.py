@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
@@ -23,9 +24,13 @@ from finetuning.check_rows import check_at_start
 from finetuning.checkpoint import (
     Exporter,
     check_disk_space,
+    check_holds_no_run,
     check_output_folder,
+    clean_up_leftovers,
     clear_output_folder,
+    lock_output_folder,
     reclaimable_bytes,
+    run_entries,
 )
 from finetuning.console import say
 from finetuning.dataset import RowEncoder, StepDataset, StepSampler, unknown_languages
@@ -37,20 +42,38 @@ from finetuning.objective import TrainingObjective
 from finetuning.preparer import prepare_missing_rows
 from finetuning.processes import Processes
 from finetuning.prompt import LayoutIds, resolve_language
+from finetuning.resume import (
+    Resume,
+    check_same_rows,
+    find_resume,
+    fingerprint_of_base,
+    may_begin_again,
+    say_what_differs,
+    take_over,
+)
 from finetuning.roundtrip import judge
 from finetuning.row_index import Manifest
+from finetuning.saving import Saver, state_bytes
 from finetuning.settings import Settings
+from finetuning.sharding import is_sharded
 from finetuning.speakers import Speakers, make_speakers, prepare_speakers
+from finetuning.state import State
+from finetuning.stepping import Stepper
 from finetuning.steps import MappedSteps, StreamedSteps, TrainingSteps
 from finetuning.tracking import Tracker
-from finetuning.trainer import Trainer, make_accelerator, total_steps
+from finetuning.trainer import Progress, Trainer, make_accelerator, total_steps
 from finetuning.training_rows import TrainingRows, open_training_rows
 from finetuning.validation import Validator
 
 
 @dataclass
 class Run:
-    """Everything that a run is made of; built by ``build_run``."""
+    """Everything that a run is made of; built by ``build_run``.
+
+    Attributes:
+        state: that it goes on from; None when it begins at the beginning.
+        lock: see ``lock_output_folder``.
+    """
 
     settings: Settings
     base: Base
@@ -61,6 +84,9 @@ class Run:
     train: TrainingSteps
     validation: StepDataset | None
     exporter: Exporter
+    resume: Resume | None = None
+    state: State | None = None
+    lock: IO[str] | None = None
 
     @property
     def is_main(self) -> bool:
@@ -68,7 +94,20 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        return total_steps(self.settings, self.train)
+        return total_steps(self.settings, self.train, self.progress)
+
+    @property
+    def progress(self) -> Progress:
+        """Where it begins."""
+        return Progress.from_json(self.state.record["progress"]) if self.state else Progress()
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str | None]:
+        """Of the rows, to know them again."""
+        return {
+            "train": self.train.fingerprint(),
+            "validation": self.validation.manifest.content_hash() if self.validation else None,
+        }
 
 
 def check_inputs(settings: Settings) -> tuple[Base, str]:
@@ -127,17 +166,53 @@ def check_rows(settings: Settings, rows: TrainingRows | DirectRows, accelerator:
         raise UserError(problem)
 
 
+def choose_start(settings: Settings, base: Base, accelerator: Accelerator) -> Resume | None:
+    """Where RESUME lets the run begin: at a state, or None for the beginning. The main process decides for all.
+
+    Raises:
+        UserError: in all processes.
+    """
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process and not settings.prepare_only:
+        try:
+            found[0] = _choose_start(settings, base, accelerator.num_processes)
+        except UserError as error:
+            found[1] = str(error)
+    resume, problem = broadcast_object_list(found)
+    if problem:
+        raise UserError(problem)
+    return resume
+
+
+def _choose_start(settings: Settings, base: Base, num_processes: int) -> Resume | None:
+    resume = find_resume(settings, base, num_processes)
+    if resume is not None and resume.run_dir.resolve() == settings.output_dir.resolve():
+        return resume
+    if run_entries(settings.output_dir) and resume is None and may_begin_again(settings):
+        say(f"{settings.output_dir} holds this run, stopped before its first state: it begins again")
+    else:
+        check_holds_no_run(settings)
+    return resume
+
+
 def build_run(
-    settings: Settings, base: Base, rows: TrainingRows | DirectRows, accelerator: Accelerator, verbose: bool = True
+    settings: Settings,
+    base: Base,
+    rows: TrainingRows | DirectRows,
+    accelerator: Accelerator,
+    resume: Resume | None = None,
+    verbose: bool = True,
 ) -> Run:
-    """Loads the model, computes speaker vectors, changes layers, and (verbose) says what is about to happen."""
+    """Loads the model, computes speaker vectors, changes layers, and (verbose) says what is about to happen.
+
+    Raises:
+        UserError: among others, when the rows are not those of the state that is resumed.
+    """
     verbose = verbose and accelerator.is_main_process
+    state = resume.state() if resume else None
     attention = choose_attention(settings, accelerator.device.type)
     model = load_model(base, attention, device=device_name(accelerator))
-    if isinstance(rows, DirectRows):
-        speakers = make_speakers(list(rows.references), lambda: rows.references, model, base)
-    else:
-        speakers = prepare_speakers(rows.train, model, base, settings)
+    speakers = find_speakers(settings, base, rows, model, state)
     replace_and_add_layers(
         model,
         settings.replace_last_n_layers,
@@ -150,13 +225,28 @@ def build_run(
     objective = TrainingObjective(model.talker, speakers.vectors).to(accelerator.device)
     train = make_steps(settings, rows, encoder, accelerator)
     validation = StepDataset(rows.validation, encoder) if rows.validation else None
-    exporter = Exporter(settings, base, model, speakers)
-    run = Run(settings, base, accelerator, model, speakers, objective, train, validation, exporter)
+    exporter = Exporter(settings, base, model, speakers, accelerator)
+    run = Run(
+        settings, base, accelerator, model, speakers, objective, train, validation, exporter, resume=resume, state=state
+    )
+    if state:
+        check_same_rows(state, run.fingerprints)
     if verbose:
         if isinstance(rows, TrainingRows):
             say_row_notes(rows.train, base)
         say(describe_run(run, attention))
     return run
+
+
+def find_speakers(
+    settings: Settings, base: Base, rows: TrainingRows | DirectRows, model: Any, state: State | None
+) -> Speakers:
+    """The speakers with their vectors: those of the state, bit for bit, or from their references."""
+    if state:
+        return Speakers(vectors=state["speakers.vectors"], **state.record["speakers"])
+    if isinstance(rows, DirectRows):
+        return make_speakers(list(rows.references), lambda: rows.references, model, base)
+    return prepare_speakers(rows.train, model, base, settings)
 
 
 def make_steps(
@@ -207,49 +297,116 @@ def describe_run(run: Run, attention: str) -> str:
             f"Device: {accelerator.device} x {accelerator.num_processes}, precision {settings.mixed_precision}, "
             f"attention {attention}",
             f"Steps: {run.num_steps} ({run.train.steps_per_epoch} an epoch, {run.train.rows_per_step} rows each)",
+            describe_batch(settings, accelerator.num_processes),
         ]
+        + ([f"Resuming {run.state.folder} after step {run.state.step}"] if run.state else [])
         + ([] if run.validation else ["No validation rows: best/ follows the mean training loss of an epoch"])
+    )
+
+
+def describe_batch(settings: Settings, num_processes: int) -> str:
+    """The rows of a step and the learning rate, for the whole job."""
+    rows, rate = settings.rows_per_step(num_processes), settings.scaled_learning_rate(num_processes)
+    text = (
+        f"Batch: {rows} rows a step = {settings.batch_size} x {settings.gradient_accumulation_steps} micro-batches x "
+        f"{num_processes} process(es); learning rate {rate:g}"
+    )
+    if settings.lr_scaling == "none":
+        return text
+    return (
+        f"{text} ({settings.learning_rate:g} for {settings.lr_scaling_base_batch_size}, {settings.lr_scaling} scaling)"
     )
 
 
 def walk_once(run: Run) -> None:
     """PREPARE_ONLY: one epoch through the loader, printing the shapes that the model would see."""
     for number, step in enumerate(run.train.steps(0), 1):
-        shapes = [f"{tuple(batch['text_ids'].shape)} with {len(batch['codes'])} frames" for batch in step]
+        shapes = [f"{tuple(batch['text_ids'].shape)} with {len(batch['codes'])} frames" for batch in step.batches]
         say(f"step {number}: {'; '.join(shapes)}")
     say("PREPARE_ONLY: the data is ready, nothing was trained")
 
 
 def claim_output_folder(run: Run) -> None:
-    """Checks the disk, removes the run that OVERWRITE_OUTPUT gives up, and saves the settings."""
+    """Checks the disk, locks the folder, takes it over or removes the run that is given up, and saves the settings."""
     if run.is_main:
-        output_dir = run.settings.output_dir
-        check_disk_space(output_dir, run.exporter.required_bytes() - reclaimable_bytes(output_dir))
-        clear_output_folder(run.settings)
+        output_dir, resumes_here = run.settings.output_dir, is_resumed_in_place(run)
+        required = run.exporter.required_bytes() + state_bytes(run.model)
+        check_disk_space(output_dir, required - (0 if resumes_here else reclaimable_bytes(output_dir)))
         output_dir.mkdir(parents=True, exist_ok=True)
+        run.lock = lock_output_folder(output_dir)
+        if resumes_here:
+            clean_up_leftovers(output_dir)
+        else:
+            clear_output_folder(run.settings)
+        if run.resume:
+            take_over(run.resume, run.settings)
         run.settings.save(output_dir / "settings.json")
     run.accelerator.wait_for_everyone()
 
 
+def is_resumed_in_place(run: Run) -> bool:
+    """Whether the run goes on in the folder in which it was."""
+    return run.resume is not None and run.resume.run_dir.resolve() == run.settings.output_dir.resolve()
+
+
 def discard_rows(settings: Settings) -> None:
-    """Removes what ``open_rows`` left, for a run that was refused after it."""
+    """Removes what ``open_rows`` left, for a run that was refused after it, where there was none before."""
+    if run_entries(settings.output_dir):
+        return
     shutil.rmtree(settings.output_dir / "rows", ignore_errors=True)
     for listed in settings.output_dir.glob("rejected.*.jsonl"):
         listed.unlink()
     remove_empty_folders(settings.output_dir)
 
 
+def make_tracker(run: Run) -> Tracker:
+    """The logs; those of a resumed run are cut back to its state."""
+    logs = run.state.record["logs"] if run.state else None
+    return Tracker(run.settings, run.num_steps, run.is_main, logs, run.progress.step)
+
+
+def make_saver(run: Run) -> Saver:
+    """Checkpoints and states of this run."""
+    speakers = run.speakers
+    facts = {
+        "settings": run.settings.public(),
+        "base": fingerprint_of_base(run.base),
+        "data": run.fingerprints,
+        "speakers": {
+            "names": list(speakers.names),
+            "codec_rows": list(speakers.codec_rows),
+            "references": [list(references) for references in speakers.references],
+        },
+    }
+    return Saver(run.settings, run.exporter, facts, speakers.vectors)
+
+
 def make_trainer(run: Run, tracker: Tracker) -> Trainer:
-    """The loop, with what it saves, evaluates and logs by."""
-    validator = Validator(run.settings, run.accelerator, run.validation) if run.validation else None
-    return Trainer(run.settings, run.accelerator, run.objective, run.train, validator, run.exporter, tracker)
+    """The loop, with what it saves, evaluates and logs by, at the point where the run begins."""
+    settings = run.settings
+    validator = Validator(settings, run.accelerator, run.validation) if run.validation else None
+    stepper = Stepper(settings, run.accelerator, run.objective, run.num_steps)
+    saver = make_saver(run)
+    trainer = Trainer(settings, stepper, run.train, validator, saver, tracker, run.num_steps)
+    if run.state:
+        say_what_differs(run.state, run.accelerator.num_processes)
+        saver.restore(trainer, run.state)
+    return trainer
 
 
 def train(run: Run) -> None:
     """Trains, and verifies the round trip where the settings ask for it."""
-    with Tracker(run.settings, run.num_steps, run.is_main) as tracker:
+    with make_tracker(run) as tracker:
         trainer = make_trainer(run, tracker)
+        if trainer.is_over:
+            say(
+                f"This run is complete: {run.settings.output_dir} holds all {trainer.progress.step} steps. A larger "
+                "NUM_EPOCHS or MAX_STEPS trains on; RESUME=never with OVERWRITE_OUTPUT=true starts over"
+            )
+            return
         trainer.run()
+        if trainer.progress.num_skipped_rows:
+            say(f"{trainer.progress.num_skipped_rows} rows could not be read; they are listed in skipped_rows.jsonl")
         best, last = run.settings.output_dir / "best", run.settings.output_dir / "last"
         say(f"Done: {best} (lowest {trainer.best_by}) and {last} (the end of training)")
         say(f'Listen: python synthesize.py --checkpoint {best} --text "…"')
@@ -263,7 +420,8 @@ def verify_roundtrip(run: Run, tracker: Tracker) -> None:
     spec = [roundtrip_row(run, row) for row in run.train.rows(settings.verify_roundtrip)]
     count = len(spec)
     device = device_name(run.accelerator)
-    run.model.to("cpu")  # makes room on a GPU for the second copy
+    if not is_sharded(run.objective):
+        run.model.to("cpu")  # makes room on a GPU for the second copy
     if run.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     wav_folder = settings.output_dir / "roundtrip"

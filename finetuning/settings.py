@@ -77,7 +77,13 @@ class Settings(BaseSettings):
     )
     tokenizer_path: str | None = _setting(None, "12 Hz speech tokenizer, Hub id or folder; default the base's own")
     output_dir: UserPath = _setting(Path("./output"), "where checkpoints and logs go", "OUTPUT_MODEL_PATH")
-    overwrite_output: bool = _setting(False, "replace the run that OUTPUT_DIR already holds")
+    overwrite_output: bool = _setting(False, "replace a run in OUTPUT_DIR that RESUME does not go on with")
+    resume: str = _setting(
+        "auto",
+        "auto (go on with the run in OUTPUT_DIR where it has the same settings and data), never, or the folder of a "
+        "state or a run",
+        min_length=1,
+    )
 
     data_mode: Literal["jsonl", "direct", "none"] = _setting(
         "jsonl",
@@ -127,6 +133,10 @@ class Settings(BaseSettings):
         None, "a check: must equal BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS x processes"
     )
     learning_rate: float = _setting(2e-5, "peak learning rate", "LR", gt=0, le=1)
+    lr_scaling: Literal["none", "linear", "sqrt"] = _setting(
+        "none", "how LEARNING_RATE grows with the rows of a step (over all processes): none, linear, sqrt"
+    )
+    lr_scaling_base_batch_size: Count = _setting(8, "rows of a step that LEARNING_RATE was chosen for")
     lr_scheduler: str = _setting("cosine", "a name of transformers' get_scheduler")
     lr_min: float = _setting(0.0, "final learning rate of the cosine schedule", ge=0, le=1)
     lr_num_cycles: OptionalCount = _setting(None, "warm restarts of the cosine schedule; default none")
@@ -146,7 +156,10 @@ class Settings(BaseSettings):
     )
 
     logging_steps: Count = _setting(10, "log every so many optimizer steps")
-    save_steps: Count = _setting(500, "checkpoint-N/ every so many optimizer steps")
+    save_steps: Count = _setting(500, "checkpoint-N/ and a state to resume from, every so many optimizer steps")
+    save_minutes: float | None = _setting(
+        None, "last/ and a state to resume from, every so many minutes as well; default by steps only", gt=0
+    )
     eval_steps: Count = _setting(500, "validate every so many optimizer steps, besides every epoch's end")
     save_total_limit: Count = _setting(3, "how many checkpoint-N/ to keep")
     save_epochs: bool = _setting(False, "keep epoch-N/ as well, outside the rotation")
@@ -162,6 +175,15 @@ class Settings(BaseSettings):
     hub_model_id_best: str | None = _setting(None, "repository for best/ (not read yet)", "HF_BEST_MODEL_REPO")
     hub_model_id_last: str | None = _setting(None, "repository for last/ (not read yet)", "HF_LAST_MODEL_REPO")
     hf_token: SecretStr | None = _setting(None, "Hugging Face token; never printed, logged or saved")
+
+    def rows_per_step(self, num_processes: int) -> int:
+        """Rows of an optimizer step, over all processes."""
+        return self.batch_size * self.gradient_accumulation_steps * num_processes
+
+    def scaled_learning_rate(self, num_processes: int) -> float:
+        """LEARNING_RATE, scaled as LR_SCALING says: by k or the square root of k for k times the base's rows."""
+        ratio = self.rows_per_step(num_processes) / self.lr_scaling_base_batch_size
+        return self.learning_rate * {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[self.lr_scaling]
 
     @classmethod
     def settings_customise_sources(cls, settings_cls: type[BaseSettings], init_settings: Any, **_: Any) -> tuple:
@@ -355,7 +377,7 @@ def _validate(
 
 
 def _check_effective_batch(settings: Settings, num_processes: int) -> str | None:
-    product = settings.batch_size * settings.gradient_accumulation_steps * num_processes
+    product = settings.rows_per_step(num_processes)
     if settings.effective_batch_size in (None, product):
         return None
     return (
@@ -408,6 +430,12 @@ def _check_unbuilt_upload(settings: Settings, _: int) -> str | None:
     )
 
 
+def _check_resume(settings: Settings, _: int) -> str | None:
+    if settings.resume in ("auto", "never") or Path(settings.resume).expanduser().is_dir():
+        return None
+    return f"{settings.resume} is no folder; set auto, never, or the folder of a state or of a run"
+
+
 def _check_direct(settings: Settings, _: int) -> str | None:
     if settings.data_mode == "direct" and not settings.is_set("dataset_name"):
         return "direct streams a dataset; name it in DATASET_NAME"
@@ -425,6 +453,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("speaker_name",), _check_speaker),
     (("upload_to_hub",), _check_unbuilt_upload),
     (("data_mode", "dataset_name"), _check_direct),
+    (("resume",), _check_resume),
 )
 
 

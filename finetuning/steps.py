@@ -1,22 +1,39 @@
 """Where the optimizer steps of an epoch come from: rows that are memory-mapped, or rows that are streamed.
 
 Both give every process the same number of micro-batches in each step, and the same steps for the same epoch each time.
+A position inside an epoch (``done``, see ``dataset.Part``) counts the steps of the plan, also those without any row.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
-from finetuning.codec import FRAMES_PER_SECOND, NUM_CODEBOOKS
-from finetuning.dataset import Batch, RowEncoder, StepDataset, StepSampler, collate, step_loader
-from finetuning.manifest import MIN_CODEC_FRAMES, RowFormat, check_fields
+from finetuning.codec import FRAMES_PER_SECOND
+from finetuning.dataset import (
+    Geometry,
+    Part,
+    RowEncoder,
+    SkippedRow,
+    Step,
+    StepDataset,
+    StepSampler,
+    make_step,
+    merged,
+    reason_of,
+    shuffled_batches,
+    split_position,
+    step_loader,
+)
+from finetuning.manifest import RowError, RowFormat, check_fields
 from finetuning.stream import SplitStream, StreamedRow, prefetched
+from finetuning.workspace import Digest
 
 #: Streamed rows are grouped by length inside so many steps.
 WINDOW_STEPS = 8
@@ -38,10 +55,19 @@ class TrainingSteps(Protocol):
     rows_per_step: int
 
     @property
+    def geometry(self) -> Geometry: ...
+
+    @property
     def steps_per_epoch(self) -> int: ...
 
-    def steps(self, epoch: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step."""
+    def num_steps(self, done: Iterable[Part] = ()) -> int:
+        """Steps that are left in an epoch of which ``done`` is over."""
+
+    def steps(self, epoch: int, done: Iterable[Part] = ()) -> Iterator[Step]:
+        """Those steps: after steps of this geometry exactly the ones that the untouched epoch goes on with."""
+
+    def fingerprint(self) -> str:
+        """A short hash of the rows, whatever their places on disk and the way they are dealt."""
 
     def rows(self, count: int) -> list[dict[str, Any]]:
         """Some rows as ``row_index.Manifest`` gives them."""
@@ -75,19 +101,33 @@ class MappedSteps:
         return self.sampler.rows_per_step
 
     @property
-    def steps_per_epoch(self) -> int:
-        return self.sampler.steps_per_epoch
+    def geometry(self) -> Geometry:
+        return self.sampler.geometry
 
-    def steps(self, epoch: int) -> Iterator[list[Batch]]:
-        return iter(step_loader(self.dataset, self.sampler.epoch_plan(epoch, self.process), self.num_workers))
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_steps()
+
+    def num_steps(self, done: Iterable[Part] = ()) -> int:
+        return self.sampler.num_steps(done)
+
+    def steps(self, epoch: int, done: Iterable[Part] = ()) -> Iterator[Step]:
+        plan = self.sampler.epoch_plan(epoch, self.process, done)
+        return iter(step_loader(self.dataset, plan, self.num_workers))
+
+    def fingerprint(self) -> str:
+        return self.dataset.manifest.content_hash()
 
     def rows(self, count: int) -> list[dict[str, Any]]:
-        return [self.dataset.manifest[index] for index in range(min(count, len(self.dataset)))]
+        return list(islice(self._readable(range(len(self.dataset))), count))
 
     def texts(self, lines: Iterable[int]) -> dict[int, str]:
-        manifest = self.dataset.manifest
-        found = manifest.select(np.flatnonzero(np.isin(manifest.column("line"), list(lines))))
-        return dict(zip(found.column("line").tolist(), found.column("text").tolist(), strict=True))
+        places = np.flatnonzero(np.isin(self.dataset.manifest.column("line"), list(lines)))
+        return {row["line"]: row["text"] for row in self._readable(places)}
+
+    def _readable(self, places: Iterable[int]) -> Iterator[dict[str, Any]]:
+        read = map(self.dataset.read, places)
+        return (row for row in read if not isinstance(row, SkippedRow))
 
     def describe(self) -> str:
         minutes = self.dataset.manifest.column("num_codec_frames").sum() / FRAMES_PER_SECOND / 60
@@ -98,8 +138,9 @@ class MappedSteps:
 class StreamedSteps:
     """Steps over this process's share of a stream; see ``TrainingSteps``.
 
-    A step takes ``batch_size x accumulation`` positions of the share's order; rows that turn out to be unusable leave
-    their places empty, and a process that has no more rows gets micro-batches of weight 0.
+    A step takes ``batch_size x accumulation`` positions of the share's order, grouped by length among some steps. Rows
+    that turn out to be unusable leave their places empty, and a process that has no more rows gets micro-batches of
+    weight 0.
     """
 
     stream: SplitStream
@@ -118,22 +159,36 @@ class StreamedSteps:
         return self.batch_size * self.accumulation * self.stream.num_shares
 
     @property
-    def _largest_share(self) -> int:
-        return max(self.stream.num_rows_of(share) for share in range(self.stream.num_shares))
+    def geometry(self) -> Geometry:
+        return Geometry(self.batch_size, self.accumulation, self.stream.num_shares)
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self._largest_share // (self.batch_size * self.accumulation))
+        return self.num_steps()
 
-    def steps(self, epoch: int) -> Iterator[list[Batch]]:
-        return prefetched(self._steps(epoch), STEPS_AHEAD)
+    def num_steps(self, done: Iterable[Part] = ()) -> int:
+        num_rows = self.num_rows
+        for part in merged(done):  # the shares are always equal to within a row
+            num_taken = part.num_steps * _places_per_step(part.geometry)
+            sizes = _share_sizes(num_rows, part.geometry.num_processes)
+            num_rows = sum(max(0, size - num_taken) for size in sizes)
+        largest_share = _share_sizes(num_rows, self.stream.num_shares)[0]
+        return -(-largest_share // _places_per_step(self.geometry))
+
+    def steps(self, epoch: int, done: Iterable[Part] = ()) -> Iterator[Step]:
+        return prefetched(self._steps(epoch, done), STEPS_AHEAD)
+
+    def fingerprint(self) -> str:
+        rows, left_out = self.stream.rows, np.asarray(self.stream.left_out, dtype=np.int64)
+        return Digest(rows.digest(), rows.num_rows, left_out.tobytes()).hex()
 
     def rows(self, count: int) -> list[dict[str, Any]]:
         found = []
         for row in self.stream.iterate(0):
             if len(found) == count:
                 break
-            found += self._usable([row]) if row is not None else []
+            usable = self._usable([row]) if row is not None else []
+            found += [row for row in usable if not isinstance(row, SkippedRow)]
         return found
 
     def texts(self, lines: Iterable[int]) -> dict[int, str]:
@@ -144,44 +199,92 @@ class StreamedSteps:
         split = self.stream.rows.split
         return f"{self.num_rows} training rows, streamed from {split.dataset_name} ({split.name})"
 
-    def _steps(self, epoch: int) -> Iterator[list[Batch]]:
-        num_batches = -(-self._largest_share // self.batch_size)
-        batches_per_window = WINDOW_STEPS * self.accumulation
-        positions = self.stream.iterate(epoch)
-        for number, first in enumerate(range(0, num_batches, batches_per_window)):
-            size = min(batches_per_window, num_batches - first)
-            taken = [row for _, row in zip(range(size * self.batch_size), positions, strict=False) if row is not None]
-            generator = np.random.default_rng([self.stream.seed, epoch, number])
-            batches = self._window(self._usable(taken), size, generator)
-            for at in range(0, size, self.accumulation):
-                yield [self._batch(rows) for rows in batches[at : at + self.accumulation]]
+    def _steps(self, epoch: int, done: Iterable[Part]) -> Iterator[Step]:
+        gone, num_steps = split_position(done, self.geometry)
+        first_window, num_skipped = divmod(num_steps, WINDOW_STEPS)
+        for batches in _windows(self._after(gone, epoch), self.geometry, epoch, first_window):
+            usable = [self._usable([row for _, row in batch if row is not None]) for batch in batches]
+            rows = [row for batch in usable for row in batch if not isinstance(row, SkippedRow)]
+            self._recent.append({row["line"]: row["text"] for row in rows})
+            for at in range(num_skipped * self.accumulation, len(usable), self.accumulation):
+                yield make_step(usable[at : at + self.accumulation], self.encoder)
+            num_skipped = 0
 
-    def _window(
-        self, rows: list[dict[str, Any]], num_batches: int, generator: np.random.Generator
-    ) -> list[list[dict[str, Any]]]:
-        """Rows to micro-batches of similar length, in random order."""
-        self._recent.append({row["line"]: row["text"] for row in rows})
-        rows = sorted(rows, key=lambda row: len(row["codes"]))
-        parts = [part.tolist() for part in np.array_split(np.arange(len(rows)), num_batches)]
-        return [[rows[index] for index in parts[part]] for part in generator.permutation(num_batches)]
+    def _after(self, gone: Iterable[Part], epoch: int) -> SplitStream:
+        """The rows that are left of an epoch when steps of other geometries have taken theirs."""
+        stream = self.stream
+        for part in gone:
+            num_shares = part.geometry.num_processes
+            shares = [replace(stream, share=share, num_shares=num_shares) for share in range(num_shares)]
+            taken = [_taken(share, part, epoch) for share in shares]
+            stream = replace(stream, left_out=np.concatenate([stream.left_out, *taken]))
+        return stream
 
-    def _batch(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        chosen = rows or [self._dummy()]
-        speakers = [self.encoder.speaker_index[row["speaker"].lower()] for row in chosen]
-        batch = collate([self.encoder.encode(row) for row in chosen], speakers, [row["line"] for row in chosen])
-        batch["weight"] = torch.tensor(1.0 if rows else 0.0)
-        return batch
+    def _usable(self, rows: Iterable[StreamedRow]) -> list[dict[str, Any] | SkippedRow]:
+        """Rows of speakers that have a vector, and damaged rows."""
+        mapped = map(self._as_mapped, rows)
+        known = self.encoder.speaker_index
+        return [row for row in mapped if isinstance(row, SkippedRow) or row["speaker"].lower() in known]
 
-    def _dummy(self) -> dict[str, Any]:
-        speaker = next(iter(self.encoder.speaker_index))
-        codes = np.zeros((MIN_CODEC_FRAMES, NUM_CODEBOOKS), dtype=np.int16)
-        return {"text": "-", "language": "Auto", "speaker": speaker, "instruct": None, "codes": codes, "line": 0}
-
-    def _usable(self, rows: list[StreamedRow]) -> list[dict[str, Any]]:
-        """Rows of speakers that have a vector."""
-        mapped = [self._as_mapped(row) for row in rows]
-        return [row for row in mapped if row["speaker"].lower() in self.encoder.speaker_index]
-
-    def _as_mapped(self, row: StreamedRow) -> dict[str, Any]:
-        fields = check_fields(row.record, self.row_format)
+    def _as_mapped(self, row: StreamedRow) -> dict[str, Any] | SkippedRow:
+        try:
+            fields = check_fields(row.record, self.row_format)
+        except RowError as error:
+            return SkippedRow(row.index + 1, reason_of(error))
         return fields | {"codes": row.codes, "line": row.index + 1, "audio": None, "ref_audio": None}
+
+
+#: A position of a share's order: the row's index in the split, and the row where it can be used.
+_Place = tuple[int, StreamedRow | None]
+
+
+def _windows(
+    stream: SplitStream, geometry: Geometry, epoch: int, first_window: int = 0
+) -> Iterator[list[list[_Place]]]:
+    """The micro-batches of a share, so many steps at a time."""
+    num_batches = -(-stream.num_rows_of(0) // geometry.batch_size)  # no share is larger than the first
+    batches_per_window = WINDOW_STEPS * geometry.accumulation
+    start = first_window * batches_per_window * geometry.batch_size
+    places = zip(stream.order(epoch)[start:].tolist(), stream.iterate(epoch, start), strict=True)
+    for number in range(first_window, -(-num_batches // batches_per_window)):
+        size = min(batches_per_window, num_batches - number * batches_per_window)
+        taken = list(islice(places, size * geometry.batch_size))
+        generator = np.random.default_rng([stream.seed, epoch, number])
+        yield _grouped(taken, geometry.batch_size, size, generator)
+
+
+def _grouped(
+    places: list[_Place], batch_size: int, num_batches: int, generator: np.random.Generator
+) -> list[list[_Place]]:
+    """Micro-batches of similar length: full ones in random order, then what is left.
+
+    Places without a row count as well, so that how many places some steps take does not depend on what is in them.
+    """
+    lengths = [0]
+    for _, row in places:
+        lengths.append(lengths[-1] if row is None else len(row.codes))
+    order = shuffled_batches(np.argsort(lengths[1:], kind="stable"), batch_size, generator)
+    starts = range(0, num_batches * batch_size, batch_size)
+    return [[places[index] for index in order[at : at + batch_size]] for at in starts]
+
+
+def _taken(stream: SplitStream, part: Part, epoch: int) -> np.ndarray:
+    """Indices of the rows that these steps took from a share. Inside a window only the rows' lengths tell."""
+    num_windows, num_steps = divmod(part.num_steps, WINDOW_STEPS)
+    order = stream.order(epoch)
+    taken = order[: num_windows * WINDOW_STEPS * _places_per_step(part.geometry)]
+    if not num_steps or len(taken) == len(order):
+        return taken
+    with contextlib.closing(_windows(stream, part.geometry, epoch, num_windows)) as windows:
+        batches = next(windows)[: num_steps * part.geometry.accumulation]
+    return np.concatenate([taken, np.array([index for batch in batches for index, _ in batch], dtype=np.int64)])
+
+
+def _places_per_step(geometry: Geometry) -> int:
+    """How many positions of each share's order a step takes."""
+    return geometry.batch_size * geometry.accumulation
+
+
+def _share_sizes(num_rows: int, num_shares: int) -> list[int]:
+    """Rows of every share, as ``SplitStream`` deals them."""
+    return [(num_rows + num_shares - 1 - share) // num_shares for share in range(num_shares)]

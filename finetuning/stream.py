@@ -5,7 +5,7 @@ resumed computes the same order, skips what was consumed without decoding it, an
 encoded in the chunks that ``prepare`` makes, so their codes are the same; codes once computed are kept in a bounded
 folder, so the second epoch encodes nothing.
 
-Processes and data workers each take their own part: neighbouring chunks where there are many, else every n-th row.
+Processes and data workers each take their own part: neighbouring rows where there are many chunks, else every n-th.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,7 @@ from finetuning.workspace import Digest
 
 #: So many neighbouring chunks stay together when an epoch is shuffled, so that a file's parts are read once.
 BLOCK_CHUNKS = 16
-#: With fewer chunks than this for each share, rows are shared instead of chunks, so that the shares are equal.
+#: With fewer chunks than this for each share, every share takes rows of all chunks.
 MIN_CHUNKS_PER_SHARE = 16
 
 Item = TypeVar("Item")
@@ -63,7 +63,7 @@ class SplitStream:
         encoder: for chunks that ``cache`` does not hold.
         buffer_rows: rows of the shuffle buffer; 0 = the order of the split.
         share, num_shares: this part of how many; each row belongs to exactly one.
-        left_out: indices that no epoch contains (held out for validation), sorted.
+        left_out: indices that are no part of it (held out for validation, or given already), each once.
         with_audio: give the clips as well.
     """
 
@@ -79,14 +79,17 @@ class SplitStream:
 
     def order(self, epoch: int) -> np.ndarray:
         """(rows of this share,) int64: indices in the order of the epoch."""
-        indices = self._indices(self._chunks(epoch))
+        own = self._own_rows(self.share)
+        chunks = np.array(self._chunks(epoch), dtype=np.int64)
+        bounds = zip(*np.searchsorted(own, (chunks * CHUNK_ROWS, (chunks + 1) * CHUNK_ROWS)), strict=True)
+        indices = np.concatenate([np.empty(0, dtype=np.int64), *[own[start:stop] for start, stop in bounds]])
         if not self.buffer_rows:
             return indices
         return buffered_shuffle(indices, self.buffer_rows, np.random.default_rng([self.seed, epoch, self.share, 1]))
 
     def num_rows_of(self, share: int) -> int:
         """How many rows another share has."""
-        return len(replace(self, share=share, buffer_rows=0).order(0))
+        return len(self._own_rows(share))
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[StreamedRow | None]:
         """One item for each position of the epoch's order, from ``start`` on; None for a row that cannot be used.
@@ -99,7 +102,9 @@ class SplitStream:
         is_needed[order] = True
         chunks = [number for number in self._chunks(epoch) if is_needed[_rows_of(number, len(is_needed))].any()]
         loaded = self._load(chunks, tally)
-        num_rows_of_share = self.rows.num_rows_in(self._own_chunks(self.share))
+        # Of a whole epoch, whatever is left of this one: a few last rows would be no fair sample.
+        num_rows_of_share = self.rows.num_rows // (self.num_shares if self._shares_chunks else 1)
+        num_rows_of_share = max(num_rows_of_share, self.rows.num_rows_in(chunks))
         buffer: dict[int, StreamedRow] = {}
         done: set[int] = set()
         for index in order.tolist():
@@ -139,8 +144,8 @@ class SplitStream:
     # ------------------------------------------------------------------------------------------ which rows, in order
 
     def _chunks(self, epoch: int) -> list[int]:
-        """This share's chunks in the order in which the epoch reads them."""
-        chunks = self._own_chunks(self.share)
+        """The chunks of this share's rows in the order in which the epoch reads them."""
+        chunks = np.unique(self._own_rows(self.share) // CHUNK_ROWS).tolist()
         if not self.buffer_rows or not self.rows.split.can_seek:
             return chunks
         blocks = [chunks[at : at + BLOCK_CHUNKS] for at in range(0, len(chunks), BLOCK_CHUNKS)]
@@ -151,18 +156,12 @@ class SplitStream:
     def _shares_chunks(self) -> bool:
         return self.rows.num_chunks >= MIN_CHUNKS_PER_SHARE * self.num_shares
 
-    def _own_chunks(self, share: int) -> list[int]:
-        chunks = np.arange(self.rows.num_chunks)
-        return (np.array_split(chunks, self.num_shares)[share] if self._shares_chunks else chunks).tolist()
-
-    def _indices(self, chunks: list[int]) -> np.ndarray:
-        num_rows = self.rows.num_rows
-        ranges = [np.arange(*_rows_of(number, num_rows).indices(num_rows)) for number in chunks]
-        indices = np.concatenate([np.empty(0, dtype=np.int64), *ranges])
-        indices = indices[~np.isin(indices, self.left_out)]
-        if self._shares_chunks:
-            return indices
-        return indices[indices % self.num_shares == self.share]
+    def _own_rows(self, share: int) -> np.ndarray:
+        """(rows of a share,) int64, sorted; the shares are equal to within one row."""
+        is_left = np.ones(self.rows.num_rows, dtype=bool)
+        is_left[self.left_out] = False
+        rows = np.flatnonzero(is_left)
+        return np.array_split(rows, self.num_shares)[share] if self._shares_chunks else rows[share :: self.num_shares]
 
 
 def _rows_of(chunk: int, num_rows: int) -> slice:

@@ -2,28 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from finetuning.checkpoint import LOG_FILES
 from finetuning.console import say
+from finetuning.dataset import SkippedRow
 from finetuning.settings import Settings
 
 
 class Tracker:
-    """Logs of one run; on processes other than the main one it does nothing."""
+    """Logs of one run; on processes other than the main one it does nothing.
 
-    def __init__(self, settings: Settings, total_steps: int, is_main: bool) -> None:
+    Args:
+        resumed: ``to_json()`` of the run that is resumed; what its logs say beyond that is cut off.
+        step: optimizer steps that are behind.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        total_steps: int,
+        is_main: bool,
+        resumed: Mapping[str, Any] | None = None,
+        step: int = 0,
+    ) -> None:
         self.output_dir, self.is_main = settings.output_dir, is_main
         self.uses_bar = is_main and sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, unit="step", disable=not self.uses_bar)
-        self._wandb = start_wandb(settings) if is_main and settings.use_wandb else None
+        resumed = resumed or {"lines": {}, "wandb_run_id": None}
+        self._num_lines: dict[str, int] = dict(resumed["lines"])
+        self._pending: dict[str, list[str]] = {}  # lines that the disk refused
+        if is_main:
+            for file in LOG_FILES:
+                cut_log(self.output_dir / file, self._num_lines.get(file, 0))
+        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not self.uses_bar)
+        self._wandb = start_wandb(settings, resumed["wandb_run_id"]) if is_main and settings.use_wandb else None
+
+    def to_json(self) -> dict[str, Any]:
+        """How far the logs have come: lines of each file, the W&B run's id."""
+        return {"lines": dict(self._num_lines), "wandb_run_id": getattr(self._wandb, "id", None)}
+
+    def flush(self) -> None:
+        """Brings the logs to the disk, so that a state never knows of lines that are lost.
+
+        Raises:
+            OSError: the disk refuses (it is full, say).
+        """
+        for file in self._num_lines if self.is_main else ():
+            self._write(file)
+            with (self.output_dir / file).open("rb") as stream:
+                os.fsync(stream.fileno())
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -41,6 +78,12 @@ class Tracker:
                 f"{format_seconds(record['seconds_left'])} left"
             )
         self._log_wandb("train", record)
+
+    def log_skipped_row(self, step: int, row: SkippedRow) -> None:
+        """Lists a row that could not be read in skipped_rows.jsonl, and says so."""
+        self._append("skipped_rows.jsonl", {"step": step, "line": row.line, "reason": row.reason})
+        if self.is_main:
+            say(f"skipped line {row.line} of the training rows: {row.reason}")
 
     def log_validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
         """Appends to validation_log.jsonl and says the main figures."""
@@ -73,8 +116,28 @@ class Tracker:
             return
         record = {key: _json_value(value) for key, value in record.items()}  # NaN and inf are no JSON
         record = {**record, "timestamp": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
-        with (self.output_dir / file).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        self._pending.setdefault(file, []).append(json.dumps(record) + "\n")
+        self._num_lines[file] = self._num_lines.get(file, 0) + 1
+        try:
+            self._write(file)
+        except OSError as error:
+            if len(self._pending[file]) == 1:
+                say(f"warning: {file} cannot be written ({error}); its lines are kept and written later")
+
+    def _write(self, file: str) -> None:
+        """Appends what is pending, all of it or nothing."""
+        if not (lines := self._pending.get(file)):
+            return
+        path = self.output_dir / file
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as stream:
+                stream.writelines(lines)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise
+        self._pending[file] = []
 
     def _log_wandb(self, group: str, record: dict[str, Any]) -> None:
         if self._wandb is not None:
@@ -82,8 +145,28 @@ class Tracker:
             self._wandb.log({f"{group}/{key}": value for key, value in numbers.items()}, step=record["step"])
 
 
-def start_wandb(settings: Settings) -> Any:
-    """A W&B run, offline where nobody could type a key; None with a word when the package is missing or fails."""
+def cut_log(file: Path, num_lines: int) -> None:
+    """Keeps the first so many lines: what came after them is going to be logged again."""
+    if not file.exists():
+        return
+    found = size = 0
+    with file.open("rb+") as stream:
+        while found < num_lines and stream.readline().endswith(b"\n"):
+            found += 1
+            size = stream.tell()
+        stream.truncate(size)
+    if not size:
+        file.unlink()
+    if found < num_lines:
+        say(f"{file} has {found} of the {num_lines} lines that were logged; it goes on after them")
+
+
+def start_wandb(settings: Settings, run_id: str | None = None) -> Any:
+    """A W&B run, offline where nobody could type a key; None with a word when the package is missing or fails.
+
+    Args:
+        run_id: of the run that is resumed.
+    """
     try:
         import wandb
     except ImportError:
@@ -101,6 +184,8 @@ def start_wandb(settings: Settings) -> Any:
             config=settings.public(),
             dir=str(Path(settings.output_dir).resolve()),
             mode=mode,
+            id=run_id,
+            resume="allow" if run_id else None,
         )
     except Exception as error:  # a tracking service must never cost a run
         say(f"W&B could not start ({type(error).__name__}); logging to files only")

@@ -1,8 +1,7 @@
-"""The training loop.
+"""The training loop: epochs of steps, and what happens between them.
 
-An optimizer step is fetched whole before its first backward, because the loss is the mean over all tokens of the
-step: over its micro-batches and over all processes. Accelerate therefore accumulates nothing itself (accumulation 1,
-gradients synchronised at the last micro-batch), and the learning-rate scheduler is not prepared by it.
+A step is fetched whole before its first backward (see ``stepping``). Accelerate accumulates nothing itself
+(accumulation 1, gradients synchronised at the last micro-batch), and the learning-rate scheduler is not prepared by it.
 """
 
 from __future__ import annotations
@@ -12,31 +11,30 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from finetuning.codec import NUM_CODEBOOKS
 from finetuning.console import say
-from finetuning.dataset import Batch, count_tokens, to_device
-from finetuning.errors import Stopped, UserError
-from finetuning.layer_utils import optimizer_groups
-from finetuning.objective import TrainingObjective, step_loss
+from finetuning.dataset import Part, Step, count_tokens
+from finetuning.errors import Stopped, UserError, another_process_failed
 from finetuning.processes import MAX_WAIT
 from finetuning.settings import Settings
+from finetuning.stepping import MAX_SKIPPED_IN_A_ROW, Stepper, Window
 from finetuning.steps import TrainingSteps
 
 if TYPE_CHECKING:  # rooms behind this one; the loop only calls what it is handed
-    from finetuning.checkpoint import Exporter
+    from finetuning.saving import Saved, Saver
     from finetuning.tracking import Tracker
     from finetuning.validation import Validator
 
 
 def make_accelerator(settings: Settings, device: str) -> Accelerator:
     """One process's Accelerator; see the module's docstring for what it must not do."""
-    # The main process may encode for hours before the others have anything to do.
+    # The main process may encode or save for hours before the others have anything to do.
     patience = InitProcessGroupKwargs(timeout=MAX_WAIT)
     return Accelerator(
         mixed_precision=settings.mixed_precision,
@@ -46,66 +44,84 @@ def make_accelerator(settings: Settings, device: str) -> Accelerator:
     )
 
 
-def total_steps(settings: Settings, train: TrainingSteps) -> int:
-    """Optimizer steps of the run."""
-    steps = settings.num_epochs * train.steps_per_epoch
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps taken.
+        epoch, done: the position in the rows; see ``dataset.Part``.
+        num_fetched: steps that were fetched, with those that turned out to hold no row.
+        best_loss: of ``best/``.
+        evaluated_at: the last step that was evaluated.
+        is_settled: whether logging, evaluation and saving after the last step are over.
+        ended_at: the last step at which an epoch, or the run, was brought to its end.
+        num_skipped_rows: rows that could not be read while training.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    done: tuple[Part, ...] = ()
+    num_fetched: int = 0
+    best_loss: float = math.inf
+    train_loss: float | None = None
+    evaluated_at: int | None = None
+    is_settled: bool = True
+    ended_at: int | None = None
+    num_skipped_rows: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        best_loss = None if math.isinf(self.best_loss) else self.best_loss
+        return asdict(self) | {"done": [part.to_json() for part in self.done], "best_loss": best_loss}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Progress:
+        best_loss = math.inf if record["best_loss"] is None else record["best_loss"]
+        done = tuple(Part.from_json(part) for part in record["done"])
+        return cls(**record | {"done": done, "best_loss": best_loss})
+
+
+def total_steps(settings: Settings, train: TrainingSteps, progress: Progress | None = None) -> int:
+    """Optimizer steps of the whole run, with those that are behind."""
+    progress = progress or Progress()
+    ahead = 0
+    if (later := settings.num_epochs - progress.epoch) > 0:
+        ahead = train.num_steps(progress.done) + (later - 1) * train.num_steps()
+    steps = progress.num_fetched + ahead
     return min(steps, settings.max_steps) if settings.max_steps else steps
-
-
-def make_scheduler(settings: Settings, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-    """transformers' schedule of that name, with LR_MIN, LR_NUM_CYCLES, and a warm-up of at most a tenth of the run."""
-    from transformers import get_scheduler
-
-    warmup = min(settings.warmup_steps, num_steps // 10)
-    if warmup < settings.warmup_steps:
-        say(f"warm-up cut from {settings.warmup_steps} to {warmup} steps, a tenth of the run")
-    name, extra = settings.lr_scheduler, {}
-    if settings.lr_num_cycles:
-        name, extra = "cosine_with_restarts", {"num_cycles": settings.lr_num_cycles}
-    elif settings.lr_min or name == "cosine_with_min_lr":
-        name, extra = "cosine_with_min_lr", {"min_lr": settings.lr_min}
-    elif name == "warmup_stable_decay":
-        extra = {"num_decay_steps": max(1, num_steps // 10)}
-    return get_scheduler(
-        name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps, scheduler_specific_kwargs=extra
-    )
 
 
 class Trainer:
     """Trains an objective and leaves checkpoints and logs in OUTPUT_DIR.
 
     Args:
-        objective: not yet prepared by Accelerate, on any device.
         train: this process's steps.
         validator: None where no row was held out; then ``best/`` follows the mean training loss of an epoch.
+        num_steps: of the whole run; see ``total_steps``.
+
+    Attributes:
+        progress, log_window, epoch_window: where the run stands; ``Saver.restore`` puts saved ones in their place.
     """
 
     def __init__(
         self,
         settings: Settings,
-        accelerator: Accelerator,
-        objective: TrainingObjective,
+        stepper: Stepper,
         train: TrainingSteps,
         validator: Validator | None,
-        exporter: Exporter,
+        saver: Saver,
         tracker: Tracker,
+        num_steps: int,
     ) -> None:
-        self.settings, self.accelerator, self.exporter, self.tracker = settings, accelerator, exporter, tracker
-        self.train_steps, self.validator = train, validator
-        self.num_steps = total_steps(settings, train)
-        optimizer = torch.optim.AdamW(
-            optimizer_groups(objective, settings.weight_decay),
-            lr=settings.learning_rate,
-            fused=accelerator.device.type == "cuda",
-        )
-        self.scheduler = make_scheduler(settings, optimizer, self.num_steps)
-        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.step = self.epoch = 0
-        self.best_loss = math.inf
-        self._learning_rate = 0.0  # of the last step
-        self._evaluated_at = self._stop_signal = self._agreed_stop = None
-        self._last_train_loss: float | None = None
-        self._window = _Window()
+        self.settings, self.stepper, self.train_steps = settings, stepper, train
+        self.validator, self.saver, self.tracker, self.num_steps = validator, saver, tracker, num_steps
+        self.accelerator = stepper.accelerator
+        self.progress = Progress()
+        self.log_window, self.epoch_window = Window(self.accelerator), Window(self.accelerator)
+        self._stop_signal: int | None = None
+        self._saved_at = time.monotonic()
+        self._is_save_due = False
+        self._lowest_loss = math.inf  # of what ``best/`` is about to become
 
     # -------------------------------------------------------------------------------------------------- the loop
 
@@ -113,169 +129,192 @@ class Trainer:
         """Trains to the end.
 
         Raises:
-            UserError: the loss became NaN or infinite.
-            Stopped: SIGINT or SIGTERM arrived; ``last/`` was saved.
+            UserError: the gradients stay NaN or infinite, memory or disk do not suffice.
+            Stopped: SIGINT or SIGTERM arrived; ``last/`` and the state were saved.
         """
-        self.objective.train()
+        self.stepper.objective.train()
         with self._signals_noted():
-            for number in range(self.settings.num_epochs):
-                self.epoch, epoch = number, _Window()
-                for batches in self.train_steps.steps(self.epoch):
-                    if self._optimizer_step(batches, epoch):
-                        self._after_step()
-                    if self.step == self.num_steps:
-                        break
-                self._after_epoch(epoch.mean_loss(self.settings.sub_talker_loss_weight))
-                if self.step == self.num_steps:
-                    break
+            self._settle()  # what a stopped run still had to do
+            while not self.is_over:
+                self._train_epoch()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to train."""
+        progress = self.progress
+        has_all_steps = progress.step >= self.num_steps and progress.ended_at == progress.step
+        return has_all_steps or progress.epoch >= self.settings.num_epochs
 
     @property
     def best_by(self) -> str:
         """What ``best/`` is the lowest of."""
         return "validation loss" if self.validator else "mean training loss of an epoch"
 
-    def _optimizer_step(self, batches: list[Batch], epoch: _Window) -> bool:
-        """Forward and backward of all micro-batches, then one clipped optimizer step; False where there is no row.
+    def _train_epoch(self) -> None:
+        progress = self.progress
+        if progress.step < self.num_steps:  # else only the end of the run is left
+            for fetched in self.train_steps.steps(progress.epoch, progress.done):
+                if self._take_step(fetched):
+                    self._settle()
+                if progress.step == self.num_steps:
+                    break
+        self._end_epoch()
 
-        A stream has steps without rows when the dataset is smaller than MAX_TRAIN_SAMPLES says.
-        """
-        num_talker, num_sub_talker = self._count_over_processes(batches)
+    def _take_step(self, fetched: Step) -> bool:
+        """False where there is no row: a stream has such steps when it is shorter than MAX_TRAIN_SAMPLES says."""
+        num_talker, num_sub_talker = self._agree(fetched)
+        progress = self.progress
+        progress.done = self._advanced(progress.done)
+        progress.num_fetched += 1
+        self._tell_skipped_rows(fetched)
         if not num_talker:
             return False
-        weight = self.settings.sub_talker_loss_weight
-        parts = []  # (2,) talker and sub-talker loss of each micro-batch
-        for index, batch in enumerate(batches):
-            is_last = index == len(batches) - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.objective):
-                batch = to_device(batch, self.accelerator.device)
-                sums = self.objective(batch)
-                loss = step_loss(sums, num_talker, num_sub_talker, weight) * batch["weight"]
-                # DDP averages gradients over processes; the loss is already a share of the whole step's mean.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
-                parts.append(torch.stack([sums["talker_loss"], sums["sub_talker_loss"]]).detach() * batch["weight"])
-        totals = self._sum_over_processes(torch.stack(parts).sum(0))
-        if not torch.isfinite(totals).all():
-            self._stop_at_bad_loss(batches, parts)
-        gradient_norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.max_grad_norm)
-        if self.accelerator.scaler is None and not math.isfinite(gradient_norm):
-            self._stop_at_bad_gradient(batches)
-        self._learning_rate = self.scheduler.get_last_lr()[0]
-        if self._step_optimizer():
-            self.scheduler.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        for window in (self._window, epoch):
-            window.add(totals, num_talker, num_sub_talker, gradient_norm)
+        sums = self.stepper.take(fetched.batches, num_talker, num_sub_talker)
+        progress.step += 1
+        progress.is_settled = False
+        self.tracker.advance()
+        self.log_window.add(sums)
+        self.epoch_window.add(sums)
         return True
 
-    def _step_optimizer(self) -> bool:
-        """Whether the step was taken: an fp16 scaler that is still finding its scale skips some, then lowers it.
-
-        (``step_was_skipped`` of Accelerate's optimizer does not notice it with the fused AdamW.)
-        """
-        scaler = self.accelerator.scaler
-        before = scaler.get_scale() if scaler else 0.0
-        self.optimizer.step()
-        return scaler is None or scaler.get_scale() >= before
-
-    def _sum_over_processes(self, losses: torch.Tensor) -> torch.Tensor:
-        """(2,) losses summed. Here the processes agree to stop, too: a signal may reach them at different steps."""
-        noted = self._stop_signal
+    def _agree(self, fetched: Step) -> tuple[int, int]:
+        """Labels of the step over all processes. Here they agree to stop or to save, too, before the step begins."""
+        is_late = bool(self.settings.save_minutes) and (
+            time.monotonic() - self._saved_at >= 60 * self.settings.save_minutes
+        )
+        is_save_due = is_late and self.accelerator.is_main_process
+        values = [*count_tokens(fetched.batches), int(self._stop_signal is not None), int(is_save_due)]
         if self.accelerator.num_processes > 1:
-            flag = torch.tensor([float(noted is not None)], device=losses.device)
-            summed = self.accelerator.reduce(torch.cat([losses, flag]), reduction="sum")
-            losses, any_noted = summed[:2], bool(summed[2] > 0)
-            noted = (noted or signal.SIGTERM) if any_noted else None
-        self._agreed_stop = noted
-        return losses
+            summed = torch.tensor(values, device=self.accelerator.device)
+            values = self.accelerator.reduce(summed, reduction="sum").tolist()
+        num_talker, num_sub_talker, num_stopped, self._is_save_due = values
+        if num_stopped:
+            self._save_and_stop()
+        return num_talker, num_sub_talker
 
-    def _count_over_processes(self, batches: list[Batch]) -> tuple[int, int]:
-        counts = count_tokens(batches)
-        if self.accelerator.num_processes == 1:
-            return counts
-        counts = torch.tensor(counts, device=self.accelerator.device)
-        return tuple(self.accelerator.reduce(counts, reduction="sum").tolist())
-
-    def _stop_at_bad_loss(self, batches: list[Batch], parts: list[torch.Tensor]) -> None:
-        bad = [batch for batch, part in zip(batches, parts, strict=True) if not torch.isfinite(part).all()]
-        raise UserError(
-            f"the loss of step {self.step + 1} is not a finite number; nothing was learnt from it. Its rows: "
-            f"{self._describe_rows(bad)}. Lower LEARNING_RATE, or set MIXED_PRECISION=bf16 or no; if it happens at the "
-            "first step, check these rows and the base's weights"
-        )
-
-    def _stop_at_bad_gradient(self, batches: list[Batch]) -> None:
-        raise UserError(
-            f"the gradient of step {self.step + 1} is not finite though its loss is; nothing was learnt from it. Its "
-            f"rows: {self._describe_rows(batches)}. Lower LEARNING_RATE, or set MIXED_PRECISION=no"
-        )
-
-    def _describe_rows(self, batches: list[Batch]) -> str:
-        """Line numbers and the beginnings of the texts, since a line of an encoded file says little by itself."""
-        lines = sorted({line for batch in batches if batch["weight"] > 0 for line in batch["lines"].tolist()})
-        if not lines:
-            return "those of another process"
-        text_of = self.train_steps.texts(lines)
-        return ", ".join(f'line {line} "{text_of.get(line, "")[:40]}"' for line in lines)
+    def _advanced(self, done: tuple[Part, ...]) -> tuple[Part, ...]:
+        geometry = self.train_steps.geometry
+        if done and done[-1].geometry == geometry:
+            return (*done[:-1], Part(geometry, done[-1].num_steps + 1))
+        return (*done, Part(geometry, 1))
 
     # ---------------------------------------------------------------------------------------- between the steps
 
-    def _after_step(self) -> None:
-        self.tracker.advance()
-        settings = self.settings
-        if self.step % settings.logging_steps == 0 or self.step == self.num_steps:
+    def _settle(self) -> None:
+        """Logging, evaluation and saving after a step. A stop comes first; then they wait for the next start."""
+        progress, settings = self.progress, self.settings
+        if progress.is_settled:
+            return
+        logs = progress.step % settings.logging_steps == 0 or progress.step == self.num_steps
+        saves, evaluates = progress.step % settings.save_steps == 0, progress.step % settings.eval_steps == 0
+        # Several processes ask each other only where there is something to wait for.
+        if logs or saves or evaluates or self._is_save_due or self.accelerator.num_processes == 1:
+            self._stop_if_asked()
+        if logs:
             self._log_training()
-        names = [f"checkpoint-{self.step}"] if self.step % settings.save_steps == 0 else []
-        if self.step % settings.eval_steps == 0 and self._evaluate():
-            names.append("best")
-        if self._agreed_stop is not None:
-            self._save([*names, "last"])
-            raise Stopped(self._agreed_stop)
-        self._save(names)
+        is_best = evaluates and self._evaluate()
+        progress.is_settled = True
+        names = ["best"] * is_best + [f"checkpoint-{progress.step}"] * saves + ["last"] * bool(self._is_save_due)
+        if names:
+            self._save(names, with_state=saves or bool(self._is_save_due))
 
-    def _after_epoch(self, mean_loss: float) -> None:
-        """Evaluation and ``last/``, at the end of every epoch and so of the run."""
-        if self.validator is None:
-            is_best = mean_loss < self.best_loss
-            self.best_loss = min(mean_loss, self.best_loss)
-        else:
-            is_best = self._evaluate()
-        names = ["last"] + (["best"] if is_best else [])
-        self._save(names + ([f"epoch-{self.epoch}"] if self.settings.save_epochs else []))
+    def _end_epoch(self) -> None:
+        """Evaluation and ``last/``, at the end of every epoch and so of the run, whose state is kept as well."""
+        self._stop_if_asked()
+        progress = self.progress
+        mean_loss = self.epoch_window.figures(self.settings.sub_talker_loss_weight)["loss"]
+        is_best = self._evaluate() if self.validator else self._is_lowest(mean_loss)
+        names = ["last"] + ["best"] * is_best + [f"epoch-{progress.epoch}"] * self.settings.save_epochs
+        epoch, progress.ended_at = progress.epoch, progress.step
+        if not self.train_steps.num_steps(progress.done):
+            progress.epoch, progress.done = epoch + 1, ()
+            self.epoch_window = Window(self.accelerator)
+        if not all(self._save(names, with_state=self.is_over, epoch=epoch)) and self.is_over:
+            raise UserError(
+                f"OUTPUT_DIR: the end of the run could not be saved in {self.settings.output_dir}; free some space and "
+                "start it again: it goes on from the newest state"
+            )
 
     def _evaluate(self) -> bool:
         """Logs the validation figures; whether they are the best so far. Not twice at the same step."""
-        if self.validator is None or self._evaluated_at == self.step:
+        progress = self.progress
+        if self.validator is None or progress.evaluated_at == progress.step:
             return False
-        self._evaluated_at = self.step
-        start = time.perf_counter()
-        metrics = self.validator.evaluate(self.accelerator.unwrap_model(self.objective))
-        self.tracker.log_validation(self.step, self.epoch, metrics)
-        self._window.pause(time.perf_counter() - start)
-        is_best = metrics["loss"] < self.best_loss
-        self.best_loss = min(metrics["loss"], self.best_loss)
-        return is_best
+        progress.evaluated_at = progress.step
+        with self._unclocked():
+            metrics = self.validator.evaluate(self.stepper.module, self.stepper.num_parts)
+        self.tracker.log_validation(progress.step, progress.epoch, metrics)
+        return self._is_lowest(metrics["loss"])
 
-    def _save(self, names: list[str]) -> None:
-        if not names:
-            return
-        start = time.perf_counter()
-        if self.accelerator.is_main_process:
-            best = None if math.isinf(self.best_loss) else self.best_loss
-            state = {"step": self.step, "epoch": self.epoch, "best_loss": best, "train_loss": self._last_train_loss}
-            state["best_by"] = self.best_by
-            self.exporter.save(names, state)
-        self.accelerator.wait_for_everyone()
-        self._window.pause(time.perf_counter() - start)
+    def _is_lowest(self, loss: float) -> bool:
+        self._lowest_loss = loss
+        return loss < self.progress.best_loss
+
+    def _save(self, names: list[str], with_state: bool, epoch: int | None = None) -> Saved:
+        """What worked of it; a full disk does not end the run."""
+        progress = self.progress
+        best_loss = progress.best_loss
+        if "best" in names:
+            progress.best_loss = self._lowest_loss
+        with self._unclocked():
+            saved = self.saver.save(self, names, with_state, progress.epoch if epoch is None else epoch)
+        if not saved.checkpoints:
+            progress.best_loss = best_loss  # that of the best/ which is still there
+        if with_state:
+            self._saved_at = time.monotonic()
+        return saved
 
     def _log_training(self) -> None:
-        window, weight = self._window, self.settings.sub_talker_loss_weight
-        figures = window.figures(weight)
-        self._last_train_loss = figures["loss"]
-        seconds_left = window.seconds_per_step() * (self.num_steps - self.step)
-        record = {"step": self.step, "epoch": self.epoch, **figures, "learning_rate": self._learning_rate}
+        figures = self.log_window.figures(self.settings.sub_talker_loss_weight)
+        num_skipped, in_a_row = self.stepper.skips.read()
+        self.progress.train_loss = figures["loss"] if math.isfinite(figures["loss"]) else None
+        record = {"step": self.progress.step, "epoch": self.progress.epoch, **figures}
+        record |= {"learning_rate": self.stepper.learning_rate, "skipped_steps": num_skipped}
+        seconds_left = self.log_window.seconds_per_step * (self.num_steps - self.progress.step)
         self.tracker.log_training({**record, "seconds_left": seconds_left})
-        self._window = _Window()
+        self.log_window = Window(self.accelerator)
+        if in_a_row >= min(MAX_SKIPPED_IN_A_ROW, self.num_steps):
+            raise self._bad_gradients(in_a_row)
+        if num_skipped:
+            say(f"{num_skipped} steps were skipped: their gradients were not finite")
+
+    def _bad_gradients(self, in_a_row: int) -> UserError:
+        lines = self.stepper.skips.recent_lines()
+        text_of = self.train_steps.texts(lines)
+        shown = [f'line {line} "{text_of.get(line, "")[:40]}"' for line in lines[:8]]
+        return UserError(
+            f"the gradients of {in_a_row} steps in a row, up to step {self.progress.step}, were not finite; nothing "
+            f"was learnt from them. Rows of the last of them: {', '.join(shown) or 'those of another process'}. Lower "
+            "LEARNING_RATE, or set MIXED_PRECISION=bf16 or no; if it happens from the first step on, check these rows "
+            "and the base's weights"
+        )
+
+    def _tell_skipped_rows(self, fetched: Step) -> None:
+        self.progress.num_skipped_rows += len(fetched.skipped)
+        for row in fetched.skipped:
+            self.tracker.log_skipped_row(self.progress.step + 1, row)
+
+    @contextlib.contextmanager
+    def _unclocked(self) -> Iterator[None]:
+        """Time that is not spent on stepping does not count in frames a second."""
+        start = time.perf_counter()
+        yield
+        self.log_window.pause(time.perf_counter() - start)
+
+    # -------------------------------------------------------------------------------------------------- signals
+
+    def _stop_if_asked(self) -> None:
+        if self.stepper.any_process(self._stop_signal is not None):
+            self._save_and_stop()
+
+    def _save_and_stop(self) -> None:
+        number = self._stop_signal or signal.SIGTERM  # it may have reached another process only
+        if not all(self._save(["last"], with_state=True)):
+            raise UserError(
+                f"OUTPUT_DIR: stopped by signal {int(number)}, but {self.settings.output_dir} could not be written; "
+                "the checkpoints before it are whole"
+            )
+        raise Stopped(number)
 
     @contextlib.contextmanager
     def _signals_noted(self) -> Iterator[None]:
@@ -285,6 +324,8 @@ class Trainer:
 
         def note(number: int, _: Any) -> None:
             nonlocal noted_at
+            if another_process_failed():  # the launcher ends the others; their next step could never finish
+                raise SystemExit(128 + number)
             if self._stop_signal is None:
                 self._stop_signal, noted_at = number, time.monotonic()
                 say(f"signal {number}: finishing the step and saving last/; once more stops at once")
@@ -297,49 +338,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class _Window:
-    """Sums over some steps: of an epoch, or since the last logged line. Losses stay on the device until read."""
-
-    def __init__(self) -> None:
-        self._totals: torch.Tensor | float = 0.0
-        self._gradient_norm: torch.Tensor | float = 0.0
-        self._num_talker = self._num_sub_talker = self._num_steps = 0
-        self._start, self._paused = time.perf_counter(), 0.0
-
-    def add(self, totals: torch.Tensor, num_talker: int, num_sub_talker: int, gradient_norm: Any) -> None:
-        self._totals = self._totals + totals
-        self._gradient_norm = gradient_norm
-        self._num_talker += num_talker
-        self._num_sub_talker += num_sub_talker
-        self._num_steps += 1
-
-    def pause(self, seconds: float) -> None:
-        """Time that was not spent on stepping."""
-        self._paused += seconds
-
-    def _seconds(self) -> float:
-        return max(time.perf_counter() - self._start - self._paused, 1e-9)
-
-    def seconds_per_step(self) -> float:
-        return self._seconds() / max(self._num_steps, 1)
-
-    def _losses(self) -> tuple[float, float]:
-        talker, sub_talker = self._totals.tolist()
-        return talker / max(self._num_talker, 1), sub_talker / max(self._num_sub_talker, 1)
-
-    def mean_loss(self, sub_talker_weight: float) -> float:
-        talker, sub_talker = self._losses()
-        return talker + sub_talker_weight * sub_talker
-
-    def figures(self, sub_talker_weight: float) -> dict[str, float]:
-        """loss, talker_loss, sub_talker_loss, grad_norm (of the last step, before clipping), frames_per_second."""
-        talker, sub_talker = self._losses()
-        return {
-            "loss": talker + sub_talker_weight * sub_talker,
-            "talker_loss": talker,
-            "sub_talker_loss": sub_talker,
-            "grad_norm": float(self._gradient_norm),
-            "frames_per_second": self._num_sub_talker / (NUM_CODEBOOKS - 1) / self._seconds(),
-        }

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from finetuning.dataset import Batch, StepDataset, count_tokens, sequential_plan, step_loader, to_device
+from finetuning.dataset import Batch, StepDataset, count_tokens, sequential_plan, split_batch, step_loader, to_device
 from finetuning.objective import TrainingObjective
 from finetuning.settings import Settings
+from finetuning.sharding import is_sharded
 
 
 class Validator:
@@ -19,11 +20,12 @@ class Validator:
         self.settings, self.accelerator, self.dataset = settings, accelerator, dataset
 
     @torch.no_grad()
-    def evaluate(self, objective: TrainingObjective) -> dict[str, float]:
+    def evaluate(self, objective: TrainingObjective, num_parts: int = 1) -> dict[str, float]:
         """Means over the tokens of all batches of all processes.
 
         Args:
             objective: the unwrapped module; its mode is restored.
+            num_parts: every batch is cut in so many, where training found that the memory does not suffice.
 
         Returns:
             ``loss`` (talker + weight x sub-talker), ``talker_loss``, ``sub_talker_loss``, ``perplexity`` and
@@ -32,14 +34,16 @@ class Validator:
         was_training = objective.training
         objective.eval()
         totals = torch.zeros(6, dtype=torch.float64)
-        for (batch,) in self._steps():
-            totals += self._sums(objective, batch)
+        for step in self._steps(is_sharded(objective)):
+            for batch in split_batch(*step.batches, num_parts):
+                totals += batch["weight"] * self._sums(objective, batch)
         objective.train(was_training)
         return self._means(totals)
 
-    def _steps(self) -> Any:
-        accelerator, batch_size = self.accelerator, self.settings.batch_size
-        plan = sequential_plan(len(self.dataset), batch_size, accelerator.process_index, accelerator.num_processes)
+    def _steps(self, equal: bool) -> Any:
+        """Sharded processes gather parameters in every forward, so they need equal numbers of batches."""
+        processes, batch_size = self.accelerator.num_processes, self.settings.batch_size
+        plan = sequential_plan(len(self.dataset), batch_size, self.accelerator.process_index, processes, equal)
         return step_loader(self.dataset, plan, self.settings.num_workers)
 
     def _sums(self, objective: TrainingObjective, batch: Batch) -> torch.Tensor:

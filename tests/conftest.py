@@ -74,6 +74,7 @@ def make_settings(tmp_path: Path) -> Callable[..., Any]:
             "init_model_path": "tiny-random",
             "output_dir": tmp_path / "output",
             "use_wandb": False,
+            "resume": "never",
         }
         return load_settings(defaults | fields, environment={})
 

@@ -61,6 +61,85 @@ def build(tmp_path: Path) -> Build:
     return build_from
 
 
+# -------------------------------------------------------------------------------------------------- what is in them
+
+
+def varied_rows(count: int) -> list[dict[str, Any]]:
+    """Texts, languages, speakers and codes of many kinds; most without an instruction."""
+    return [
+        row(
+            number,
+            text="ä" * (number % 7 + 1) + f" {number}",
+            audio_codes=codes(number, 2 + number % 5),
+            speaker=f"speaker {number % 3}",
+            **({"instruct": "Be glad."} if number % 4 == 0 else {}),
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def hash_of(tmp_path: Path) -> Callable[[list[dict[str, Any]]], str]:
+    """The content hash of rows in a file of their own."""
+    numbers = iter(range(1000))
+
+    def content_hash(rows: list[dict[str, Any]]) -> str:
+        jsonl = tmp_path / str(next(numbers)) / "rows.jsonl"
+        jsonl.parent.mkdir()
+        jsonl.write_text("".join(json.dumps(fields) + "\n" for fields in rows), encoding="utf-8")
+        return open_rows(jsonl, RowFormat(), "TRAIN_JSONL").content_hash()
+
+    return content_hash
+
+
+def test_selected_rows_hash_as_in_a_file_of_their_own(
+    build: Build, write_jsonl: WriteJsonl, hash_of: Callable[[list[dict[str, Any]]], str]
+) -> None:
+    """Whole batches, parts of them, and rows in any order: only what the rows hold counts."""
+    rows = varied_rows(3 * row_index.ROWS_PER_BATCH + 50)
+    manifest, everything = build(write_jsonl(rows)), np.arange(len(rows))
+    middle = np.arange(row_index.ROWS_PER_BATCH, 2 * row_index.ROWS_PER_BATCH)
+    for positions in (
+        everything,
+        everything[everything % 50 != 7],
+        middle,
+        middle[::-1],
+        everything[300:301],
+        np.random.default_rng(0).permutation(len(rows))[:40],
+    ):
+        expected = hash_of([rows[position] for position in positions])
+        assert manifest.select(positions).content_hash() == expected
+    assert manifest.content_hash() == hash_of(rows)
+    assert manifest.select(everything[:0]).content_hash() == manifest.select(everything[5:5]).content_hash()
+
+
+def test_the_hash_sees_every_change_that_training_would_see(hash_of: Callable[[list[dict[str, Any]]], str]) -> None:
+    rows = varied_rows(9)
+    changes: list[dict[str, Any]] = [
+        {"text": rows[5]["text"] + "."},
+        {"language": "English"},
+        {"speaker": "other"},
+        {"instruct": "Be sad."},
+        {"audio_codes": [[*frame[:-1], (frame[-1] + 1) % 2048] for frame in rows[5]["audio_codes"]]},
+        {"audio_codes": rows[5]["audio_codes"] + rows[5]["audio_codes"][:1]},
+    ]
+    variants = [[*rows[:5], rows[5] | change, *rows[6:]] for change in changes]
+    # The same letters and frames in a row, but other rows around them.
+    moved = [rows[0] | {"text": "ab"}, rows[1] | {"text": "c"}], [rows[0] | {"text": "a"}, rows[1] | {"text": "bc"}]
+    longer, shorter = rows[3]["audio_codes"] + rows[4]["audio_codes"][:1], rows[4]["audio_codes"][1:]
+    variants += [*moved, [*rows[:3], rows[3] | {"audio_codes": longer}, rows[4] | {"audio_codes": shorter}, *rows[5:]]]
+    variants += [rows, rows[:-1], rows[::-1], [rows[0] | {"instruct": None}, *rows[1:]]]
+    assert len({hash_of(variant) for variant in variants}) == len(variants)
+
+
+def test_the_hash_does_not_see_where_a_row_came_from(
+    hash_of: Callable[[list[dict[str, Any]]], str], clip: Path
+) -> None:
+    rows = varied_rows(5)
+    elsewhere = [fields | {"audio": str(clip), "ref_audio": str(clip), "measures": {"seconds": 1}} for fields in rows]
+    assert hash_of(rows) == hash_of(elsewhere)
+
+
 # ----------------------------------------------------------------------------------------------------- whole files
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,22 @@ from fakes import FakeCodec, fake_codes
 
 from finetuning.audio import load_audio
 from finetuning.base_model import load_tokenizer, resolve_base
-from finetuning.dataset import Batch, RowEncoder, StepDataset, StepSampler, step_loader
+from finetuning.dataset import (
+    Batch,
+    Geometry,
+    Part,
+    RowEncoder,
+    SkippedRow,
+    Step,
+    StepDataset,
+    StepSampler,
+    step_loader,
+)
 from finetuning.encoding import ClipEncoder
 from finetuning.manifest import MIN_CODEC_FRAMES, RowFormat
 from finetuning.prepare import DatasetRows
 from finetuning.prompt import LayoutIds
-from finetuning.row_index import open_rows
+from finetuning.row_index import Manifest, open_rows
 from finetuning.settings import load_settings
 from finetuning.source import open_split
 from finetuning.steps import MappedSteps, StreamedSteps
@@ -87,9 +98,14 @@ def lines_of(batches: Sequence[Batch]) -> list[int]:
     return [line for batch in batches if batch["weight"] > 0 for line in batch["lines"].tolist()]
 
 
-def assert_same(steps: Sequence[Sequence[Batch]], others: Sequence[Sequence[Batch]]) -> None:
+def all_lines(steps: Iterable[Step]) -> list[int]:
+    return [line for step in steps for line in lines_of(step.batches)]
+
+
+def assert_same(steps: Sequence[Step], others: Sequence[Step]) -> None:
     for step, other in zip(steps, others, strict=True):
-        for batch, other_batch in zip(step, other, strict=True):
+        assert step.skipped == other.skipped
+        for batch, other_batch in zip(step.batches, other.batches, strict=True):
             assert batch.keys() == other_batch.keys()
             assert all(torch.equal(batch[name], other_batch[name]) for name in batch)
 
@@ -113,20 +129,20 @@ def test_every_row_once_in_steps_of_equal_shape(
     monkeypatch.setattr("finetuning.stream.MIN_CHUNKS_PER_SHARE", 1 if shares_chunks else 1000)
     runs = [make_steps(process, num_processes, batch_size, accumulation) for process in range(num_processes)]
     steps = [list(run.steps(0)) for run in runs]
-    assert sorted(chain(*[lines_of(step) for part in steps for step in part])) == list(range(1, NUM_ROWS + 1))
+    assert sorted(chain(*[lines_of(step.batches) for part in steps for step in part])) == list(range(1, NUM_ROWS + 1))
     assert {len(part) for part in steps} == {run.steps_per_epoch for run in runs} == {len(steps[0])}
     for together in zip(*steps, strict=True):
-        assert len({len(step) for step in together}) == 1
-    sizes = [len(step) for step in steps[0]]
+        assert len({len(step.batches) for step in together}) == 1
+    sizes = [len(step.batches) for step in steps[0]]
     assert set(sizes[:-1]) <= {accumulation} and 0 < sizes[-1] <= accumulation
-    assert all(len(batch["lines"]) <= batch_size for part in steps for step in part for batch in step)
+    assert all(len(batch["lines"]) <= batch_size for part in steps for step in part for batch in step.batches)
     assert {run.num_rows for run in runs} == {NUM_ROWS}
     assert runs[0].rows_per_step == batch_size * accumulation * num_processes
 
 
 def test_weight_zero_only_where_rows_ran_out(make_steps: MakeSteps) -> None:
     """One row a batch: a share of 18 rows beside one of 19 has one dummy, and it is a sound batch."""
-    parts = [[batch for step in make_steps(process, 2, 1, 1).steps(0) for batch in step] for process in (0, 1)]
+    parts = [[batch for step in make_steps(process, 2, 1, 1).steps(0) for batch in step.batches] for process in (0, 1)]
     weights = [[float(batch["weight"]) for batch in part] for part in parts]
     assert weights[0] == [1.0] * 19
     assert sorted(weights[1]) == [0.0] + [1.0] * 18
@@ -141,8 +157,8 @@ def test_weight_zero_only_where_rows_ran_out(make_steps: MakeSteps) -> None:
 def test_a_process_without_any_row_keeps_in_step(make_steps: MakeSteps) -> None:
     steps = [list(make_steps(process, 3, 2, 2, max_rows=1).steps(0)) for process in range(3)]
     assert [len(part) for part in steps] == [1, 1, 1]
-    assert [lines_of(part[0]) for part in steps] == [[1], [], []]
-    assert [float(batch["weight"]) for batch in steps[2][0]] == [0.0] * len(steps[0][0])
+    assert [lines_of(part[0].batches) for part in steps] == [[1], [], []]
+    assert [float(batch["weight"]) for batch in steps[2][0].batches] == [0.0] * len(steps[0][0].batches)
 
 
 def test_bad_rows_leave_their_places_empty(
@@ -152,11 +168,12 @@ def test_bad_rows_leave_their_places_empty(
     monkeypatch.setattr("finetuning.steps.WINDOW_STEPS", 1)
     bad = {4, 12, 37}
     for process in (0, 1):
-        expected = [set(lines_of(step)) for step in make_steps(process, 2).steps(0)]
+        expected = [set(lines_of(step.batches)) for step in make_steps(process, 2).steps(0)]
         assert bad & set(chain(*expected))
         steps = list(make_steps(process, 2, folder=bad_dataset).steps(0))
-        assert [set(lines_of(step)) for step in steps] == [lines - bad for lines in expected]
-        assert [len(step) for step in steps] == [len(step) for step in make_steps(process, 2).steps(0)]
+        assert [set(lines_of(step.batches)) for step in steps] == [lines - bad for lines in expected]
+        untouched = make_steps(process, 2).steps(0)
+        assert [len(step.batches) for step in steps] == [len(step.batches) for step in untouched]
 
 
 def test_an_epoch_repeats_and_the_next_differs(make_steps: MakeSteps) -> None:
@@ -165,13 +182,13 @@ def test_an_epoch_repeats_and_the_next_differs(make_steps: MakeSteps) -> None:
     assert_same(first, again)
     assert_same(first, of_another_run)
     second = list(steps.steps(1))
-    assert sorted(chain(*map(lines_of, first))) == sorted(chain(*map(lines_of, second)))
-    assert [lines_of(step) for step in first] != [lines_of(step) for step in second]
+    assert sorted(all_lines(first)) == sorted(all_lines(second))
+    assert [lines_of(step.batches) for step in first] != [lines_of(step.batches) for step in second]
 
 
 def test_a_step_holds_the_rows_that_it_names(make_steps: MakeSteps, encoder: RowEncoder) -> None:
     """Codes and text ids of every row against the clip itself."""
-    for batch in chain(*make_steps(batch_size=3).steps(0)):
+    for batch in chain(*[step.batches for step in make_steps(batch_size=3).steps(0)]):
         taken = 0
         for position, line in enumerate(batch["lines"].tolist()):
             clip = Clip(line - 1)
@@ -188,7 +205,8 @@ def test_a_step_holds_the_rows_that_it_names(make_steps: MakeSteps, encoder: Row
 
 def test_rows_are_grouped_by_length_inside_a_window(make_steps: MakeSteps) -> None:
     """All 37 rows fit into one window, so the micro-batches are runs of the sorted lengths, in another order."""
-    batches = list(chain(*make_steps(batch_size=4, accumulation=2).steps(0)))
+    steps = make_steps(batch_size=4, accumulation=2).steps(0)
+    batches = list(chain(*[step.batches for step in steps]))
     frames = [sorted(batch["frame_mask"].sum(1).tolist()) for batch in batches]
     assert sorted(chain(*frames)) == list(chain(*sorted(frames)))
     assert frames != sorted(frames)
@@ -200,7 +218,7 @@ def test_texts_and_rows_for_messages(make_steps: MakeSteps, monkeypatch: pytest.
     steps = make_steps(batch_size=1, accumulation=1)
     for step in steps.steps(0):
         time.sleep(0.01)
-        (line,) = lines_of(step)
+        (line,) = lines_of(step.batches)
         assert steps.texts([line, 9999]) == {line: f"Sentence {line - 1}."}
     rows = make_steps(buffer_rows=0).rows(3)
     assert [row["text"] for row in rows] == ["Sentence 0.", "Sentence 1.", "Sentence 2."]
@@ -216,9 +234,112 @@ def test_rows_for_the_round_trip_skip_bad_ones(make_steps: MakeSteps, bad_datase
 def test_held_out_rows_are_in_no_step(make_steps: MakeSteps) -> None:
     left_out = np.array([0, 9, 36])
     parts = [make_steps(process, 2, left_out=left_out) for process in (0, 1)]
-    seen = list(chain(*[lines_of(step) for part in parts for step in part.steps(0)]))
+    seen = [line for part in parts for line in all_lines(part.steps(0))]
     assert sorted(seen) == sorted(set(range(1, NUM_ROWS + 1)) - {1, 10, 37})
     assert {part.num_rows for part in parts} == {NUM_ROWS - 3}
+
+
+# ---------------------------------------------------------------------------------- streamed, from inside an epoch
+
+
+@pytest.mark.parametrize("shares_chunks", [True, False])
+@pytest.mark.parametrize("num_processes, accumulation", [(1, 2), (2, 1)])
+def test_an_epoch_goes_on_with_exactly_the_steps_that_are_left(
+    make_steps: MakeSteps,
+    bad_dataset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_processes: int,
+    accumulation: int,
+    shares_chunks: bool,
+) -> None:
+    """From the first step to the last, at windows' ends and inside them, with rows that cannot be used."""
+    monkeypatch.setattr("finetuning.manifest.MAX_BAD_SHARE", 0.5)
+    monkeypatch.setattr("finetuning.steps.WINDOW_STEPS", 3)
+    monkeypatch.setattr("finetuning.stream.MIN_CHUNKS_PER_SHARE", 1 if shares_chunks else 1000)
+    for process in range(num_processes):
+        steps = make_steps(process, num_processes, 2, accumulation, bad_dataset)
+        untouched = list(steps.steps(1))
+        assert len(untouched) == steps.steps_per_epoch == steps.num_steps()
+        for num_steps in range(len(untouched) + 1):
+            halves = (num_steps // 2, num_steps - num_steps // 2)
+            for done in [(num_steps,), halves]:
+                parts = tuple(Part(steps.geometry, part) for part in done)
+                assert_same(list(steps.steps(1, parts)), untouched[num_steps:])
+                assert steps.num_steps(parts) == len(untouched) - num_steps
+
+
+GEOMETRIES = [Geometry(1, 2, 1), Geometry(2, 1, 2), Geometry(1, 1, 3)]
+
+
+@pytest.mark.parametrize("shares_chunks, window_steps", [(True, 3), (False, 2)])
+@pytest.mark.parametrize("second", GEOMETRIES)
+@pytest.mark.parametrize("first", GEOMETRIES)
+def test_no_row_twice_and_none_lost_when_the_geometry_changes(
+    make_steps: MakeSteps,
+    bad_dataset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: Geometry,
+    second: Geometry,
+    shares_chunks: bool,
+    window_steps: int,
+) -> None:
+    """Each part is what a run of that geometry would do from there, and ends inside a window or at its end."""
+    monkeypatch.setattr("finetuning.manifest.MAX_BAD_SHARE", 0.5)
+    monkeypatch.setattr("finetuning.steps.WINDOW_STEPS", window_steps)
+    monkeypatch.setattr("finetuning.stream.MIN_CHUNKS_PER_SHARE", 1 if shares_chunks else 1000)
+    done: list[Part] = []
+    lines: list[int] = []
+    for geometry, num_steps in ((first, 3), (second, 2), (first, 1), (first, 1), (second, 1000)):
+        shape = (geometry.num_processes, geometry.batch_size, geometry.accumulation)
+        runs = [make_steps(process, *shape, bad_dataset) for process in range(geometry.num_processes)]
+        steps = [list(run.steps(1, done)) for run in runs]
+        assert {len(part) for part in steps} == {run.num_steps(done) for run in runs}
+        lines += [line for part in steps for line in all_lines(part[:num_steps])]
+        done.append(Part(geometry, num_steps))
+    assert sorted(lines) == sorted(set(range(1, NUM_ROWS + 1)) - {4, 12, 37})
+
+
+def test_only_what_the_current_window_needs_is_encoded(
+    make_steps: MakeSteps, fake: FakeCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the split's order, windows of two steps of four rows: step 7 begins in row 24, so 13 of 37 rows are left."""
+    monkeypatch.setattr("finetuning.steps.WINDOW_STEPS", 2)
+    steps = make_steps(buffer_rows=0)
+    untouched = list(steps.steps(0))
+    assert fake.take_num_clips() == NUM_ROWS
+    assert_same(list(steps.steps(0, (Part(steps.geometry, 7),))), untouched[7:])
+    assert fake.take_num_clips() == NUM_ROWS - 24
+
+
+def test_the_fingerprint_is_that_of_the_rows(make_steps: MakeSteps, bad_dataset: Path) -> None:
+    fingerprint = make_steps().fingerprint()
+    assert make_steps(1, 3, 4, 1, buffer_rows=0).fingerprint() == fingerprint
+    others = [make_steps(max_rows=36), make_steps(left_out=np.array([3])), make_steps(folder=bad_dataset)]
+    assert len({fingerprint, *[other.fingerprint() for other in others]}) == 4
+
+
+def test_damaged_rows_of_a_stream_are_left_out_and_listed(
+    make_steps: MakeSteps, fake: FakeCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line 4 has a code that no table has, line 9 a speaker that is none: as from a damaged cache."""
+    steps = make_steps(batch_size=2, accumulation=2)
+    untouched = list(steps.steps(0))
+    iterate = SplitStream.iterate
+
+    def damaging(*args: Any) -> Any:
+        for row in iterate(*args):
+            if row.index == 3:
+                row.codes[1, 2] = 3000
+            yield replace(row, record=row.record | {"speaker": 1.5}) if row.index == 8 else row
+
+    monkeypatch.setattr(SplitStream, "iterate", damaging)
+    found = list(steps.steps(0))
+    assert sorted(row.line for step in found for row in step.skipped) == [4, 9]
+    reasons = {row.line: row.reason for step in found for row in step.skipped}
+    assert "out of range: " in reasons[4] and reasons[9] == "speaker must be a string"
+    assert sorted(all_lines(found)) == sorted(set(all_lines(untouched)) - {4, 9})
+    assert [len(step.batches) for step in found] == [len(step.batches) for step in untouched]
+    assert [row["line"] for row in make_steps(buffer_rows=0).rows(9)] == [1, 2, 3, 4, 5, 6, 7, 8, 10]
 
 
 def test_steps_are_not_all_made_ahead(make_steps: MakeSteps, fake: FakeCodec, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,3 +373,23 @@ def test_mapped_steps_are_those_of_sampler_and_loader(
     assert steps.num_rows == 11 and "11 training rows" in steps.describe()
     assert [row["text"] for row in steps.rows(2)] == ["Sentence 0.", "Sentence 1."] and len(steps.rows(50)) == 11
     assert steps.texts([3, 11, 99]) == {3: "Sentence 2.", 11: "Sentence 10."}
+    assert steps.geometry == sampler.geometry == Geometry(2, 2, 2)
+    assert steps.fingerprint() == manifest.content_hash()
+    done = (Part(steps.geometry, 1),)
+    assert_same(list(steps.steps(1, done)), list(steps.steps(1))[1:])
+    assert steps.num_steps(done) == 1
+
+
+def test_messages_pass_over_damaged_rows(encoder: RowEncoder, write_jsonl: Callable[..., Path]) -> None:
+    """Also beside a row whose text cannot be read."""
+    generator = np.random.default_rng(0)
+    codes = [generator.integers(0, 2048, (3, 16)).tolist() for _ in range(3)]
+    jsonl = write_jsonl([{"text": f"Sentence {number}.", "audio_codes": rows} for number, rows in enumerate(codes)])
+    file = open_rows(jsonl, RowFormat(), "TRAIN_JSONL").arrow_file
+    damaged = file.with_name("damaged.arrow")
+    damaged.write_bytes(file.read_bytes().replace(b"Sentence 1", b"Sentence \xff"))
+    steps = MappedSteps(StepDataset(Manifest(damaged), encoder), StepSampler(np.full(3, 3), 3))
+    assert steps.texts([1, 2]) == {1: "Sentence 0."}
+    assert [row["line"] for row in steps.rows(2)] == [1, 3]
+    (step,) = steps.steps(0)
+    assert sorted(lines_of(step.batches)) == [1, 3] and isinstance(step.skipped[0], SkippedRow)

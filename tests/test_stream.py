@@ -104,6 +104,22 @@ def test_rows_that_are_left_out_are_never_seen(make_stream: MakeStream, fake: Fa
     assert len(list(chain(*both))) == NUM_ROWS - 5
 
 
+@pytest.mark.parametrize("num_shares", [2, 3, 5])
+@pytest.mark.parametrize("min_chunks", [1, 100])
+def test_shares_are_equal_whatever_is_left_out(
+    make_stream: MakeStream, monkeypatch: pytest.MonkeyPatch, num_shares: int, min_chunks: int
+) -> None:
+    """Though whole chunks are gone, and most rows of the first ones."""
+    monkeypatch.setattr("finetuning.stream.MIN_CHUNKS_PER_SHARE", min_chunks)
+    left_out = np.array([*range(8), 20, 9, 12, 14, 18, 8])
+    streams = [make_stream(share=share, num_shares=num_shares, left_out=left_out) for share in range(num_shares)]
+    orders = [stream.order(1).tolist() for stream in streams]
+    assert sorted(chain(*orders)) == sorted(set(range(NUM_ROWS)) - set(left_out.tolist()))
+    sizes = [len(order) for order in orders]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
+    assert sizes == [streams[0].num_rows_of(share) for share in range(num_shares)]
+
+
 def test_max_rows(make_stream: MakeStream, fake: FakeCodec) -> None:
     assert sorted(indices(make_stream(max_rows=10, buffer_rows=4))) == list(range(10))
 
@@ -145,6 +161,8 @@ def test_a_bad_row_keeps_its_place_and_too_many_stop_the_stream(
     assert indices(stream) == [0, 1, None, *range(3, 12)]
     assert "skipped 1 of 12 rows of the stream" in capsys.readouterr().out
     assert indices(stream, start=3) == list(range(3, 12))
+    # The last rows of an epoch are judged as a part of it: here one of three is bad.
+    assert indices(replace(stream, left_out=np.arange(3, 12))) == [0, 1, None]
     rows[5]["text"] = ""
     with pytest.raises(UserError, match="rows cannot be used"):
         indices(make_stream(write_parquet(tmp_path / "worse", rows)))

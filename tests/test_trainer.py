@@ -16,7 +16,7 @@ from reference import naive_losses
 from training import FULL, build, make_trainer, train
 
 from finetuning.errors import Stopped, UserError
-from finetuning.trainer import Trainer, make_scheduler
+from finetuning.stepping import make_scheduler
 
 
 @pytest.fixture
@@ -84,8 +84,8 @@ def test_steps_epochs_and_folders(settings_for: Callable) -> None:
         num_rows=6, num_validation=2, num_epochs=3, save_steps=2, save_total_limit=2, save_epochs=True, logging_steps=2
     )
     _, trainer = train(settings)
-    assert trainer.step == 9
-    assert folders(settings) == {"best", "last", "checkpoint-6", "checkpoint-8", "epoch-0", "epoch-1", "epoch-2"}
+    assert trainer.progress.step == 9
+    assert folders(settings) == {"best", "last", "checkpoint-6", "checkpoint-8", "epoch-0", "epoch-1", "epoch-2", "state"}
     assert [record["step"] for record in read_log(settings)] == [2, 4, 6, 8, 9]
     validation = read_log(settings, "validation_log.jsonl")
     assert [(record["epoch"], record["step"]) for record in validation] == [(0, 3), (1, 6), (2, 9)]
@@ -125,7 +125,7 @@ def test_validation_figures_equal_the_mean_over_tokens(settings_for: Callable) -
 def test_max_steps_ends_the_run_properly(settings_for: Callable) -> None:
     settings = settings_for(num_rows=6, num_validation=2, num_epochs=5, max_steps=4)
     _, trainer = train(settings)
-    assert trainer.step == 4
+    assert trainer.progress.step == 4
     assert read_log(settings)[-1]["step"] == 4
     assert read_log(settings, "validation_log.jsonl")[-1]["step"] == 4
     assert json.loads((settings.output_dir / "last" / "training_state.json").read_text())["step"] == 4
@@ -139,41 +139,78 @@ def test_without_validation_best_follows_the_training_loss(settings_for: Callabl
     assert not (settings.output_dir / "validation_log.jsonl").exists()
 
 
-def test_non_finite_loss_names_its_rows_and_changes_nothing(
-    settings_for: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = settings_for(num_rows=6, logging_steps=1)
-    run = build(settings)
-    trainer = make_trainer(run)
-    forward, before = run.objective.forward, {}
+def poison(run: Any, monkeypatch: pytest.MonkeyPatch, steps: set[int], loss: str = "talker_loss") -> list[list[int]]:
+    """Makes the loss of some steps NaN (a step is one micro-batch); gives the lines of the rows of each step so far."""
+    forward, lines = run.objective.forward, []
 
     def poisoned(batch: dict) -> dict:
+        lines.append(batch["lines"].tolist())
         sums = forward(batch)
-        if trainer.step == 1:
-            before.update({name: tensor.clone() for name, tensor in run.model.state_dict().items()})
-            before["lines"] = batch["lines"].tolist()
-            sums["talker_loss"] = sums["talker_loss"] * torch.nan
-        return sums
+        return sums | {loss: sums[loss] * torch.nan} if len(lines) in steps else sums
 
     monkeypatch.setattr(run.objective, "forward", poisoned)
-    with pytest.raises(UserError, match=r"the loss of step 2 ") as caught:
-        trainer.run()
-    texts = [json.loads(line)["text"] for line in settings.train_jsonl.read_text().splitlines()]
-    rows = [f'line {line} "{texts[line - 1][:40]}"' for line in sorted(before.pop("lines"))]
-    assert f"Its rows: {', '.join(rows)}." in str(caught.value)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
-    assert trainer.step == 1
+    return lines
 
 
-def test_non_finite_gradient_changes_nothing(settings_for: Callable) -> None:
-    """A finite loss with a NaN gradient must not reach the weights."""
-    run = build(settings_for(num_rows=4, logging_steps=1))
-    head = run.model.talker.codec_head.weight
-    head.register_hook(lambda gradient: gradient * torch.nan)
-    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    with pytest.raises(UserError, match=r"the gradient of step 1 is not finite"):
+@pytest.mark.parametrize("loss", ["talker_loss", "sub_talker_loss"])
+def test_a_step_without_finite_gradients_changes_nothing(
+    settings_for: Callable, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """Weights, moments and Adam's own step count stay; it is counted, and its loss is in no figure."""
+    settings = settings_for(num_rows=6, logging_steps=3, learning_rate=1e-3, warmup_steps=0)
+    run = build(settings)
+    poison(run, monkeypatch, {2}, loss)
+    trainer = make_trainer(run)
+    take, snapshots = trainer.stepper.take, []
+
+    def observed(*arguments: Any) -> Any:
+        sums = take(*arguments)
+        weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+        moments = [value.clone() for state in trainer.stepper.optimizer.state.values() for value in state.values()]
+        snapshots.append((weights, moments, sums))
+        return sums
+
+    monkeypatch.setattr(trainer.stepper, "take", observed)
+    trainer.run()
+    (weights_1, moments_1, sums_1), (weights_2, moments_2, sums_2), (weights_3, _, sums_3) = snapshots
+    assert all(torch.equal(weights_2[name], weights_1[name]) for name in weights_1)
+    assert all(map(torch.equal, moments_2, moments_1))
+    assert not torch.equal(weights_3["talker.codec_head.weight"], weights_2["talker.codec_head.weight"])
+    assert not sums_2.totals.any()
+    (record,) = read_log(settings)
+    talker, _, num_talker, _ = (sums_1.totals + sums_3.totals).tolist()
+    assert record["talker_loss"] == pytest.approx(talker / num_talker)
+    assert record["skipped_steps"] == 1
+    assert trainer.progress.step == 3
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(settings_for: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_for(num_rows=6, num_epochs=6, logging_steps=1)
+    run = build(settings)
+    lines = poison(run, monkeypatch, {3, *range(5, 20)})
+    with pytest.raises(UserError, match=r"gradients of 10 steps in a row, up to step 14, were not finite") as caught:
         make_trainer(run).run()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+    bad = sorted({line for step in lines[4:14] for line in step})
+    text = json.loads(settings.train_jsonl.read_text().splitlines()[bad[0] - 1])["text"]
+    assert f'line {bad[0]} "{text[:40]}"' in str(caught.value)
+    assert [record["skipped_steps"] for record in read_log(settings)] == [0, 0, 1, 0, *[1] * 10]
+
+
+def test_bad_steps_are_noticed_between_two_log_lines(settings_for: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten in a row that ended before the line is written."""
+    run = build(settings_for(num_rows=4, num_epochs=10, logging_steps=15))
+    poison(run, monkeypatch, set(range(3, 13)))
+    with pytest.raises(UserError, match="gradients of 10 steps in a row, up to step 15"):
+        make_trainer(run).run()
+
+
+def test_a_run_that_learns_nothing_at_all_is_no_success(
+    settings_for: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build(settings_for(num_rows=4))
+    poison(run, monkeypatch, {1, 2})
+    with pytest.raises(UserError, match="gradients of 2 steps in a row"):
+        make_trainer(run).run()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -182,14 +219,14 @@ def test_a_signal_finishes_the_step_and_saves(
 ) -> None:
     settings = settings_for(num_rows=8, num_epochs=10)
     trainer = make_trainer(build(settings))
-    step = Trainer._optimizer_step
+    take = trainer.stepper.take
 
-    def interrupted(self: Trainer, *arguments: Any) -> bool:
-        if self.step == 2:
+    def interrupted(*arguments: Any) -> Any:
+        if trainer.progress.step == 2:
             os.kill(os.getpid(), number)
-        return step(self, *arguments)
+        return take(*arguments)
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", interrupted)
+    monkeypatch.setattr(trainer.stepper, "take", interrupted)
     handler = signal.getsignal(number)
     with pytest.raises(Stopped) as caught:
         trainer.run()

@@ -8,7 +8,6 @@ from accelerate.state import AcceleratorState
 
 from finetuning import session
 from finetuning.settings import Settings
-from finetuning.tracking import Tracker
 from finetuning.trainer import Trainer
 
 FULL = {"replace_last_n_layers": 0, "add_new_layers": 0, "freeze_original_layers": False}
@@ -20,14 +19,15 @@ def build(settings: Settings) -> Any:
     AcceleratorState._reset_state(reset_partial_state=True)
     base, device = session.check_inputs(settings)
     accelerator = session.start(settings, device)
+    resume = session.choose_start(settings, base, accelerator)
     rows = session.open_rows(settings, base, accelerator)
-    run = session.build_run(settings, base, rows, accelerator, verbose=False)
+    run = session.build_run(settings, base, rows, accelerator, resume, verbose=False)
     session.claim_output_folder(run)
     return run
 
 
 def make_trainer(run: Any) -> Trainer:
-    return session.make_trainer(run, Tracker(run.settings, run.num_steps, run.is_main))
+    return session.make_trainer(run, session.make_tracker(run))
 
 
 def train(settings: Settings) -> tuple[Any, Trainer]:

@@ -1,0 +1,187 @@
+"""Folders that are whole or not there: written under another name, checksummed, flushed to the disk, then renamed.
+
+Beside a folder ``best`` there may be, after a crash:
+
+==================  ==============================================================================
+``.best.tmp``       the next one, being written; of no use
+``.best.old.tmp``   the one before, while the next takes its place; goes back if that never happened
+``.best.gone.tmp``  one that is being removed
+==================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetuning.errors import UserError
+
+#: Lists every other file of a folder with its size and checksum; written last.
+CHECKSUMS_FILE = "checksums.json"
+#: Bytes that are read at a time for a checksum.
+_READ_BYTES = 8 * 2**20
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Gives a temporary folder to fill; ``target`` is that folder afterwards, or what it was before.
+
+    Raises:
+        OSError: the disk refused something (it is full, say); nothing is left of the attempt.
+    """
+    unfinished = begin_folder(target)
+    try:
+        with library_errors():
+            yield unfinished
+        finish_folder(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def begin_folder(target: Path) -> Path:
+    """The empty folder in which the next ``target`` is made; on the same file system."""
+    unfinished = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    return unfinished
+
+
+def finish_folder(unfinished: Path, target: Path) -> None:
+    """Checksums, flushes, and puts the folder in the place of ``target``; a crash leaves the one or the other."""
+    seal(unfinished)
+    flush(unfinished)
+    old = target.with_name(f".{target.name}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    unfinished.rename(target)
+    _flush_one(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that a crash on the way leaves no half of it under its name."""
+    gone = folder.with_name(f".{folder.name}.gone.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def clean_up(parent: Path) -> None:
+    """What a crash left in ``parent``: a folder on its way out of its place goes back, the rest is removed."""
+    for old in parent.glob(".*.old.tmp"):
+        target = parent / old.name.removeprefix(".").removesuffix(".old.tmp")
+        if not target.exists():
+            old.rename(target)
+    for leftover in parent.glob(".*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@contextlib.contextmanager
+def library_errors() -> Iterator[None]:
+    """Turns what safetensors says of a full disk into the OSError that it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from None
+
+
+# ------------------------------------------------------------------------------------------------------- checksums
+
+
+def seal(folder: Path) -> None:
+    """Writes ``checksums.json``: {"files": {relative path: {"bytes": …, "xxh3_128": …}}}."""
+    files = {file.relative_to(folder).as_posix(): file for file in files_of(folder) if file.name != CHECKSUMS_FILE}
+    entries = {name: {"bytes": file.stat().st_size, "xxh3_128": checksum(file)} for name, file in files.items()}
+    write_json(folder / CHECKSUMS_FILE, {"files": entries})
+
+
+def damage(folder: Path) -> list[str]:
+    """What is wrong with a sealed folder, a few words for each file; [] when it is whole."""
+    try:
+        entries = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))["files"]
+        return [problem for name, entry in entries.items() if (problem := _damage_of(folder / name, name, entry))]
+    except OSError:
+        return [f"{CHECKSUMS_FILE} is missing"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [f"{CHECKSUMS_FILE} is not readable"]
+
+
+def check_is_whole(folder: Path, setting: str) -> None:
+    """Raises UserError for a checkpoint of this project that is damaged; a folder without checksums passes."""
+    if (folder / CHECKSUMS_FILE).exists() and (problems := damage(folder)):
+        raise UserError(
+            f"{setting}: {folder} is damaged: {'; '.join(problems)}. Use another checkpoint; if the change is yours, "
+            f"remove its {CHECKSUMS_FILE}"
+        )
+
+
+def checksum(file: Path) -> str:
+    """xxh3_128 of the content, hexadecimal: finds damage as fast as the disk reads; no protection against forgery."""
+    import xxhash
+
+    content = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            content.update(block)
+    return content.hexdigest()
+
+
+def _damage_of(file: Path, name: str, entry: dict[str, Any]) -> str | None:
+    if not file.is_file():
+        return f"{name} is missing"
+    if (size := file.stat().st_size) != entry["bytes"]:
+        return f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
+    return None if checksum(file) == entry["xxh3_128"] else f"{name} has other content than was saved"
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files below a folder, sorted."""
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def flush(folder: Path) -> None:
+    """fsync of every file and folder below, so that a rename after it cannot overtake the contents."""
+    for file in files_of(folder):
+        _flush_one(file)
+    for entry in (*folder.rglob("*"), folder):
+        if entry.is_dir():
+            _flush_one(entry)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():  # some file systems flush no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(path: Path) -> int:
+    """Space on the disk that holds the path, or would hold it."""
+    return shutil.disk_usage(nearest_existing(path)).free
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself or its nearest parent that exists."""
+    path = path.resolve()
+    return path if path.exists() else nearest_existing(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

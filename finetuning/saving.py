@@ -1,0 +1,203 @@
+"""What a run leaves on disk on its way: checkpoints to speak with and a state to resume from.
+
+A disk that is full, or refuses otherwise, costs a checkpoint and not the run, unless it happens again and again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from finetuning.checkpoint import Exporter, attempt, rotate_checkpoints
+from finetuning.console import say
+from finetuning.disk import free_bytes
+from finetuning.errors import UserError
+from finetuning.resume import versions
+from finetuning.settings import Settings
+from finetuning.state import (
+    State,
+    random_tensors,
+    restore_random,
+    restore_training,
+    rotate_states,
+    save_state,
+    set_schedule,
+    state_folder,
+    training_tensors,
+)
+from finetuning.trainer import Progress, Trainer
+
+#: So many failures in a row end the run.
+MAX_FAILURES = 3
+#: A trained weight is kept with Adam's two moments, all in fp32.
+STATE_BYTES_PER_WEIGHT = 12
+
+
+class Saved(NamedTuple):
+    """What worked: all True when everything did that was asked for."""
+
+    checkpoints: bool
+    state: bool
+
+
+class Saver:
+    """Saves a run, and puts a saved one back.
+
+    Args:
+        facts: JSON values of the state's record that do not change: settings, base, data, speakers.
+        vectors: (num_speakers, H) float32, the speakers' vectors.
+    """
+
+    def __init__(self, settings: Settings, exporter: Exporter, facts: Mapping[str, Any], vectors: torch.Tensor) -> None:
+        self.settings, self.exporter, self.facts, self.vectors = settings, exporter, facts, vectors
+        self.accelerator = exporter.accelerator
+        self._num_failures = 0
+
+    # ---------------------------------------------------------------------------------------------------- saving
+
+    def save(self, trainer: Trainer, names: Sequence[str], with_state: bool, epoch: int) -> Saved:
+        """Writes checkpoints first, then the state: a state never knows of a checkpoint that is not there.
+
+        Args:
+            names: of checkpoints; see ``Exporter.save``.
+            epoch: that the checkpoints belong to.
+
+        Raises:
+            UserError: the third failure in a row.
+        """
+        saved = Saved(False, False)
+        try:
+            self._check_space(with_state, bool(names))
+            if names:
+                self.exporter.save(names, self._describe(trainer, epoch))
+            saved = Saved(True, False)
+            if with_state:
+                trainer.tracker.flush()
+                self._save_state(trainer)
+            saved = Saved(True, True)
+            self._rotate(trainer.progress.step)
+        except OSError as error:
+            self._note_failure(names, error)
+        else:
+            self._num_failures = 0
+        return saved
+
+    def _save_state(self, trainer: Trainer) -> None:
+        folder = state_folder(self.settings.output_dir, trainer.progress.step)
+        save_state(folder, self._record(trainer), self._tensors(trainer), self.accelerator)
+
+    def _rotate(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            with contextlib.suppress(OSError):  # the next save tries it again
+                rotate_states(self.settings.output_dir)
+                rotate_checkpoints(self.settings.output_dir, self.settings.save_total_limit, step)
+        self.accelerator.wait_for_everyone()
+
+    def _check_space(self, with_state: bool, with_checkpoint: bool) -> None:
+        """Raises OSError before anything is written that does not fit; an older state makes room if need be."""
+
+        def check() -> None:
+            output_dir = self.settings.output_dir
+            required = with_checkpoint * self.exporter.required_bytes() + with_state * state_bytes(self.exporter.model)
+            if free_bytes(output_dir) < required and with_state:
+                rotate_states(output_dir, keep=1)
+            if (free := free_bytes(output_dir)) < required:
+                raise OSError(f"{required / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+
+        attempt(self.accelerator, lambda: check() if self.accelerator.is_main_process else None)
+
+    def _note_failure(self, names: Sequence[str], error: OSError) -> None:
+        self._num_failures += 1
+        what = " and ".join([f"{name}/" for name in names] or ["the state"])
+        if self._num_failures == MAX_FAILURES:
+            raise UserError(
+                f"OUTPUT_DIR: saving in {self.settings.output_dir} failed {MAX_FAILURES} times in a row, last {what}: "
+                f"{error}. What was saved before is whole: free some space and start again, it goes on from there"
+            )
+        say(
+            f"warning: {what} could not be saved: {error}. What was saved before is whole; training goes on "
+            f"(failure {self._num_failures} of {MAX_FAILURES})"
+        )
+
+    def _describe(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
+        """training_state.json of a checkpoint."""
+        progress = trainer.progress.to_json()
+        return {
+            "step": progress["step"],
+            "epoch": epoch,
+            "best_loss": progress["best_loss"],
+            "train_loss": progress["train_loss"],
+            "best_by": trainer.best_by,
+            "complete": trainer.is_over,
+        }
+
+    def _record(self, trainer: Trainer) -> dict[str, Any]:
+        stepper, scaler = trainer.stepper, self.accelerator.scaler
+        return {
+            **self.facts,
+            "progress": trainer.progress.to_json(),
+            "complete": trainer.is_over,
+            "schedule": stepper.scheduler.last_epoch,
+            "scaler": scaler.state_dict() if scaler else None,
+            "learning_rate": stepper.learning_rate,
+            "num_parts": stepper.num_parts,
+            "logs": trainer.tracker.to_json(),
+            "processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+
+    def _tensors(self, trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from training_tensors(trainer.stepper.module, trainer.stepper.optimizer)
+        yield "speakers.vectors", self.vectors
+        own = random_tensors(self.accelerator.device) | {
+            "log_window": trainer.log_window.totals,
+            "gradient_norm": trainer.log_window.gradient_norm,
+            "epoch_window": trainer.epoch_window.totals,
+            "skips": trainer.stepper.skips.counts,
+        }
+        for name, tensor in own.items():
+            yield f"process.{self.accelerator.process_index}.{name}", tensor
+
+    # ------------------------------------------------------------------------------------------------- restoring
+
+    def restore(self, trainer: Trainer, state: State) -> None:
+        """Brings a trainer that was built anew to where the state was saved. See ``resume`` for what must agree."""
+        record, stepper, index = state.record, trainer.stepper, self.accelerator.process_index
+        restore_training(state, stepper.module, stepper.optimizer)
+        set_schedule(stepper.scheduler, record["schedule"])
+        if self.accelerator.scaler and record["scaler"]:
+            self.accelerator.scaler.load_state_dict(record["scaler"])
+        stepper.learning_rate, stepper.num_parts = record["learning_rate"], record["num_parts"]
+        trainer.progress = Progress.from_json(record["progress"])
+        same_processes = state.num_processes == self.accelerator.num_processes
+        if same_processes:
+            own = {name: state[f"process.{index}.{name}"] for name in _names_of_process(state, index)}
+            restore_random(own, self.accelerator.device)
+        trainer.log_window.totals = self._sums(state, "log_window", same_processes, trainer.log_window.totals)
+        trainer.epoch_window.totals = self._sums(state, "epoch_window", same_processes, trainer.epoch_window.totals)
+        # These are the same in all processes.
+        trainer.log_window.gradient_norm = state["process.0.gradient_norm"].to(self.accelerator.device)
+        stepper.skips.counts = state["process.0.skips"].to(stepper.skips.counts)
+
+    def _sums(self, state: State, name: str, same_processes: bool, like: torch.Tensor) -> torch.Tensor:
+        """This process's sums; of another number of processes, the first takes all of them."""
+        if same_processes:
+            return state[f"process.{self.accelerator.process_index}.{name}"].to(like)
+        if not self.accelerator.is_main_process:
+            return torch.zeros_like(like)
+        return sum(state[f"process.{index}.{name}"] for index in range(state.num_processes)).to(like)
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Size of a state, over all processes."""
+    return STATE_BYTES_PER_WEIGHT * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def _names_of_process(state: State, index: int) -> list[str]:
+    prefix = f"process.{index}."
+    return [name.removeprefix(prefix) for name in state.names(prefix)]
