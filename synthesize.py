@@ -46,9 +46,11 @@ def load(arguments: argparse.Namespace) -> Any:
     """The stock model, on a GPU in bf16 where there is one, else in fp32."""
     from finetuning.base_model import read_base_config, resolve_folder
     from finetuning.codec import check_codec_folder
+    from finetuning.disk import check_is_whole
 
     folder = resolve_folder(arguments.checkpoint, "--checkpoint")
     config = read_base_config(folder, "--checkpoint")
+    check_is_whole(folder, "--checkpoint")
     check_codec_folder(folder / "speech_tokenizer")
     arguments.speaker = choose_speaker(arguments, config)
     arguments.language = choose_language(arguments, config)

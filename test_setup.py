@@ -238,7 +238,7 @@ class Preflight:
             self.accelerator.wait_for_everyone()
             rows = session.open_rows(settings, self.base, self.accelerator)
             run = session.build_run(settings, self.base, rows, self.accelerator, verbose=False)
-            batch = to_device(next(iter(run.train.steps(0)))[0], self.accelerator.device)
+            batch = to_device(next(iter(run.train.steps(0))).batches[0], self.accelerator.device)
             try:
                 with self.accelerator.autocast():
                     sums = run.objective.train()(batch)

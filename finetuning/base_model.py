@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetuning.audio import SAMPLE_RATE_HZ
 from finetuning.codec import check_codec_folder
+from finetuning.disk import check_is_whole
 from finetuning.errors import UserError
 from finetuning.prompt import NUM_CLOSING_TOKENS, NUM_ROLE_TOKENS, LayoutIds, assistant_turn
 from finetuning.settings import Settings
@@ -111,6 +112,7 @@ def resolve_base(settings: Settings) -> Base:
     if settings.tokenizer_path:
         codec_folder = resolve_folder(settings.tokenizer_path, "TOKENIZER_PATH", may_download)
     check_codec_folder(codec_folder)
+    check_is_whole(folder, "INIT_MODEL_PATH")
     base = Base(settings.init_model_path, folder, config, codec_folder)
     check_weights(base)
     return base

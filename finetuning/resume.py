@@ -71,6 +71,9 @@ def find_resume(settings: Settings, base: Base, num_processes: int) -> Resume | 
     if problems := damage_of_state(found):
         raise UserError(f"RESUME: {found} is damaged: {'; '.join(problems)}. RESUME=auto takes the newest whole one")
     resume = Resume(found, found.parent.parent)
+    if resume.run_dir.resolve() != settings.output_dir.resolve() and find_states(settings.output_dir):
+        say(f"{settings.output_dir} has gone on from {found} already; it goes on from its own newest state")
+        return _find_newest(settings, base, num_processes)
     if differences := differences_of(resume.state(), settings, base, num_processes):
         raise UserError(f"RESUME: {found} belongs to other settings: {_listed(differences)}")
     return resume
@@ -114,7 +117,7 @@ def may_begin_again(settings: Settings) -> bool:
 
     A run that has finished says so in ``last/``; without its state it is no leftover.
     """
-    if settings.resume != "auto" or find_states(settings.output_dir):
+    if settings.resume == "never" or find_states(settings.output_dir):
         return False
     saved = _read_json(settings.output_dir / "settings.json")
     last = _read_json(settings.output_dir / "last" / "training_state.json")

@@ -153,24 +153,17 @@ class Manifest:
         import xxhash
 
         hashes = {name: (xxhash.xxh3_128(), xxhash.xxh3_128()) for name in _TRAINED_COLUMNS}
-        for batch in self._record_batches():
-            for name, (of_lengths, of_values) in hashes.items():
-                lengths, values = _lengths_and_values(batch.column(name))
-                of_lengths.update(lengths)
-                of_values.update(values)
-        return _hash(len(self), {name: [part.hexdigest() for part in parts] for name, parts in hashes.items()})
-
-    def _record_batches(self) -> Iterator[Any]:
-        """All rows in order, as Arrow batches: the file's own pages wherever a whole batch is wanted."""
-        import pyarrow as pa
-
         positions = self._positions()
         ends = np.flatnonzero(np.diff(positions // ROWS_PER_BATCH)) + 1
         for part in np.split(positions, ends) if len(positions) else []:
-            batch = self._reader.get_batch(int(part[0]) // ROWS_PER_BATCH)
-            rows = part % ROWS_PER_BATCH
-            is_whole = len(rows) == batch.num_rows and (np.diff(rows) == 1).all()
-            yield batch if is_whole else batch.select(_TRAINED_COLUMNS).take(pa.array(rows))
+            batch, rows = self._reader.get_batch(int(part[0]) // ROWS_PER_BATCH), part % ROWS_PER_BATCH
+            neighbours = [(run[0], run[-1] + 1) for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)]
+            for name, (of_lengths, of_values) in hashes.items():
+                lengths, offsets, values = _buffers(batch.column(name))
+                of_lengths.update(lengths[rows])
+                for first, end in neighbours:
+                    of_values.update(values[offsets[first] : offsets[end]])
+        return _hash(len(self), {name: [part.hexdigest() for part in parts] for name, parts in hashes.items()})
 
     def _whole_column(self, name: str) -> Any:
         """A column of all rows of the file, still in its pages."""
@@ -194,8 +187,8 @@ def _open_arrow(file: Path) -> Any:
     return pa.ipc.open_file(pa.memory_map(str(file)), options=pa.ipc.IpcReadOptions(use_threads=False))
 
 
-def _lengths_and_values(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Texts or lists of int16: (num_rows,) int32 lengths with -1 for None, and all values, one after the other."""
+def _buffers(column: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a column of texts or lists: (num_rows,) int32 lengths, -1 for None; (num_rows + 1,) offsets; all values."""
     import pyarrow as pa
 
     is_missing = column.is_null().to_numpy(zero_copy_only=False)
@@ -206,8 +199,7 @@ def _lengths_and_values(column: Any) -> tuple[np.ndarray, np.ndarray]:
         offsets = np.frombuffer(offsets, dtype=np.int32)[column.offset : column.offset + len(column) + 1]
     else:
         offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
-    lengths = np.where(is_missing, -1, np.diff(offsets)).astype(np.int32)
-    return lengths, values[offsets[0] : offsets[-1]]
+    return np.where(is_missing, -1, np.diff(offsets)).astype(np.int32), offsets, values
 
 
 def _count_rows(reader: Any) -> int:

@@ -188,7 +188,7 @@ def _choose_start(settings: Settings, base: Base, num_processes: int) -> Resume 
     resume = find_resume(settings, base, num_processes)
     if resume is not None and resume.run_dir.resolve() == settings.output_dir.resolve():
         return resume
-    if run_entries(settings.output_dir) and resume is None and may_begin_again(settings):
+    if run_entries(settings.output_dir) and may_begin_again(settings):
         say(f"{settings.output_dir} holds this run, stopped before its first state: it begins again")
     else:
         check_holds_no_run(settings)
@@ -329,19 +329,26 @@ def walk_once(run: Run) -> None:
 def claim_output_folder(run: Run) -> None:
     """Checks the disk, locks the folder, takes it over or removes the run that is given up, and saves the settings."""
     if run.is_main:
-        output_dir, resumes_here = run.settings.output_dir, is_resumed_in_place(run)
-        required = run.exporter.required_bytes() + state_bytes(run.model)
-        check_disk_space(output_dir, required - (0 if resumes_here else reclaimable_bytes(output_dir)))
-        output_dir.mkdir(parents=True, exist_ok=True)
-        run.lock = lock_output_folder(output_dir)
-        if resumes_here:
-            clean_up_leftovers(output_dir)
-        else:
-            clear_output_folder(run.settings)
-        if run.resume:
-            take_over(run.resume, run.settings)
-        run.settings.save(output_dir / "settings.json")
+        try:
+            _claim_output_folder(run)
+        except OSError as error:
+            raise UserError(f"OUTPUT_DIR: {run.settings.output_dir} cannot be written: {error}") from None
     run.accelerator.wait_for_everyone()
+
+
+def _claim_output_folder(run: Run) -> None:
+    output_dir, resumes_here = run.settings.output_dir, is_resumed_in_place(run)
+    required = run.exporter.required_bytes() + state_bytes(run.model)
+    check_disk_space(output_dir, required - (0 if resumes_here else reclaimable_bytes(output_dir)))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    run.lock = lock_output_folder(output_dir)
+    if resumes_here:
+        clean_up_leftovers(output_dir)
+    else:
+        clear_output_folder(run.settings)
+    if run.resume:
+        take_over(run.resume, run.settings)
+    run.settings.save(output_dir / "settings.json")
 
 
 def is_resumed_in_place(run: Run) -> bool:

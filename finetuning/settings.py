@@ -10,7 +10,6 @@ This room imports nothing heavy, so that a mistake is reported at once.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from dotenv.parser import parse_stream
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from finetuning.disk import write_json
 from finetuning.errors import UserError
 
 DEFAULT_ENV_FILE = ".env"
@@ -215,7 +215,7 @@ class Settings(BaseSettings):
 
     def save(self, path: Path) -> None:
         """Writes ``public()`` as JSON."""
-        path.write_text(json.dumps(self.public(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, self.public())
 
 
 # -------------------------------------------------------------------------------------------------------- reading

@@ -12,7 +12,6 @@ A folder is built once, deterministically, into the user's cache and reused::
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -21,6 +20,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetuning.disk import write_json
 from finetuning.stock import import_qwen_tts
 
 SAMPLE_RATE_HZ = 24_000
@@ -125,9 +125,9 @@ def build_tiny_model(folder: Path, shape: TinyShape, dtype: str = "float32", see
     import_qwen_tts()
     special_ids = write_text_tokenizer(folder, shape.min_vocabulary)
     config = model_config(shape, special_ids)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", GENERATION_CONFIG)
-    _write_json(folder / "preprocessor_config.json", {"padding_side": "left", "processor_class": "Qwen3TTSProcessor"})
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", GENERATION_CONFIG)
+    write_json(folder / "preprocessor_config.json", {"padding_side": "left", "processor_class": "Qwen3TTSProcessor"})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _write_talker_weights(folder, config, getattr(torch, dtype))
@@ -177,9 +177,9 @@ def write_text_tokenizer(folder: Path, min_vocabulary: int = 0) -> dict[str, int
     for index in range(len(vocabulary), min_vocabulary):
         vocabulary[f"<filler {index}>"] = None
     special_ids = {token: len(vocabulary) + index for index, token in enumerate(SPECIAL_TOKENS)}
-    _write_json(folder / "vocab.json", {token: index for index, token in enumerate(vocabulary)})
+    write_json(folder / "vocab.json", {token: index for index, token in enumerate(vocabulary)})
     (folder / "merges.txt").write_text("".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(special_ids))
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(special_ids))
     return special_ids
 
 
@@ -374,8 +374,8 @@ def _write_codec(folder: Path) -> None:
     _fit_codebooks(codec)
     weights = {name: tensor.contiguous() for name, tensor in codec.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", config)
-    _write_json(
+    write_json(folder / "config.json", config)
+    write_json(
         folder / "preprocessor_config.json",
         {
             "feature_extractor_type": "EncodecFeatureExtractor",
@@ -433,10 +433,6 @@ def _speech_like_noise(num_clips: int, seconds: int):
         envelope = 0.5 + 0.5 * torch.sin(2 * math.pi * (2 + 3 * torch.rand(1)) * time)
         clips.append(0.15 * envelope * voice + 0.01 * torch.randn(len(time)))
     return torch.stack(clips)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

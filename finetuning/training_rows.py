@@ -15,6 +15,7 @@ import numpy as np
 
 from finetuning.codec import codec_fingerprint
 from finetuning.console import say
+from finetuning.disk import write_json
 from finetuning.encode_rows import encode_jsonl, encoded_path
 from finetuning.errors import UserError
 from finetuning.manifest import Row, RowFormat
@@ -194,7 +195,7 @@ class _File:
         # A clip that was left out may be mended without a trace in this file: then the encoder has to look.
         if not rejected_path(self.encoded).exists():
             with contextlib.suppress(OSError):  # somebody else's index: it only takes longer
-                _write_json(_origin_file(rows), self._origin())
+                write_json(_origin_file(rows), self._origin())
 
     def _origin(self) -> dict[str, str]:
         return {"jsonl": os.path.abspath(self.jsonl), "stamp": file_stamp(self.jsonl)}
@@ -265,7 +266,8 @@ def _pointer(settings: Settings, setting: str) -> Path:
 
 
 def _write_pointer(settings: Settings, setting: str, rows: Manifest) -> None:
-    _write_json(_pointer(settings, setting), {"rows": os.path.abspath(rows.arrow_file)})
+    _rows_folder(settings).mkdir(parents=True, exist_ok=True)
+    write_json(_pointer(settings, setting), {"rows": os.path.abspath(rows.arrow_file)})
 
 
 def _follow_pointer(settings: Settings, setting: str) -> Manifest:
@@ -277,13 +279,6 @@ def _follow_pointer(settings: Settings, setting: str) -> Manifest:
 
 def _origin_file(rows: Manifest) -> Path:
     return rows.arrow_file.with_name("origin.json")
-
-
-def _write_json(file: Path, value: dict[str, str]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.tmp")
-    unfinished.write_text(json.dumps(value), encoding="utf-8")
-    unfinished.replace(file)
 
 
 def _read_json(file: Path) -> dict[str, str] | None:

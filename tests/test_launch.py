@@ -265,12 +265,14 @@ def test_ctrl_c_reaches_the_processes(launch_worker: Callable, tmp_path: Path) -
     assert done.err.strip() == "interrupted"
 
 
-def test_one_message_under_torchrun_too(worker: str) -> None:
+def test_one_message_under_torchrun_too(worker: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker]
-    done = finish(start([*command, "user error"]), timeout=40)
+    done = finish(start([*command, "user error"], TMPDIR=str(tmp_path)), timeout=40)
     assert done.code == 1  # its own code for every failure
     assert error_lines(done) == ["error: the second has no space"]
     assert "RuntimeError" not in done.err
+    (report,) = tmp_path.glob("launch-*.json")
+    assert json.loads(report.read_text())["exit_code"] == 2
 
 
 # -------------------------------------------------------------------------------------------------------- the report
