@@ -274,9 +274,9 @@ def run_entries(output_dir: Path) -> list[Path]:
 
 def clear_output_folder(settings: Settings) -> None:
     """Removes the run that OVERWRITE_OUTPUT gives up, its states first, and leftovers of saves that were cut off."""
+    clean_up_leftovers(settings.output_dir)  # first: it may put a folder back
     for entry in run_entries(settings.output_dir):
         remove_folder(entry) if entry.is_dir() else entry.unlink()
-    clean_up_leftovers(settings.output_dir)
 
 
 def clean_up_leftovers(output_dir: Path) -> None:

@@ -60,9 +60,19 @@ def finish_folder(unfinished: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    unfinished.rename(target)
+    try:
+        unfinished.rename(target)
+    except OSError:
+        _put_back(old, target)
+        raise
     _flush_one(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    """A folder on its way out of its place, which nothing has taken."""
+    if old.exists() and not target.exists():
+        old.rename(target)
 
 
 def remove_folder(folder: Path) -> None:
@@ -76,9 +86,7 @@ def remove_folder(folder: Path) -> None:
 def clean_up(parent: Path) -> None:
     """What a crash left in ``parent``: a folder on its way out of its place goes back, the rest is removed."""
     for old in parent.glob(".*.old.tmp"):
-        target = parent / old.name.removeprefix(".").removesuffix(".old.tmp")
-        if not target.exists():
-            old.rename(target)
+        _put_back(old, parent / old.name.removeprefix(".").removesuffix(".old.tmp"))
     for leftover in parent.glob(".*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
@@ -149,6 +157,11 @@ def _damage_of(file: Path, name: str, entry: dict[str, Any]) -> str | None:
 def files_of(folder: Path) -> list[Path]:
     """All files below a folder, sorted."""
     return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def bytes_of(folder: Path) -> int:
+    """Size of all files below a folder."""
+    return sum(file.stat().st_size for file in files_of(folder))
 
 
 def flush(folder: Path) -> None:

@@ -121,7 +121,11 @@ def may_begin_again(settings: Settings) -> bool:
         return False
     saved = _read_json(settings.output_dir / "settings.json")
     last = _read_json(settings.output_dir / "last" / "training_state.json")
-    return saved is not None and not differing_settings(saved, settings) and not (last or {}).get("complete", False)
+    if saved is None or (last or {}).get("complete", False):
+        return False
+    # Without a state nothing tells whether files that have another name now hold the same rows.
+    moved = any(saved.get(name) != value for name, value in settings.public().items() if name in COMPARED_BY_CONTENT)
+    return not moved and not differing_settings(saved, settings)
 
 
 # ------------------------------------------------------------------------------------------------------- comparing
@@ -236,7 +240,7 @@ def take_over(resume: Resume, settings: Settings) -> None:
     output_dir = settings.output_dir
     if resume.run_dir.resolve() == output_dir.resolve():
         for folder in find_states(output_dir):
-            if step_of(folder) > step_of(resume.folder):
+            if step_of(folder) > resume.state().step:
                 remove_folder(folder)
         return
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,13 @@ from torch import nn
 
 from finetuning.checkpoint import Exporter, attempt, rotate_checkpoints
 from finetuning.console import say
-from finetuning.disk import free_bytes
+from finetuning.disk import bytes_of, free_bytes
 from finetuning.errors import UserError
 from finetuning.resume import versions
 from finetuning.settings import Settings
 from finetuning.state import (
     State,
+    find_states,
     random_tensors,
     restore_random,
     restore_training,
@@ -81,7 +82,7 @@ class Saver:
             saved = Saved(True, True)
             self._rotate(trainer.progress.step)
         except OSError as error:
-            self._note_failure(names, error)
+            self._note_failure([] if saved.checkpoints else names, error)
         else:
             self._num_failures = 0
         return saved
@@ -103,7 +104,8 @@ class Saver:
         def check() -> None:
             output_dir = self.settings.output_dir
             required = with_checkpoint * self.exporter.required_bytes() + with_state * state_bytes(self.exporter.model)
-            if free_bytes(output_dir) < required and with_state:
+            older = sum(bytes_of(folder) for folder in find_states(output_dir)[1:]) if with_state else 0
+            if free_bytes(output_dir) < required <= free_bytes(output_dir) + older:
                 rotate_states(output_dir, keep=1)
             if (free := free_bytes(output_dir)) < required:
                 raise OSError(f"{required / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
@@ -183,6 +185,7 @@ class Saver:
         # These are the same in all processes.
         trainer.log_window.gradient_norm = state["process.0.gradient_norm"].to(self.accelerator.device)
         stepper.skips.counts = state["process.0.skips"].to(stepper.skips.counts)
+        self._rotate(trainer.progress.step)  # a save that was cut off may not have come to it
 
     def _sums(self, state: State, name: str, same_processes: bool, like: torch.Tensor) -> torch.Tensor:
         """This process's sums; of another number of processes, the first takes all of them."""

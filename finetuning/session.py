@@ -403,14 +403,14 @@ def make_trainer(run: Run, tracker: Tracker) -> Trainer:
 
 def train(run: Run) -> None:
     """Trains, and verifies the round trip where the settings ask for it."""
+    if run.state and run.progress.is_over(run.settings, run.num_steps):
+        say(
+            f"This run is complete: {run.settings.output_dir} holds all {run.state.step} steps. A larger NUM_EPOCHS or "
+            "MAX_STEPS trains on; RESUME=never with OVERWRITE_OUTPUT=true starts over"
+        )
+        return
     with make_tracker(run) as tracker:
         trainer = make_trainer(run, tracker)
-        if trainer.is_over:
-            say(
-                f"This run is complete: {run.settings.output_dir} holds all {trainer.progress.step} steps. A larger "
-                "NUM_EPOCHS or MAX_STEPS trains on; RESUME=never with OVERWRITE_OUTPUT=true starts over"
-            )
-            return
         trainer.run()
         if trainer.progress.num_skipped_rows:
             say(f"{trainer.progress.num_skipped_rows} rows could not be read; they are listed in skipped_rows.jsonl")

@@ -107,9 +107,10 @@ def _autocast_forward(objective: nn.Module, accelerator: Accelerator) -> None:
 
 @contextlib.contextmanager
 def gradient_sync(prepared: nn.Module, enabled: bool) -> Iterator[None]:
-    """Forward and backward of one micro-batch inside; gradients are averaged over the processes only if ``enabled``.
+    """A micro-batch's forward inside, whose backward then averages gradients over the processes if ``enabled``.
 
-    Without it they add up where they are; under FSDP that is a whole gradient on every process until the step ends.
+    If not, they add up where they are; under FSDP that is a whole gradient on every process until the step ends. The
+    backward may stand outside, when it comes before the next ``gradient_sync``.
     """
     if is_sharded(prepared):
         prepared.set_requires_gradient_sync(enabled)

@@ -43,7 +43,8 @@ class Tracker:
         self._pending: dict[str, list[str]] = {}  # lines that the disk refused
         if is_main:
             for file in LOG_FILES:
-                cut_log(self.output_dir / file, self._num_lines.get(file, 0))
+                num_lines = self._num_lines.get(file, 0)
+                self._num_lines[file] = cut_log(self.output_dir / file, num_lines)
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not self.uses_bar)
         self._wandb = start_wandb(settings, resumed["wandb_run_id"]) if is_main and settings.use_wandb else None
 
@@ -59,7 +60,7 @@ class Tracker:
         """
         for file in self._num_lines if self.is_main else ():
             self._write(file)
-            with (self.output_dir / file).open("rb") as stream:
+            with contextlib.suppress(FileNotFoundError), (self.output_dir / file).open("rb") as stream:
                 os.fsync(stream.fileno())
 
     def advance(self) -> None:
@@ -145,10 +146,10 @@ class Tracker:
             self._wandb.log({f"{group}/{key}": value for key, value in numbers.items()}, step=record["step"])
 
 
-def cut_log(file: Path, num_lines: int) -> None:
-    """Keeps the first so many lines: what came after them is going to be logged again."""
+def cut_log(file: Path, num_lines: int) -> int:
+    """Keeps the first so many lines, whose number it gives: what came after them is going to be logged again."""
     if not file.exists():
-        return
+        return 0
     found = size = 0
     with file.open("rb+") as stream:
         while found < num_lines and stream.readline().endswith(b"\n"):
@@ -159,6 +160,7 @@ def cut_log(file: Path, num_lines: int) -> None:
         file.unlink()
     if found < num_lines:
         say(f"{file} has {found} of the {num_lines} lines that were logged; it goes on after them")
+    return found
 
 
 def start_wandb(settings: Settings, run_id: str | None = None) -> Any:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from finetuning.console import say
-from finetuning.dataset import Part, Step, count_tokens
+from finetuning.dataset import Part, Step, count_tokens, merged
 from finetuning.errors import Stopped, UserError, another_process_failed
 from finetuning.processes import MAX_WAIT
 from finetuning.settings import Settings
@@ -36,11 +36,13 @@ def make_accelerator(settings: Settings, device: str) -> Accelerator:
     """One process's Accelerator; see the module's docstring for what it must not do."""
     # The main process may encode or save for hours before the others have anything to do.
     patience = InitProcessGroupKwargs(timeout=MAX_WAIT)
+    # Gradients lie in the buffers in which they travel, not beside them; the only buffers never change.
+    leanness = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     return Accelerator(
         mixed_precision=settings.mixed_precision,
         cpu=device == "cpu",
         gradient_accumulation_steps=1,
-        kwargs_handlers=[patience],
+        kwargs_handlers=[patience, leanness],
     )
 
 
@@ -69,6 +71,10 @@ class Progress:
     is_settled: bool = True
     ended_at: int | None = None
     num_skipped_rows: int = 0
+
+    def is_over(self, settings: Settings, num_steps: int) -> bool:
+        """Whether nothing is left to train of so many steps."""
+        return (self.step >= num_steps and self.ended_at == self.step) or self.epoch >= settings.num_epochs
 
     def to_json(self) -> dict[str, Any]:
         best_loss = None if math.isinf(self.best_loss) else self.best_loss
@@ -141,9 +147,7 @@ class Trainer:
     @property
     def is_over(self) -> bool:
         """Whether nothing is left to train."""
-        progress = self.progress
-        has_all_steps = progress.step >= self.num_steps and progress.ended_at == progress.step
-        return has_all_steps or progress.epoch >= self.settings.num_epochs
+        return self.progress.is_over(self.settings, self.num_steps)
 
     @property
     def best_by(self) -> str:
@@ -164,7 +168,7 @@ class Trainer:
         """False where there is no row: a stream has such steps when it is shorter than MAX_TRAIN_SAMPLES says."""
         num_talker, num_sub_talker = self._agree(fetched)
         progress = self.progress
-        progress.done = self._advanced(progress.done)
+        progress.done = tuple(merged([*progress.done, Part(self.train_steps.geometry, 1)]))
         progress.num_fetched += 1
         self._tell_skipped_rows(fetched)
         if not num_talker:
@@ -192,12 +196,6 @@ class Trainer:
             self._save_and_stop()
         return num_talker, num_sub_talker
 
-    def _advanced(self, done: tuple[Part, ...]) -> tuple[Part, ...]:
-        geometry = self.train_steps.geometry
-        if done and done[-1].geometry == geometry:
-            return (*done[:-1], Part(geometry, done[-1].num_steps + 1))
-        return (*done, Part(geometry, 1))
-
     # ---------------------------------------------------------------------------------------- between the steps
 
     def _settle(self) -> None:
@@ -214,7 +212,7 @@ class Trainer:
             self._log_training()
         is_best = evaluates and self._evaluate()
         progress.is_settled = True
-        names = ["best"] * is_best + [f"checkpoint-{progress.step}"] * saves + ["last"] * bool(self._is_save_due)
+        names = [f"checkpoint-{progress.step}"] * saves + ["last"] * bool(self._is_save_due) + ["best"] * is_best
         if names:
             self._save(names, with_state=saves or bool(self._is_save_due))
 
@@ -224,7 +222,7 @@ class Trainer:
         progress = self.progress
         mean_loss = self.epoch_window.figures(self.settings.sub_talker_loss_weight)["loss"]
         is_best = self._evaluate() if self.validator else self._is_lowest(mean_loss)
-        names = ["last"] + ["best"] * is_best + [f"epoch-{progress.epoch}"] * self.settings.save_epochs
+        names = ["last"] + [f"epoch-{progress.epoch}"] * self.settings.save_epochs + ["best"] * is_best
         epoch, progress.ended_at = progress.epoch, progress.step
         if not self.train_steps.num_steps(progress.done):
             progress.epoch, progress.done = epoch + 1, ()
@@ -251,7 +249,12 @@ class Trainer:
         return loss < self.progress.best_loss
 
     def _save(self, names: list[str], with_state: bool, epoch: int | None = None) -> Saved:
-        """What worked of it; a full disk does not end the run."""
+        """What worked of it; a full disk does not end the run.
+
+        Args:
+            names: of checkpoints, in the order in which they are written; best/ last, so that it is the one before
+                wherever not all of them could be written.
+        """
         progress = self.progress
         best_loss = progress.best_loss
         if "best" in names:

@@ -188,9 +188,22 @@ def test_the_scaler_of_fp16_sees_an_infinity_in_any_shard(parts: list) -> None:
             assert torch.equal(seen[f"after_scaler/{name}"], weight)
 
 
-def test_synchronisation_can_be_held_back_without_a_wrapper() -> None:
+def test_processes_synchronise_in_the_last_micro_batch_only(parts: list) -> None:
+    """Before it a DDP process has the gradient of its own rows, and a sharded one none that is shared yet."""
+    for process, seen in enumerate(parts):
+        module = toy()
+        toy_loss(module, process, 0).backward()
+        own = {name: p.grad for name, p in module.named_parameters()}
+        torch.testing.assert_close(under(seen, "copied_gradients/0"), own)
+        torch.testing.assert_close(under(seen, "copied_gradients/1"), under(seen, "gradients"))
+        assert [int(seen[f"num_sharded_gradients/{number}"]) for number in range(2)] == [0, len(own)]
+
+
+def test_one_process_accumulates_without_a_wrapper() -> None:
     module = toy()
-    for enabled in (False, True):
+    for number, enabled in enumerate((False, True)):
         with gradient_sync(module, enabled):
-            toy_loss(module, 0, 0).backward()
-    assert module[0].weight.grad.abs().sum() > 0
+            toy_loss(module, 0, number).backward()
+    want = toy()
+    (toy_loss(want, 0, 0) + toy_loss(want, 0, 1)).backward()
+    torch.testing.assert_close(module[0].weight.grad, want[0].weight.grad)

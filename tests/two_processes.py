@@ -175,9 +175,15 @@ def toy_steps() -> Tensors:
         keep("regathered", {name: part})
     keep("weights", parameters)
 
+    copies = nn.parallel.DistributedDataParallel(toy())
     for micro_batch in range(2):
-        with gradient_sync(module, enabled=micro_batch == 1):
-            toy_loss(module, rank, micro_batch).backward()
+        for prepared in (module, copies):
+            with gradient_sync(prepared, enabled=micro_batch == 1):
+                toy_loss(prepared, rank, micro_batch).backward()
+        seen[f"num_sharded_gradients/{micro_batch}"] = torch.tensor(
+            sum(p.grad is not None for p in parameters.values())
+        )
+        keep(f"copied_gradients/{micro_batch}", {name: p.grad for name, p in copies.module.named_parameters()})
     keep("gradients", {name: p.grad for name, p in parameters.items()})
     no_scaler = SimpleNamespace(unscale_gradients=lambda: None)
     seen["norm"] = clip_gradients(no_scaler, module.parameters(), 0.5)
