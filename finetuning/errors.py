@@ -57,6 +57,9 @@ def run_main(main: Callable[[], None]) -> None:
     except SystemExit as left:
         if _is_alone() or not left.code:
             raise
+        if another_process_failed():  # it, or the launcher, reports
+            _flush()
+            os._exit(1)
         leave(*((left.code, "") if isinstance(left.code, int) else (1, str(left.code))))
     except Exception:
         if _is_alone():

@@ -159,8 +159,8 @@ class Manifest:
             batch, rows = self._reader.get_batch(int(part[0]) // ROWS_PER_BATCH), part % ROWS_PER_BATCH
             neighbours = [(run[0], run[-1] + 1) for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)]
             for name, (of_lengths, of_values) in hashes.items():
-                lengths, offsets, values = _buffers(batch.column(name))
-                of_lengths.update(lengths[rows])
+                offsets, values = _buffers(batch.column(name))
+                of_lengths.update(np.diff(offsets)[rows])
                 for first, end in neighbours:
                     of_values.update(values[offsets[first] : offsets[end]])
         return _hash(len(self), {name: [part.hexdigest() for part in parts] for name, parts in hashes.items()})
@@ -187,19 +187,16 @@ def _open_arrow(file: Path) -> Any:
     return pa.ipc.open_file(pa.memory_map(str(file)), options=pa.ipc.IpcReadOptions(use_threads=False))
 
 
-def _buffers(column: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of a column of texts or lists: (num_rows,) int32 lengths, -1 for None; (num_rows + 1,) offsets; all values."""
+def _buffers(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Of a column of texts (None is "") or lists: (num_rows + 1,) int32 offsets, and all values."""
     import pyarrow as pa
 
-    is_missing = column.is_null().to_numpy(zero_copy_only=False)
-    if pa.types.is_string(column.type):
-        column = column.fill_null("") if column.null_count else column
-        _, offsets, values = column.buffers()
-        values = np.frombuffer(values or b"", dtype=np.uint8)
-        offsets = np.frombuffer(offsets, dtype=np.int32)[column.offset : column.offset + len(column) + 1]
-    else:
-        offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
-    return np.where(is_missing, -1, np.diff(offsets)).astype(np.int32), offsets, values
+    if not pa.types.is_string(column.type):
+        return column.offsets.to_numpy(), column.values.to_numpy()
+    column = column.fill_null("") if column.null_count else column
+    _, offsets, values = column.buffers()
+    offsets = np.frombuffer(offsets, dtype=np.int32)[column.offset : column.offset + len(column) + 1]
+    return offsets, np.frombuffer(values or b"", dtype=np.uint8)
 
 
 def _count_rows(reader: Any) -> int:

@@ -7,7 +7,19 @@ from typing import Any
 
 import torch
 
-from finetuning.dataset import Batch, StepDataset, count_tokens, sequential_plan, split_batch, step_loader, to_device
+from finetuning.console import say
+from finetuning.dataset import (
+    Batch,
+    SkippedRow,
+    Step,
+    StepDataset,
+    count_tokens,
+    sequential_plan,
+    split_batch,
+    step_loader,
+    to_device,
+)
+from finetuning.errors import UserError
 from finetuning.objective import TrainingObjective
 from finetuning.settings import Settings
 from finetuning.sharding import is_sharded
@@ -18,6 +30,7 @@ class Validator:
 
     def __init__(self, settings: Settings, accelerator: Any, dataset: StepDataset) -> None:
         self.settings, self.accelerator, self.dataset = settings, accelerator, dataset
+        self._said: set[SkippedRow] = set()
 
     @torch.no_grad()
     def evaluate(self, objective: TrainingObjective, num_parts: int = 1) -> dict[str, float]:
@@ -35,10 +48,16 @@ class Validator:
         objective.eval()
         totals = torch.zeros(6, dtype=torch.float64)
         for step in self._steps(is_sharded(objective)):
+            self._say_skipped(step)
             for batch in split_batch(*step.batches, num_parts):
                 totals += batch["weight"] * self._sums(objective, batch)
         objective.train(was_training)
         return self._means(totals)
+
+    def _say_skipped(self, step: Step) -> None:
+        for row in set(step.skipped) - self._said:
+            self._said.add(row)
+            say(f"skipped line {row.line} of the validation rows: {row.reason}")
 
     def _steps(self, equal: bool) -> Any:
         """Sharded processes gather parameters in every forward, so they need equal numbers of batches."""
@@ -58,6 +77,8 @@ class Validator:
         totals = totals.to(device, torch.float32 if device.type == "mps" else torch.float64)
         totals = self.accelerator.reduce(totals, reduction="sum").tolist()
         talker, sub_talker, right, sub_right, num_talker, num_sub_talker = totals
+        if not num_talker:
+            raise UserError("none of the validation rows can be read; prepare them again, or set VALIDATION_FRACTION=0")
         talker, sub_talker = talker / num_talker, sub_talker / num_sub_talker
         return {
             "loss": talker + self.settings.sub_talker_loss_weight * sub_talker,

@@ -23,12 +23,15 @@ import sys
 import tempfile
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetuning.errors import REPORT_VARIABLE, UserError, read_report, run_main
 from finetuning.settings import load_settings
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 #: What to say of a process that a signal ended.
 DEATHS = {
@@ -48,17 +51,25 @@ def main() -> None:
         report_file = Path(folder) / "report.json"
         os.environ[REPORT_VARIABLE] = str(report_file)
         signals = pass_signals_on()
-        problem = launch(arguments)
+        failure = launch(arguments)
         report = read_report(report_file)
-    if signals and (report is None or report["exit_code"] in (130, 143)):
-        sys.exit(128 + signals[0])
-    if report is not None:
-        if problem and report["exit_code"] == 1:
-            print(f"error: {problem}", file=sys.stderr)  # the traceback may be of one that missed it
-        sys.exit(report["exit_code"])
-    if problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(1)
+    if failure is not None:
+        sys.exit(exit_code(failure, report, signals))
+
+
+def exit_code(failure: ChildFailedError, report: dict[str, Any] | None, signals: list[int]) -> int:
+    """That of the process that failed first; says what no process could say itself."""
+    reported = report["exit_code"] if report else None
+    death = death_of(failure)
+    if reported is None and death is None and not signals:
+        rank, first = failure.get_first_failure()
+        death = f"process {rank} ended with exit code {first.exitcode}"
+    if death and reported != 2:
+        print(f"error: {death}", file=sys.stderr)
+        return 1
+    if signals and reported in (None, 130, 143):
+        return 128 + signals[0]
+    return reported
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -138,8 +149,8 @@ def pass_signals_on() -> list[int]:
     return passed_on
 
 
-def launch(arguments: argparse.Namespace) -> str | None:
-    """Launches and waits. What is wrong where the processes cannot say it themselves: one was killed.
+def launch(arguments: argparse.Namespace) -> ChildFailedError | None:
+    """Launches and waits; returns what torch's launcher says of the processes that failed.
 
     Raises:
         UserError: they could not be launched.
@@ -152,8 +163,8 @@ def launch(arguments: argparse.Namespace) -> str | None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         launch_command(arguments)
-    except ChildFailedError as error:
-        return death_of(error)
+    except ChildFailedError as failure:
+        return failure
     except (ConnectionError, DistError) as error:
         raise UserError(
             f"the machines did not find each other at MAIN_PROCESS_IP={arguments.main_process_ip} "
@@ -163,14 +174,13 @@ def launch(arguments: argparse.Namespace) -> str | None:
     return None
 
 
-def death_of(error: Any) -> str | None:
-    """What killed a process, from torch's ChildFailedError; None where all ended by themselves."""
-    first = min(failure.timestamp for failure in error.failures.values())
-    for rank, failure in sorted(error.failures.items()):
-        number = -failure.exitcode
-        if number > 0 and number != signal.SIGTERM and failure.timestamp - first < SECONDS_OF_FIRST_DEATHS:
-            name = signal.Signals(number)
-            return f"process {rank} was killed by {DEATHS.get(name, name.name)}"
+def death_of(failure: ChildFailedError) -> str | None:
+    """The process that a signal killed; None where all ended by themselves."""
+    first = min(process.timestamp for process in failure.failures.values())
+    for rank, process in sorted(failure.failures.items()):
+        number = -process.exitcode
+        if number > 0 and number != signal.SIGTERM and process.timestamp - first < SECONDS_OF_FIRST_DEATHS:
+            return f"process {rank} was killed by {DEATHS.get(number, signal.Signals(number).name)}"
     return None
 
 

@@ -358,10 +358,10 @@ def test_a_direct_run_trains_every_row_but_the_held_out_ones(
     trained: list[list[int]] = []
     steps = type(run.train).steps
 
-    def noted(self: Any, epoch: int) -> Any:
+    def noted(self: Any, epoch: int, done: Any = ()) -> Any:
         trained.append([])
-        for step in steps(self, epoch):
-            trained[-1] += [line for batch in step if batch["weight"] > 0 for line in batch["lines"].tolist()]
+        for step in steps(self, epoch, done):
+            trained[-1] += [line for batch in step.batches if batch["weight"] > 0 for line in batch["lines"].tolist()]
             yield step
 
     monkeypatch.setattr(type(run.train), "steps", noted)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from training import FULL, build, make_trainer
 
-from finetuning.errors import Stopped, UserError
+from finetuning.errors import Stopped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -85,7 +85,16 @@ def test_steps_epochs_and_folders(settings_for: Callable) -> None:
     )
     _, trainer = train(settings)
     assert trainer.progress.step == 9
-    assert folders(settings) == {"best", "last", "checkpoint-6", "checkpoint-8", "epoch-0", "epoch-1", "epoch-2", "state"}
+    assert folders(settings) == {
+        "best",
+        "last",
+        "checkpoint-6",
+        "checkpoint-8",
+        "epoch-0",
+        "epoch-1",
+        "epoch-2",
+        "state",
+    }
     assert [record["step"] for record in read_log(settings)] == [2, 4, 6, 8, 9]
     validation = read_log(settings, "validation_log.jsonl")
     assert [(record["epoch"], record["step"]) for record in validation] == [(0, 3), (1, 6), (2, 9)]
