@@ -185,7 +185,6 @@ class Saver:
         # These are the same in all processes.
         trainer.log_window.gradient_norm = state["process.0.gradient_norm"].to(self.accelerator.device)
         stepper.skips.counts = state["process.0.skips"].to(stepper.skips.counts)
-        self._rotate(trainer.progress.step)  # a save that was cut off may not have come to it
 
     def _sums(self, state: State, name: str, same_processes: bool, like: torch.Tensor) -> torch.Tensor:
         """This process's sums; of another number of processes, the first takes all of them."""

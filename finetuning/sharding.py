@@ -63,6 +63,8 @@ def prepare(
             accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
     else:
         prepared = accelerator.prepare_model(objective)
+        if dist.is_initialized():
+            _take_from_first(objective.buffers())  # DDP does so with parameters, and here leaves buffers alone
     return prepared, accelerator.prepare_optimizer(make_optimizer(objective))
 
 
@@ -75,8 +77,7 @@ def shard(objective: TrainingObjective, device_type: str) -> None:
     Args:
         device_type: "cuda" or "cpu", where the objective lies.
     """
-    for tensor in (*objective.parameters(), *objective.buffers()):
-        dist.broadcast(tensor.detach(), src=0)
+    _take_from_first((*objective.parameters(), *objective.buffers()))
     # Gathered in fp32 and cast by autocast, so that FSDP computes what DDP does. param_dtype=bfloat16 would halve the
     # bytes of every all-gather, but norms and the residual stream, which autocast keeps in fp32, would become bf16.
     options = {
@@ -89,6 +90,12 @@ def shard(objective: TrainingObjective, device_type: str) -> None:
     for module in (*talker.model.layers, *talker.code_predictor.model.layers, talker.model.text_embedding):
         fully_shard(module, **options)
     fully_shard(objective, **options)
+
+
+def _take_from_first(tensors: Iterable[torch.Tensor]) -> None:
+    """Replaces them in all processes by those of the first."""
+    for tensor in tensors:
+        dist.broadcast(tensor.detach(), src=0)
 
 
 def _autocast_forward(objective: nn.Module, accelerator: Accelerator) -> None:

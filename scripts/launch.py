@@ -5,7 +5,7 @@
 Takes the arguments of `accelerate launch`, uses its configuration files and starts its processes. What differs:
 
 - SIGTERM, SIGINT and SIGHUP go to the processes, which finish the step and save, however long that takes. The launcher
-  of torch passes them on as well, but kills the processes 30 s later; and to their data workers, which die of it.
+  of torch passes them on as well, but kills the processes 30 s later.
 - It leaves with the exit code of train.py (0, 1, 2, 130, 143) where the launcher of torch leaves with 1.
 - A failure is told once, by the process that failed first; a process that was killed is told here.
 - More processes than GPUs are refused before anything starts, except on DEVICE=cpu.

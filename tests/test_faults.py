@@ -6,6 +6,7 @@ of one save, rotation or clean-up, is gone through one by one.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -40,8 +41,7 @@ KINDS = {
 }  # fmt: skip
 #: train.py whose third step takes as long as nobody waits.
 SLOW_TRAIN = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
+import time
 import train
 from finetuning import stepping
 from finetuning.errors import run_main
@@ -247,8 +247,9 @@ def settings_for(make_settings: Callable, write_jsonl: Callable, demo_rows: list
 
     def make(**fields: Any) -> Any:
         defaults = {
-            "train_jsonl": write_jsonl(demo_rows[:10]), "validation_fraction": 0.0, "batch_size": 2, "num_epochs": 2, "gradient_accumulation_steps": 1,
-            "logging_steps": 1, "save_steps": 1000, "learning_rate": 1e-3, "resume": "auto",
+            "train_jsonl": write_jsonl(demo_rows[:10]), "validation_fraction": 0.0, "batch_size": 2,
+            "gradient_accumulation_steps": 1, "num_epochs": 2, "logging_steps": 1, "save_steps": 1000,
+            "learning_rate": 1e-3, "resume": "auto",
         }  # fmt: skip
         return make_settings(**(FULL | defaults | fields))
 
@@ -274,28 +275,36 @@ def before_each_step(run_trainer: Any, act: Callable[[int], Any]) -> None:
     run_trainer.stepper.take = taken
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_second_signal_ends_a_real_process_at_once(
-    tmp_path: Path, write_jsonl: Callable, demo_rows: list[dict], number: int, code: int
-) -> None:
-    rows = str(write_jsonl(demo_rows[:10]))
-    process = start(
-        "-c", SLOW_TRAIN, str(PROJECT), folder=tmp_path, DEVICE="cpu", MIXED_PRECISION="no", USE_WANDB="false",
-        INIT_MODEL_PATH="tiny-random", TRAIN_JSONL=rows, OUTPUT_DIR="output", NUM_WORKERS="1", BATCH_SIZE="2",
-        GRADIENT_ACCUMULATION_STEPS="1",
-    )  # fmt: skip
-    try:
-        wait_for(process, "in the third step")
-        process.send_signal(number)
-        wait_for(process, f"signal {number}")
-        time.sleep(1.1)
-        process.send_signal(number)
-        printed, _ = process.communicate(timeout=20)
-    finally:
+@pytest.fixture(scope="module")
+def slow_runs(tmp_path_factory: pytest.TempPathFactory, demo_rows: list[dict]) -> Iterator[dict[int, Any]]:
+    """Signal -> a real run for it, that never comes out of its third step; they start side by side."""
+    started = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        folder = tmp_path_factory.mktemp("slow")
+        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo_rows[:10]))
+        started[number] = start(
+            "-c", SLOW_TRAIN, folder=folder, PYTHONPATH=str(PROJECT), DEVICE="cpu", MIXED_PRECISION="no",
+            USE_WANDB="false", INIT_MODEL_PATH="tiny-random", TRAIN_JSONL="train.jsonl", OUTPUT_DIR="output",
+            NUM_WORKERS="1", BATCH_SIZE="2", GRADIENT_ACCUMULATION_STEPS="1",
+        ), folder / "output"  # fmt: skip
+    yield started
+    for process, _ in started.values():
         process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_a_real_process_at_once(slow_runs: dict[int, Any], number: int, code: int) -> None:
+    process, output = slow_runs[number]
+    wait_for(process, "in the third step")
+    process.send_signal(number)
+    wait_for(process, f"signal {number}")
+    time.sleep(1.1)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=20)
     assert process.returncode == code, printed
     assert "Traceback" not in printed
-    assert not (tmp_path / "output" / "last").exists()
+    assert output.exists() and not (output / "last").exists()
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> None:

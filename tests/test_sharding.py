@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from conftest import SHAPES
 from reference import load_stock
 from safetensors.torch import load_file
-from two_processes import launch, toy, toy_loss, toy_optimizer
+from two_processes import Life, launch, toy, toy_loss, toy_optimizer
 
 from finetuning.base_model import load_tokenizer
 from finetuning.dataset import RowEncoder, collate, count_tokens
@@ -126,8 +126,8 @@ def test_a_step_with_a_bad_gradient_changes_nothing(accelerator: Accelerator) ->
 def parts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
     """What each of two processes saw in ``two_processes.toy_steps``."""
     folder = tmp_path_factory.mktemp("parts")
-    launch(["parts", str(folder)])
-    return [load_file(folder / f"parts-{rank}.safetensors") for rank in range(2)]
+    launch(folder, [Life("toy")])
+    return [load_file(folder / "toy" / f"parts-{rank}.safetensors") for rank in range(2)]
 
 
 def under(seen: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

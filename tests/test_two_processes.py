@@ -1,9 +1,13 @@
-"""Two processes train what one with the doubled batch trains, as copies (DDP) and in shards (FSDP)."""
+"""Two processes train what one with the doubled batch trains, as copies (DDP) and in shards (FSDP): to the end, stopped
+and resumed by as many or others, without memory, with a disk that is full for one of them.
+
+All of it is one launch; see ``two_processes``.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +17,12 @@ import pytest
 import torch
 from conftest import VOICE
 from reference import load_stock
+from safetensors import safe_open
 from safetensors.torch import load_file
 from training import FULL
-from two_processes import launch, record
+from two_processes import Life, launch, live_alone, read_life
+
+from finetuning.disk import damage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,6 +31,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN_FRAMES = [2, 40, 5, 23, 3, 31, 12, 7, 18, 2, 48, 11, 4]
 #: Three validation batches of two, unevenly shared.
 VALIDATION_FRAMES = [9, 3, 26, 2, 14]
+#: Runs are stopped in this step, the first of the second epoch.
+STOP = 3
+MODES = ("ddp", "fsdp")
+#: Figures of a log line that depend on the clock.
+CLOCK = ("timestamp", "frames_per_second", "seconds_left")
+#: What fails of each save; see ``test_a_full_disk_of_one_process``.
+FAILING = ["", "state", "export", "", "state", "export", "state"]
 
 
 @pytest.fixture(scope="module")
@@ -54,40 +68,102 @@ def fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "learning_rate": 1e-3,
         "warmup_steps": 0,
         "logging_steps": 1,
+        "eval_steps": 3,
+        "save_steps": 4,
         "verify_roundtrip": 0,
         "data_check": "off",
     }
 
 
 @pytest.fixture(scope="module")
-def one(fields: dict, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all lives."""
+    return tmp_path_factory.mktemp("lives")
+
+
+@pytest.fixture(scope="module")
+def life_of(fields: dict, folder: Path) -> Callable[..., Life]:
+    """A life of the fields above and others, in an OUTPUT_DIR of its own."""
+
+    def make(name: str, sharded: bool = False, alone: bool = False, tricks: dict | None = None, **others: Any) -> Life:
+        batch_size = fields["batch_size"] if alone else fields["batch_size"] // 2
+        own = {"output_dir": str(folder / name / "output"), "batch_size": batch_size}
+        return Life(name, fields | own | others, sharded, tricks or {})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def one(life_of: Callable, folder: Path) -> SimpleNamespace:
     """What one process saw."""
-    from finetuning.settings import load_settings
-
-    output = tmp_path_factory.mktemp("one") / "output"
-    seen = record(load_settings(fields | {"output_dir": str(output)}, environment={}))
-    return SimpleNamespace(output=output, **seen)
+    return live_alone(folder, life_of("one", alone=True, tricks={"gradients_of": [1], "validate": [1, 3, 5]}))
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def two(request: pytest.FixtureRequest, fields: dict, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """What two processes with half the batch each saw."""
-    folder = tmp_path_factory.mktemp(request.param)
-    output = folder / "output"
-    settings = folder / "settings.json"
-    settings.write_text(json.dumps(fields | {"output_dir": str(output), "batch_size": fields["batch_size"] // 2}))
-    launch(["train", str(settings), str(folder)], ACCELERATE_USE_FSDP=str(request.param == "fsdp").lower())
-    return SimpleNamespace(
-        mode=request.param,
-        output=output,
-        gradients=load_file(folder / "gradients.safetensors"),
-        weights=load_file(folder / "weights.safetensors"),
-        processes=[json.loads((folder / f"process-{rank}.json").read_text()) for rank in range(2)],
-    )
+@pytest.fixture(scope="module")
+def one_stopped(life_of: Callable, folder: Path) -> SimpleNamespace:
+    return live_alone(folder, life_of("one-stopped", alone=True, tricks={"signal_in": [STOP, 0]}))
+
+
+@pytest.fixture(scope="module")
+def lives(life_of: Callable, folder: Path, one_stopped: SimpleNamespace) -> Callable[[str], SimpleNamespace]:
+    """What two processes with half the batch each saw, by the name of their life."""
+
+    def state(stopped: str) -> str:
+        return str(folder / stopped / "output" / "state" / f"step-{STOP}")
+
+    whole = {"spoil": True, "gradients_of": [1, STOP], "validate": [1, 3, 5]}
+    stop, go_on = {"signal_in": [STOP, 1]}, {"end_after": 5}
+    without_validation = {"validation_jsonl": None, "validation_fraction": 0, "save_steps": 1}
+    listed = [
+        life_of("ddp", tricks=whole),
+        life_of("fsdp", sharded=True, tricks=whole),
+        life_of("ddp-stopped", tricks=stop),
+        life_of("fsdp-stopped", sharded=True, tricks=stop),
+        life_of("ddp-resumed", output_dir=str(folder / "ddp-stopped" / "output")),
+        life_of("fsdp-resumed", sharded=True, resume=state("fsdp-stopped")),
+        life_of("fsdp-to-ddp", resume=state("fsdp-stopped"), tricks=go_on),
+        life_of("one-to-fsdp", sharded=True, resume=state("one-stopped"), tricks=go_on),
+        life_of("stopped-between", tricks={"signal_in": [1, 1]}, logging_steps=9, eval_steps=9, save_steps=9),
+        *(
+            life_of(f"disk-{mode}", sharded=mode == "fsdp", tricks={"failing_saves": FAILING}, **without_validation)
+            for mode in MODES
+        ),
+        life_of("memory-first", tricks={"no_memory": [1, 1, 1], "gradients_of": [1], "end_after": 1}),
+        life_of("memory-last", tricks={"no_memory": [1, 6, 1], "gradients_of": [STOP], "end_after": STOP}),
+        life_of("memory-none", tricks={"no_memory": [1, 1, 0]}),
+        life_of("memory-backward", tricks={"no_memory_in_backward": [1, 2]}),
+        life_of("memory-sharded", sharded=True, tricks={"no_memory": [1, 1, 1]}),
+    ]
+    launch(folder, listed)
+    return lambda name: read_life(folder, name)
+
+
+@pytest.fixture(scope="module", params=MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def two(mode: str, lives: Callable) -> SimpleNamespace:
+    """The life that nothing disturbed."""
+    seen = lives(mode)
+    assert seen.exit_codes == [0, 0], seen.printed
+    return seen
+
+
+@pytest.fixture(scope="module")
+def one_resumed(lives: Callable, life_of: Callable, folder: Path) -> SimpleNamespace:
+    """One process that goes on with the state of two sharded ones."""
+    state = folder / "fsdp-stopped" / "output" / "state" / f"step-{STOP}"
+    return live_alone(folder, life_of("fsdp-to-one", alone=True, resume=str(state), tricks={"end_after": 5}))
 
 
 def read_log(output: Path, name: str = "training_log.jsonl") -> list[dict]:
     return [json.loads(line) for line in (output / name).read_text(encoding="utf-8").splitlines()]
+
+
+def gradients_of(seen: SimpleNamespace, step: int) -> dict[str, torch.Tensor]:
+    return {name: gradient for name, gradient in seen.gradients.items() if name.startswith(f"{step}.")}
 
 
 def distances(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -98,7 +174,7 @@ def distances(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> di
 
 def test_gradients_of_the_first_step(one: Any, two: Any) -> None:
     assert len(one.gradients) > 100
-    far = {name: far for name, far in distances(two.gradients, one.gradients).items() if far > 1e-5}
+    far = {name: far for name, far in distances(gradients_of(two, 1), one.gradients).items() if far > 1e-5}
     assert not far
 
 
@@ -116,7 +192,7 @@ def test_clipping_took_part(one: Any) -> None:
 
 def test_one_process_had_micro_batches_without_rows(two: Any) -> None:
     """One at the end of each of the five epochs."""
-    assert [process["num_empty_batches"] for process in two.processes] == [0, 5]
+    assert [process.num_empty_batches for process in two.processes] == [0, 5]
 
 
 def test_weights_after_ten_steps(one: Any, two: Any) -> None:
@@ -127,19 +203,27 @@ def test_weights_after_ten_steps(one: Any, two: Any) -> None:
 
 def test_validation_is_summed_over_both(one: Any, two: Any) -> None:
     got, want = (read_log(seen.output, "validation_log.jsonl") for seen in (two, one))
-    assert [line["step"] for line in got] == [line["step"] for line in want] == [2, 4, 6, 8, 10]
+    assert [line["step"] for line in got] == [line["step"] for line in want] == [2, 3, 4, 6, 8, 9, 10]
     for name in ("loss", "talker_loss", "sub_talker_loss"):
         figures = [[({**line, **line["metrics"]})[name] for line in lines] for lines in (got, want)]
         assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 
 
-def test_parameters_are_sharded_only_under_fsdp(one: Any, two: Any) -> None:
+@pytest.mark.parametrize("num_rows", [1, 3, 5])
+def test_validation_rows_that_do_not_divide(one: Any, two: Any, num_rows: int) -> None:
+    """Fewer than the processes, and batches that are fewer or no multiple: each process has the figures of one."""
+    want = one.processes[0].validations[str(num_rows)]
+    for process in two.processes:
+        assert process.validations[str(num_rows)] == pytest.approx(want, rel=1e-6)
+
+
+def test_parameters_are_sharded_only_under_fsdp(one: Any, two: Any, mode: str) -> None:
     """Every one of them, frozen ones too, in parts along its first dimension that are together the whole."""
-    assert {kind for kind, *_ in one.shards.values()} == {"Tensor"}
-    first, second = (process["shards"] for process in two.processes)
+    assert {kind for kind, *_ in one.processes[0].shards.values()} == {"Tensor"}
+    first, second = (process.shards for process in two.processes)
     for name, (kind, placements, shape, local) in first.items():
         other = second[name][3]
-        if two.mode == "ddp":
+        if mode == "ddp":
             assert (kind, local, other) == ("Tensor", shape, shape)
         else:
             assert (kind, placements) == ("DTensor", "(Shard(dim=0),)")
@@ -167,3 +251,177 @@ def test_the_export_loads_in_stock(two: Any) -> None:
 
 def is_bf16(checkpoint: Path) -> bool:
     return load_file(checkpoint / "model.safetensors")["talker.model.codec_embedding.weight"].dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------ stopped and resumed
+
+
+def differing(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that are not bit for bit the same."""
+    assert got.keys() == want.keys() and len(want) > 100
+    return [name for name, tensor in want.items() if not torch.equal(got[name], tensor)]
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+
+
+def state_of(stopped: SimpleNamespace) -> Path:
+    return stopped.output / "state" / f"step-{STOP}"
+
+
+def test_a_signal_for_one_process_stops_both(mode: str, lives: Callable) -> None:
+    """At the same step, after one save, with the exit code of the signal."""
+    stopped = lives(f"{mode}-stopped")
+    assert stopped.exit_codes == [143, 143], stopped.printed
+    for process in stopped.processes:
+        # The end of the first epoch, and the stop; step 3 is to be logged and evaluated at the next start.
+        found = [(save["step"], save["names"], save["with_state"]) for save in process.saves]
+        assert found == [(2, ["last", "best"], False), (STOP, ["last"], True)]
+        assert process.step == STOP
+
+
+def test_a_signal_between_logged_steps_stops_before_the_next(lives: Callable) -> None:
+    """Several processes ask each other only now and then; where not before, they do as they fetch the next step."""
+    stopped = lives("stopped-between")
+    assert stopped.exit_codes == [143, 143], stopped.printed
+    for process in stopped.processes:
+        assert [(save["step"], save["with_state"], save["whole"]) for save in process.saves if "whole" in save] == (
+            [(1, True, ["last", "step-1"])] if process is stopped.processes[0] else []
+        )
+        assert (process.step, len(process.rows)) == (1, 1)
+
+
+def test_a_resumed_run_is_bit_for_bit_the_untouched_one(mode: str, lives: Callable, two: Any) -> None:
+    """Weights and Adam's moments, checkpoints, logs but for the clock."""
+    stopped, resumed = lives(f"{mode}-stopped"), lives(f"{mode}-resumed")
+    assert resumed.exit_codes == [0, 0], resumed.printed
+    assert differing(resumed.restored, stopped.final) == []
+    assert differing(resumed.final, two.final) == []
+    for name in ("last", "best", "checkpoint-4", "checkpoint-8"):
+        weights = [load_file(seen.output / name / "model.safetensors") for seen in (resumed, two)]
+        assert differing(*weights) == []
+        records = [json.loads((seen.output / name / "training_state.json").read_text()) for seen in (resumed, two)]
+        assert records[0] == records[1]
+    for log in ("training_log.jsonl", "validation_log.jsonl"):
+        got, want = (timeless(read_log(seen.output, log)) for seen in (resumed, two))
+        assert got == want and len(want) > 6
+    for first, then, untouched in zip(stopped.processes, resumed.processes, two.processes, strict=True):
+        assert first.rows + then.rows == untouched.rows
+
+
+def test_sharded_processes_write_the_state_in_parts(lives: Callable) -> None:
+    """Each its rows of every tensor, and neither a whole one; together they are what the processes held."""
+    stopped = lives("fsdp-stopped")
+    parts = {}
+    for rank in range(2):
+        (file,) = state_of(stopped).glob(f"process-{rank:05d}-of-00002.part-*.safetensors")
+        parts[rank] = load_file(file)
+    sharded = [name for name, tensor in stopped.final.items() if tensor.ndim]
+    assert len(sharded) > 300  # weights and two moments
+    for name in sharded:
+        assert all(len(parts[rank][name]) < len(stopped.final[name]) for rank in range(2)), name
+        assert torch.equal(torch.cat([parts[rank][name] for rank in range(2)]), stopped.final[name]), name
+
+
+def test_copies_are_written_once(lives: Callable) -> None:
+    """Under DDP the second process writes only what is its own."""
+    (file,) = state_of(lives("ddp-stopped")).parent.glob("step-10/process-00001-of-00002.part-*.safetensors")
+    with safe_open(file, framework="pt") as tensors:
+        assert {name.rpartition(".")[0] for name in tensors.keys()} == {"process.1"}  # noqa: SIM118 - no dict
+
+
+@pytest.mark.parametrize("way", ["fsdp-to-one", "fsdp-to-ddp", "one-to-fsdp"])
+def test_other_processes_go_on_with_a_state(way: str, lives: Callable, one_stopped: Any, one_resumed: Any) -> None:
+    """One with that of two in shards, copies with that of shards, shards with that of one: from exactly the weights and
+    moments of the state, with every row of the epoch once over both lives."""
+    stopped = one_stopped if way == "one-to-fsdp" else lives("fsdp-stopped")
+    resumed = one_resumed if way == "fsdp-to-one" else lives(way)
+    assert resumed.exit_codes in ([], [0, 0]), resumed.printed
+    assert differing(resumed.restored, stopped.final) == []
+    taken = [rows for seen in (stopped, resumed) for process in seen.processes for rows in process.rows]
+    lines = sorted(line for epoch, found in taken for line in found if epoch == 1)
+    assert lines == list(range(1, len(TRAIN_FRAMES) + 1))
+    numbers = len(stopped.processes), len(resumed.processes)
+    said = f"saved by {numbers[0]} processes, now {numbers[1]}: the order of the rows may differ"
+    assert (said in resumed.processes[0].said) == (numbers[0] != numbers[1])
+    assert {process.step for process in resumed.processes} == {4}  # the fifth was ended inside
+    if numbers[0] == numbers[1]:
+        assert [process.rows[0] for process in resumed.processes] == [
+            process.rows[STOP] for process in lives("ddp").processes
+        ]
+
+
+@pytest.mark.parametrize("way", ["fsdp-to-one", "fsdp-to-ddp", "one-to-fsdp"])
+def test_other_processes_log_what_was_stopped(way: str, lives: Callable, one: Any, one_resumed: Any) -> None:
+    """The step before the stop, whose sums came with the state, and its validation; then they train what the others
+    would have, as far as the rows are the same."""
+    resumed = one_resumed if way == "fsdp-to-one" else lives(way)
+    (line,) = [line for line in read_log(resumed.output) if line["step"] == STOP]
+    (want,) = [line for line in read_log(one.output) if line["step"] == STOP]
+    assert {name: line[name] for name in want if name not in CLOCK} == pytest.approx(
+        {name: want[name] for name in want if name not in CLOCK}, rel=1e-4
+    )
+    steps = [line["step"] for line in read_log(resumed.output, "validation_log.jsonl")]
+    assert steps == [2, 3, 4]
+    assert [line["step"] for line in read_log(resumed.output)] == [1, 2, 3, 4]
+
+
+# ------------------------------------------------------------------------------------------------- faults of one of two
+
+
+def test_a_full_disk_of_one_process(mode: str, lives: Callable) -> None:
+    """Every step saves a checkpoint and a state, the end of an epoch last/ and best/. Both processes go on, and nothing
+    of the attempt is left; what was whole stays so. The third failure in a row ends both."""
+    seen = lives(f"disk-{mode}")
+    assert seen.exit_codes == [2, 2], seen.printed
+    first, second = (process.saves for process in seen.processes)
+    assert [[save["failures"] for save in saves] for saves in (first, second)] == [[0, 1, 2, 0, 1, 2, 3]] * 2
+    for saves in (first, second):
+        outcomes = [(save["step"], save.get("checkpoints"), save.get("state")) for save in saves]
+        assert outcomes == [
+            (1, True, True),
+            (2, True, False),  # the second process's part of the state
+            (2, False, False),  # the first one's export
+            (3, True, True),
+            (4, True, False),
+            (4, False, False),
+            (5, None, None),  # UserError
+        ]
+    assert [save["leftovers"] for save in first] == [[]] * len(FAILING)
+    assert [save["damaged"] for save in first] == [[]] * len(FAILING)
+    assert [save["whole"] for save in first] == [
+        ["checkpoint-1", "step-1"],
+        *[["checkpoint-1", "checkpoint-2", "step-1"]] * 2,
+        ["checkpoint-1", "checkpoint-2", "checkpoint-3", "step-1", "step-3"],
+        *[["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-4", "step-1", "step-3"]] * 2,
+        ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-5", "step-1", "step-3"],
+    ]
+    errors = [line for text in seen.printed for line in text.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "failed 3 times in a row" in errors[0] and "No space left on device" in errors[0]
+    assert not damage(seen.output / "state" / "step-3")
+
+
+@pytest.mark.parametrize(("life", "step"), [("memory-first", 1), ("memory-last", STOP)])
+def test_no_memory_in_one_process_halves_both(life: str, step: int, lives: Callable) -> None:
+    """In the first forward of all, and in a last one, which the other process has behind it: the gradients of that step
+    are those of the step that nothing disturbed."""
+    seen, undisturbed = lives(life), lives("ddp")
+    assert seen.exit_codes == [0, 0], seen.printed
+    assert [process.num_parts for process in seen.processes] == [2, 2]
+    want = gradients_of(undisturbed, step)
+    assert len(want) > 100
+    assert not {name: far for name, far in distances(seen.gradients, want).items() if far > 1e-6}
+    assert seen.processes[0].said.count("out of GPU memory: the step is repeated with at most 1 rows") == 1
+
+
+@pytest.mark.parametrize("life", ["memory-none", "memory-backward", "memory-sharded"])
+def test_no_memory_where_nothing_helps(life: str, lives: Callable) -> None:
+    """For single rows; in the backward in which the processes synchronise; in shards, where the others wait inside of
+    their forward. Both processes end, with one message."""
+    seen = lives(life)
+    assert seen.exit_codes == [2, 2], seen.printed
+    errors = [line for text in seen.printed for line in text.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1
+    rows = 1 if life == "memory-none" else 2
+    assert errors[0].startswith(f"error: the GPU's memory does not suffice for micro-batches of {rows} rows")

@@ -1,128 +1,393 @@
-"""What several processes run for test_two_processes.py and test_sharding.py, under ``torch.distributed.run``:
+"""Trainings on the tiny model in two processes, for test_two_processes.py and test_sharding.py.
 
-    two_processes.py train SETTINGS.json FOLDER    the real training of the settings (fields, as JSON)
-    two_processes.py parts FOLDER                  a toy module, sharded; see ``toy_steps``
+    two_processes.py FOLDER
 
-What they saw goes to FOLDER, for the tests to compare.
+imports everything once, and then forks two processes for each life that FOLDER/lives.json lists, one life after the
+other; see ``Life``. They talk over gloo. What they saw goes to FOLDER/<name of the life>, for the tests to compare.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
-import psutil
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from finetuning.errors import Stopped, UserError, run_main
 from finetuning.sharding import clip_gradients, full_tensor, gradient_sync, local_part, own_rows
 
 Tensors = dict[str, torch.Tensor]
 PROJECT = Path(__file__).parent.parent
-#: Processes that wait for one that will not come are ended after so long.
-MAX_SECONDS = 180
+NUM_PROCESSES = 2
+#: Processes of one life that wait for one that will not come are ended after so long; all lives of a launch.
+MAX_SECONDS, MAX_SECONDS_OF_ALL = 90, 400
+#: How the tensors that a life leaves begin.
+TENSORS = ("gradients", "restored", "weights", "final")
 
 
-def launch(arguments: list[str], **environment: str) -> None:
-    """Runs this file in two processes.
+@dataclass(frozen=True)
+class Life:
+    """One training from its start to its end, or to a fault.
 
-    Args:
-        arguments: of its command line.
-        environment: variables, besides those of this process.
+    Attributes:
+        fields: settings; none for the toy of ``toy_steps``.
+        sharded: FSDP, else DDP.
+        tricks: what happens on the way; see ``Witness``.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    variables = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"} | environment
-    started = subprocess.Popen(
-        [*command, *arguments], cwd=PROJECT, env=variables,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+
+    name: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    sharded: bool = False
+    tricks: dict[str, Any] = field(default_factory=dict)
+
+
+class Enough(BaseException):
+    """Ends a life after a step, in all processes, without saving."""
+
+
+# ------------------------------------------------------------------------------------------------ launching, reading
+
+
+def launch(folder: Path, lives: list[Life]) -> None:
+    """Runs these lives in two processes, one after the other."""
+    (folder / "lives.json").write_text(json.dumps([asdict(life) for life in lives], default=str))
+    started = subprocess.run(
+        [sys.executable, __file__, str(folder)], cwd=PROJECT, timeout=MAX_SECONDS_OF_ALL, text=True,
+        env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE,
     )  # fmt: skip
-    try:
-        _, errors = started.communicate(timeout=MAX_SECONDS)
-    except subprocess.TimeoutExpired:
-        launcher = psutil.Process(started.pid)
-        for process in [launcher, *launcher.children(recursive=True)]:
-            process.kill()
-        _, errors = started.communicate()
-    assert started.returncode == 0, errors[-6000:]
+    assert started.returncode == 0, started.stderr[-6000:]
+
+
+def live_alone(folder: Path, life: Life) -> SimpleNamespace:
+    """The same in this process alone; gives what ``read_life`` gives."""
+    (folder / life.name).mkdir(parents=True)
+    with contextlib.suppress(Stopped, UserError, Enough):
+        train(life, folder / life.name)
+    return read_life(folder, life.name)
+
+
+def read_life(folder: Path, name: str) -> SimpleNamespace:
+    """What the processes of a life saw.
+
+    Returns:
+        exit_codes: of each process; [] for one that lived in the test's own.
+        processes: what ``Witness.seen`` lists of each process that trained.
+        printed: everything that each launched process wrote.
+        gradients, restored, weights, final: see ``Witness``; whole tensors by name.
+    """
+    place = folder / name
+    codes = place / "exit_codes.json"
+    seen = [json.loads(file.read_text(), object_hook=lambda d: d) for file in sorted(place.glob("process-*.json"))]
+    tensors = {kind: load_file(file) if (file := place / f"{kind}.safetensors").exists() else {} for kind in TENSORS}
+    return SimpleNamespace(
+        folder=place,
+        output=Path(seen[0]["output"]) if seen else None,
+        exit_codes=json.loads(codes.read_text()) if codes.exists() else [],
+        processes=[SimpleNamespace(**process) for process in seen],
+        printed=[file.read_text() for file in sorted(place.glob("printed-*.txt"))],
+        **tensors,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- the forks
 
 
 def main() -> None:
-    mode, *arguments = sys.argv[1:]
-    if mode == "train":
-        settings, folder = map(Path, arguments)
-        train_here(json.loads(settings.read_text()), folder)
-    else:
-        dist.init_process_group("gloo")
-        save_file(toy_steps(), Path(arguments[0]) / f"parts-{dist.get_rank()}.safetensors")
-    dist.destroy_process_group()
+    folder = Path(sys.argv[1])
+    lives = [Life(**life) for life in json.loads((folder / "lives.json").read_text())]
+    torch.set_num_threads(1)
+    if any(life.fields for life in lives):
+        import training  # noqa: F401 - with all that it imports, so that no fork has to
+    for life in lives:
+        place = folder / life.name
+        place.mkdir()
+        forked = [_fork(life, place, rank) for rank in range(NUM_PROCESSES)]
+        (place / "exit_codes.json").write_text(json.dumps(_wait(forked)))
+
+
+def _fork(life: Life, place: Path, rank: int) -> int:
+    """The number of a new process, which goes through the life and leaves by ``run_main`` as every command does."""
+    sys.stdout.flush()
+    if number := os.fork():
+        return number
+    try:
+        printed = os.open(place / f"printed-{rank}.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(printed, 1)
+        os.dup2(printed, 2)
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_PROCESSES),
+            "LOCAL_WORLD_SIZE": str(NUM_PROCESSES), "ACCELERATE_USE_FSDP": str(life.sharded).lower(),
+            "LAUNCH_REPORT": str(place / "report.json"),
+        }  # fmt: skip
+        meeting = f"file://{place / 'meeting'}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=NUM_PROCESSES)
+        run_main(lambda: _live(life, place, rank))
+        _leave(0)
+    except BaseException:
+        traceback.print_exc()
+        _leave(1)
+
+
+def _live(life: Life, place: Path, rank: int) -> None:
+    if not life.fields:
+        save_file(toy_steps(), place / f"parts-{rank}.safetensors")
+        return
+    with contextlib.suppress(Enough):
+        train(life, place)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _wait(forked: list[int]) -> list[int]:
+    """Exit codes of these processes, which are killed when they take too long."""
+    end, codes = time.monotonic() + MAX_SECONDS, {}
+    while len(codes) < len(forked):
+        for number in set(forked) - codes.keys():
+            ended, status = os.waitpid(number, os.WNOHANG)
+            if ended:
+                codes[number] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                os.kill(number, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[number] for number in forked]
 
 
 # ------------------------------------------------------------------------------------------------- the real training
 
 
-def train_here(fields: dict[str, Any], folder: Path) -> None:
-    """Trains, and writes what ``record`` gives: the tensors of the first process, the rest of each."""
+def train(life: Life, place: Path) -> None:
+    """The training of a life, in this process among however many there are, with a witness who keeps what it saw.
+
+    Raises:
+        Stopped, UserError, Enough: as it ended.
+    """
     from finetuning.settings import load_settings
 
-    rank = int(os.environ["RANK"])
-    seen = record(load_settings(fields, environment={}), spoil=rank > 0)
-    gradients, weights = seen.pop("gradients"), seen.pop("weights")
-    (folder / f"process-{rank}.json").write_text(json.dumps(seen))
-    if rank == 0:
-        save_file(gradients, folder / "gradients.safetensors")
-        save_file(weights, folder / "weights.safetensors")
-
-
-def record(settings: Any, spoil: bool = False) -> dict[str, Any]:
-    """Trains by the settings in this process, among however many were launched.
-
-    Args:
-        spoil: changes the loaded weights first, which the first process's must replace.
-
-    Returns:
-        gradients: of the first step as the optimizer gets them, averaged, clipped and whole, by name.
-        weights: the model's state at the end, whole.
-        shards: name -> [class, placements, whole shape, local shape] of every parameter of the objective.
-        num_empty_batches: micro-batches of the training that had no rows.
-    """
-    from training import build, make_trainer
-
-    run = build(settings)
-    if spoil:
-        with torch.no_grad():
-            for tensor in (*run.objective.parameters(), run.objective.speaker_vectors):
-                tensor.add_(0.1)
-    trainer = make_trainer(run)
-    gradients: Tensors = {}
-    batch_weights: list[float] = []
-
-    def note_weight(module: nn.Module, arguments: Any) -> None:
-        if module.training:
-            batch_weights.append(float(arguments[0]["weight"]))
-
-    def keep_first(*_: Any) -> None:
-        named = [(name, p.grad) for name, p in run.objective.named_parameters() if p.requires_grad]
-        gradients.update({} if gradients else {name: full_tensor(grad).clone() for name, grad in named})
-
-    run.objective.register_forward_pre_hook(note_weight)
-    hook = register_optimizer_step_pre_hook(keep_first)
+    settings = load_settings(life.fields, environment={})
+    printed = io.StringIO()
+    witness = Witness(settings, life.tricks, place)
     try:
-        trainer.run()
+        with contextlib.redirect_stdout(printed):
+            witness.train()
     finally:
-        hook.remove()
-    return {
-        "gradients": gradients,
-        "weights": {name: full_tensor(tensor).clone() for name, tensor in run.model.state_dict().items()},
-        "shards": {name: describe_shards(parameter) for name, parameter in run.objective.named_parameters()},
-        "num_empty_batches": batch_weights.count(0.0),
-    }
+        witness.seen["said"] = printed.getvalue()
+        (place / f"process-{witness.rank}.json").write_text(json.dumps(witness.seen))
+
+
+class Witness:
+    """Trains, plays the tricks, and keeps what is seen.
+
+    Tricks:
+        ``spoil``: the loaded weights are other ones beside the first process, whose must replace them.
+        ``validate``: evaluates the first so many validation rows before training, for each of these numbers.
+        ``gradients_of``: steps whose gradients are kept.
+        ``signal_in``: (step, process): SIGTERM reaches that process in that step.
+        ``end_after``: the step after which the life ends.
+        ``no_memory``: (process, forward, rows): from that forward on, no more than so many rows have room.
+        ``no_memory_in_backward``: (process, backward): there is no room at the end of that backward.
+        ``failing_saves``: for each save "" or what fails of it: "state" (in the second process) or "export".
+
+    Attributes:
+        seen: lists and figures:
+            ``rows``: [epoch, lines] of every step, of this process; ``num_empty_batches``: micro-batches without rows;
+            ``num_parts``, ``step``: at the end; ``shards``: name -> [class, placements, whole shape, local shape];
+            ``validations``: number of rows -> figures; ``saves``: see ``_note_save``; ``said``: see ``say``.
+
+    Tensors, whole, written by the first process: ``gradients`` ("<step>.<name>", averaged and clipped), ``restored``
+    and ``final`` (weights and moments before the first step and at the end), ``weights`` (the model's, at the end).
+    """
+
+    def __init__(self, settings: Any, tricks: dict[str, Any], place: Path) -> None:
+        self.settings, self.tricks, self.place = settings, tricks, place
+        self.rank = int(os.environ.get("RANK") or 0)
+        self.gradients: Tensors = {}
+        self.seen: dict[str, Any] = {
+            "output": str(settings.output_dir), "rows": [], "num_empty_batches": 0, "saves": [], "validations": {},
+        }  # fmt: skip
+        self._num_forwards = self._num_backwards = 0
+
+    def train(self) -> None:
+        from training import build, make_trainer
+
+        run = build(self.settings)
+        if self.tricks.get("spoil") and self.rank > 0:
+            with torch.no_grad():
+                for tensor in (*run.objective.parameters(), run.objective.speaker_vectors):
+                    tensor.add_(0.1)
+        self.trainer = make_trainer(run)
+        self.run, self.stepper = run, self.trainer.stepper
+        if run.state:
+            self._keep("restored", self._training_tensors())
+        for num_rows in self.tricks.get("validate", ()):
+            self.seen["validations"][str(num_rows)] = self._validate(num_rows)
+        with self._watching():
+            try:
+                self.trainer.run()
+            except (UserError, OSError, RuntimeError):
+                self._describe()
+                raise
+            except (Stopped, Enough):
+                self._end()
+                raise
+            self._end()
+
+    def _end(self) -> None:
+        """All processes come here together."""
+        self._describe()
+        self._keep("weights", self.run.model.state_dict())
+        self._keep("final", self._training_tensors())
+        self._keep("gradients", self.gradients)
+
+    def _describe(self) -> None:
+        named = self.run.objective.named_parameters()
+        self.seen |= {
+            "num_parts": self.stepper.num_parts,
+            "step": self.trainer.progress.step,
+            "shards": {name: describe_shards(parameter) for name, parameter in named},
+        }
+
+    def _training_tensors(self) -> Tensors:
+        from finetuning.state import training_tensors
+
+        return dict(training_tensors(self.stepper.module, self.stepper.optimizer))
+
+    def _keep(self, kind: str, tensors: Tensors) -> None:
+        whole = {name: full_tensor(tensor).clone().contiguous() for name, tensor in tensors.items()}
+        if self.rank == 0 and whole:
+            save_file(whole, self.place / f"{kind}.safetensors")
+
+    def _validate(self, num_rows: int) -> dict[str, float]:
+        import numpy as np
+
+        from finetuning.dataset import StepDataset
+        from finetuning.validation import Validator
+
+        everything = self.run.validation
+        some = StepDataset(everything.manifest.select(np.arange(num_rows)), everything.encoder)
+        return Validator(self.settings, self.run.accelerator, some).evaluate(self.stepper.module)
+
+    # ------------------------------------------------------------------------------------------------------ tricks
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        take, save = self.stepper.take, self.trainer.saver.save
+        self.stepper.take = lambda *arguments: self._take(take, *arguments)
+        self.trainer.saver.save = lambda *arguments: self._save(save, *arguments)
+        module = self.run.objective
+        module.register_forward_pre_hook(self._before_forward)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if "no_memory_in_backward" in self.tricks:
+            trained[0].register_hook(self._in_backward)
+        hook = register_optimizer_step_pre_hook(self._before_update)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _take(self, take: Callable[..., Any], batches: Any, *counts: int) -> Any:
+        from finetuning.stepping import lines_of
+
+        progress = self.trainer.progress
+        if self.tricks.get("signal_in") == [progress.step + 1, self.rank]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        sums = take(batches, *counts)
+        self.seen["rows"].append([progress.epoch, lines_of(batches)])
+        if progress.step + 1 == self.tricks.get("end_after"):
+            raise Enough
+        return sums
+
+    def _before_forward(self, module: nn.Module, arguments: Any) -> None:
+        if not module.training:
+            return
+        (batch,) = arguments
+        self._num_forwards += 1
+        self.seen["num_empty_batches"] += int(batch["weight"] == 0)
+        process, forward, num_rows = self.tricks.get("no_memory", (None, 0, 0))
+        if process == self.rank and self._num_forwards >= forward and len(batch["attention_mask"]) > num_rows:
+            raise torch.OutOfMemoryError("no memory, says the test")
+
+    def _in_backward(self, _: torch.Tensor) -> None:
+        self._num_backwards += 1
+        if [self.rank, self._num_backwards] == self.tricks["no_memory_in_backward"]:
+            raise torch.OutOfMemoryError("no memory, says the test")
+
+    def _before_update(self, *_: Any) -> None:
+        step = self.trainer.progress.step + 1
+        if step in self.tricks.get("gradients_of", ()):
+            named = self.run.objective.named_parameters()
+            self.gradients |= {f"{step}.{name}": full_tensor(p.grad).clone() for name, p in named if p.requires_grad}
+
+    def _save(self, save: Callable[..., Any], trainer: Any, names: list[str], with_state: bool, epoch: int) -> Any:
+        plan = self.tricks.get("failing_saves", [])
+        what = plan[len(self.seen["saves"])] if len(self.seen["saves"]) < len(plan) else ""
+        note = {"step": trainer.progress.step, "names": names, "with_state": with_state}
+        self.seen["saves"].append(note)
+        try:
+            with _failing(what, self.rank):
+                saved = save(trainer, names, with_state, epoch)
+        finally:
+            self._note_save(note)
+        note |= saved._asdict()
+        return saved
+
+    def _note_save(self, note: dict[str, Any]) -> None:
+        """What there is after a save; only the first process, which wrote the last of it, can tell.
+
+        Adds ``failures`` (in a row), ``leftovers``, ``whole`` and ``damaged`` (folders of checkpoints and states).
+        """
+        from finetuning.disk import CHECKSUMS_FILE, damage
+
+        note["failures"] = self.trainer.saver._num_failures
+        if self.rank == 0:
+            output = self.settings.output_dir
+            folders = [*output.iterdir(), *output.glob("state/*")]
+            note["leftovers"] = [folder.name for folder in folders if folder.name.endswith(".tmp")]
+            saved = [folder for folder in folders if (folder / CHECKSUMS_FILE).exists() or folder.parent != output]
+            note["whole"] = sorted(folder.name for folder in saved if not damage(folder))
+            note["damaged"] = sorted(folder.name for folder in saved if damage(folder))
+
+
+@contextlib.contextmanager
+def _failing(what: str, rank: int) -> Iterator[None]:
+    """The disk is full for the second process's part of a state, or for the first one's export."""
+    import finetuning.checkpoint
+    import finetuning.state
+
+    room = {"state": finetuning.state, "export": finetuning.checkpoint}.get(what)
+    if room is None or rank != (what == "state"):
+        yield
+        return
+    real = room.save_file
+
+    def save_half(tensors: Tensors, file: Path, *_: Any, **__: Any) -> None:
+        Path(file).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    room.save_file = save_half
+    try:
+        yield
+    finally:
+        room.save_file = real
 
 
 def describe_shards(parameter: nn.Parameter) -> list[Any]:
