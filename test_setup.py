@@ -151,9 +151,12 @@ class Preflight:
 
     def output_folder(self) -> str:
         from finetuning.checkpoint import check_output_folder
+        from finetuning.resume import begin_or_resume
 
         check_output_folder(self.settings, self.base)
-        return str(self.settings.output_dir)
+        resume = begin_or_resume(self.settings, self.base, int(os.environ.get("WORLD_SIZE") or 1))
+        goes_on = f", goes on from {resume.folder}" if resume else ""
+        return f"{self.settings.output_dir}{goes_on}"
 
     def data(self) -> str:
         from finetuning.console import say

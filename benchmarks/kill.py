@@ -264,7 +264,7 @@ class Watch:
         self.rows: dict[int, list[list[int]]] = {}
         self._num_processes = 0
         self._begun_after: list[int] = []
-        self._left = ""
+        self._last_begin, self._left = "?", ""  # of the last process
 
     def train(self, moment: Moment | None) -> Child:
         """One process, up to its end or the moment at which it is killed; checks what it leaves."""
@@ -282,14 +282,15 @@ class Watch:
         return child
 
     def describe(self) -> str:
-        return f"begun after {self._begun_after[-1] if self._begun_after else 0:2d}, left {self._left}"
+        return f"begun after {self._last_begin:>2}, left {self._left}"
 
     def _check_begin(self, child: Child) -> None:
         """At most SAVE_STEPS steps are lost."""
-        furthest = max(self.rows, default=0)
+        furthest, self._last_begin = max(self.rows, default=0), "–"
         for event in child.events:
             if event["what"] == "begin":
                 self._begun_after.append(event["step"])
+                self._last_begin = str(event["step"])
                 if event["step"] < furthest - SAVE_STEPS:
                     raise Failed(f"{self.name}: began after step {event['step']}, though step {furthest} was under way")
 
@@ -313,7 +314,8 @@ class Watch:
 
     def check_end(self) -> None:
         """All steps were taken; what the first process of a run took is known only where it told."""
-        wanted = list(range(self._begun_after[0] + 1, NUM_STEPS + 1))
+        first = self._begun_after[0] if self._begun_after else NUM_STEPS
+        wanted = list(range(first + 1, NUM_STEPS + 1))
         if sorted(self.rows) != wanted:
             raise Failed(f"{self.name}: the steps were {sorted(self.rows)}, not {wanted}")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from finetuning.base_model import Base
-from finetuning.checkpoint import LOG_FILES, link_or_copy
+from finetuning.checkpoint import LOG_FILES, check_holds_no_run, link_or_copy, run_entries
 from finetuning.console import say
 from finetuning.disk import damage, new_folder, remove_folder
 from finetuning.errors import UserError
@@ -49,17 +49,35 @@ class Resume:
     def state(self) -> State:
         return State(self.folder)
 
+    def is_in(self, output_dir: Path) -> bool:
+        """Whether the run goes on in the folder in which it was."""
+        return self.run_dir.resolve() == output_dir.resolve()
+
 
 # --------------------------------------------------------------------------------------------------------- finding
 
 
-def find_resume(settings: Settings, base: Base, num_processes: int) -> Resume | None:
-    """The state that RESUME asks for; None to begin at the beginning. Reads every byte of it, to be sure.
+def begin_or_resume(settings: Settings, base: Base, num_processes: int) -> Resume | None:
+    """Where the run begins: at the state that RESUME asks for, or None for the beginning.
+
+    Reads every byte of a state, to be sure of it; its rows are compared later, once they are open.
 
     Raises:
-        UserError: there is none, it is damaged, or it belongs to other settings or another base (unless
-            OVERWRITE_OUTPUT replaces it).
+        UserError: there is no state where one is asked for, it is damaged, it belongs to other settings or another
+            base, or OUTPUT_DIR holds a run that it does not belong to (unless OVERWRITE_OUTPUT replaces that).
     """
+    resume = find_resume(settings, base, num_processes)
+    if resume is not None and resume.is_in(settings.output_dir):
+        return resume
+    if run_entries(settings.output_dir) and may_begin_again(settings):
+        say(f"{settings.output_dir} holds this run, stopped before its first state: it begins again")
+    else:
+        check_holds_no_run(settings)
+    return resume
+
+
+def find_resume(settings: Settings, base: Base, num_processes: int) -> Resume | None:
+    """The state that RESUME asks for; None where there is none to find. Raises UserError as ``begin_or_resume``."""
     if settings.resume == "never":
         return None
     if settings.resume == "auto":
@@ -71,7 +89,7 @@ def find_resume(settings: Settings, base: Base, num_processes: int) -> Resume | 
     if problems := damage_of_state(found):
         raise UserError(f"RESUME: {found} is damaged: {'; '.join(problems)}. RESUME=auto takes the newest whole one")
     resume = Resume(found, found.parent.parent)
-    if resume.run_dir.resolve() != settings.output_dir.resolve() and find_states(settings.output_dir):
+    if not resume.is_in(settings.output_dir) and find_states(settings.output_dir):
         say(f"{settings.output_dir} has gone on from {found} already; it goes on from its own newest state")
         return _find_newest(settings, base, num_processes)
     if differences := differences_of(resume.state(), settings, base, num_processes):
@@ -238,7 +256,7 @@ def take_over(resume: Resume, settings: Settings) -> None:
         OSError: they cannot be copied.
     """
     output_dir = settings.output_dir
-    if resume.run_dir.resolve() == output_dir.resolve():
+    if resume.is_in(output_dir):
         for folder in find_states(output_dir):
             if step_of(folder) > resume.state().step:
                 remove_folder(folder)

@@ -24,7 +24,6 @@ from finetuning.check_rows import check_at_start
 from finetuning.checkpoint import (
     Exporter,
     check_disk_space,
-    check_holds_no_run,
     check_output_folder,
     clean_up_leftovers,
     clear_output_folder,
@@ -44,10 +43,9 @@ from finetuning.processes import Processes
 from finetuning.prompt import LayoutIds, resolve_language
 from finetuning.resume import (
     Resume,
+    begin_or_resume,
     check_same_rows,
-    find_resume,
     fingerprint_of_base,
-    may_begin_again,
     say_what_differs,
     take_over,
 )
@@ -175,23 +173,12 @@ def choose_start(settings: Settings, base: Base, accelerator: Accelerator) -> Re
     found: list[Any] = [None, None]
     if accelerator.is_main_process and not settings.prepare_only:
         try:
-            found[0] = _choose_start(settings, base, accelerator.num_processes)
+            found[0] = begin_or_resume(settings, base, accelerator.num_processes)
         except UserError as error:
             found[1] = str(error)
     resume, problem = broadcast_object_list(found)
     if problem:
         raise UserError(problem)
-    return resume
-
-
-def _choose_start(settings: Settings, base: Base, num_processes: int) -> Resume | None:
-    resume = find_resume(settings, base, num_processes)
-    if resume is not None and resume.run_dir.resolve() == settings.output_dir.resolve():
-        return resume
-    if run_entries(settings.output_dir) and may_begin_again(settings):
-        say(f"{settings.output_dir} holds this run, stopped before its first state: it begins again")
-    else:
-        check_holds_no_run(settings)
     return resume
 
 
@@ -337,7 +324,8 @@ def claim_output_folder(run: Run) -> None:
 
 
 def _claim_output_folder(run: Run) -> None:
-    output_dir, resumes_here = run.settings.output_dir, is_resumed_in_place(run)
+    output_dir = run.settings.output_dir
+    resumes_here = run.resume is not None and run.resume.is_in(output_dir)
     required = run.exporter.required_bytes() + state_bytes(run.model)
     check_disk_space(output_dir, required - (0 if resumes_here else reclaimable_bytes(output_dir)))
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -346,14 +334,9 @@ def _claim_output_folder(run: Run) -> None:
         clean_up_leftovers(output_dir)
     else:
         clear_output_folder(run.settings)
+    run.settings.save(output_dir / "settings.json")  # first: it tells whose the folder is, should this be cut off
     if run.resume:
         take_over(run.resume, run.settings)
-    run.settings.save(output_dir / "settings.json")
-
-
-def is_resumed_in_place(run: Run) -> bool:
-    """Whether the run goes on in the folder in which it was."""
-    return run.resume is not None and run.resume.run_dir.resolve() == run.settings.output_dir.resolve()
 
 
 def discard_rows(settings: Settings) -> None:

@@ -55,7 +55,8 @@ def settings_for(make_settings: Callable, write_jsonl: Callable, demo_rows: list
             "batch_size": 2, "gradient_accumulation_steps": 2, "num_epochs": 3, "learning_rate": 1e-3,
             "warmup_steps": 1, "logging_steps": 2, "eval_steps": 3, "save_steps": 4, "resume": "auto",
         }  # fmt: skip
-        return make_settings(**(FULL | defaults | fields))
+        given = FULL | defaults | fields
+        return make_settings(**{name: value for name, value in given.items() if value is not None})
 
     return make
 
@@ -185,7 +186,7 @@ def test_with_data_workers_and_stopped_again_and_again(settings_for: Callable, w
 #: Runs of ten steps.
 RECIPES: dict[str, dict[str, Any]] = {
     "new layers": {"replace_last_n_layers": 1, "add_new_layers": 1, "freeze_original_layers": True},
-    "no validation rows": {"validation_jsonl": "nowhere.jsonl", "validation_fraction": 0.0},
+    "no validation rows": {"validation_jsonl": None, "validation_fraction": 0.0},
 }
 
 
@@ -448,7 +449,7 @@ def test_overwrite_replaces_a_run_with_other_settings(
     (stopped / "last").rename(stopped / ".last.old.tmp")
     run = build(settings_for(seed=7, overwrite_output=True))
     assert run.state is None
-    assert sorted(entry.name for entry in stopped.iterdir()) == [".lock", "settings.json"]
+    assert sorted(entry.name for entry in stopped.iterdir()) == [".lock", "rows", "settings.json"]
     assert "had other settings and is replaced: SEED was 42, is 7" in capsys.readouterr().out
 
 
@@ -478,8 +479,24 @@ def test_a_named_state_goes_on_in_another_folder(
         shutil.copytree(stopped / name, settings.output_dir / name)
     assert_same(result(settings.output_dir), wanted)
     assert {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()} == before
-    with pytest.raises(UserError, match="already holds a run"):  # the other folder is no empty one any more
+    assert build(settings).state.step == 15  # what is started again by the same command goes on where it was
+
+
+def test_a_named_state_that_was_taken_over_by_half_is_taken_over_again(
+    settings_for: Callable, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the copies of logs and best/ and the first state of its own."""
+    settings = settings_for(resume=str(stopped), output_dir=tmp_path / "other")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("finetuning.resume.damage", raise_killed)  # after the logs, before best/
         build(settings)
+    assert (settings.output_dir / "training_log.jsonl").exists()
+    run = build(settings)
+    assert run.state.step == 9 and damage(settings.output_dir / "best") == []
+
+
+def raise_killed(*_: Any) -> None:
+    raise Killed
 
 
 def test_an_older_state_of_the_same_folder_gives_up_the_newer_ones(settings_for: Callable, stopped: Path) -> None:
@@ -490,8 +507,11 @@ def test_an_older_state_of_the_same_folder_gives_up_the_newer_ones(settings_for:
 
 
 def test_a_name_without_a_state_is_refused(settings_for: Callable, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"RESUME: .*/nowhere holds no state to resume from \(state/step-N"):
-        found(settings_for(resume=str(tmp_path / "nowhere")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"RESUME: .*/empty holds no state to resume from \(state/step-N"):
+        found(settings_for(resume=str(tmp_path / "empty")))
+    with pytest.raises(UserError, match=r"RESUME: .*/nowhere is no folder; set auto, never, or"):
+        settings_for(resume=str(tmp_path / "nowhere"))
 
 
 # ----------------------------------------------------------------------------------------------------------- damage
@@ -605,9 +625,11 @@ def test_a_complete_run_says_so_and_changes_nothing(
         stream.write('{"step": 15, "metrics": {"roundtrip_reproduced": 1.0}}\n')  # comes after the state
     settings = settings_for()
     settings.save(output / "settings.json")
+    shutil.rmtree(output / "rows")  # says where the JSONL lies
     before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
     session.train(build(settings))
     assert f"This run is complete: {output} holds all 15 steps" in capsys.readouterr().out
+    shutil.rmtree(output / "rows")
     assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
 
 
