@@ -295,11 +295,11 @@ def reclaimable_bytes(output_dir: Path) -> int:
 
 
 def check_disk_space(output_dir: Path, required_bytes: int) -> None:
-    """Raises UserError when one checkpoint does not fit."""
+    """Raises UserError when the first checkpoint and state do not fit."""
     free = free_bytes(output_dir)
     if free < required_bytes:
         raise UserError(
-            f"OUTPUT_DIR: {output_dir} has {free / 1e9:.1f} GB free, one checkpoint needs "
+            f"OUTPUT_DIR: {output_dir} has {free / 1e9:.1f} GB free, one checkpoint and one state need "
             f"{required_bytes / 1e9:.1f} GB; free some space or choose another disk"
         )
 

@@ -18,6 +18,7 @@ from finetuning.disk import bytes_of, free_bytes
 from finetuning.errors import UserError
 from finetuning.resume import versions
 from finetuning.settings import Settings
+from finetuning.sharding import is_sharded
 from finetuning.state import (
     State,
     find_states,
@@ -77,7 +78,7 @@ class Saver:
                 self.exporter.save(names, self._describe(trainer, epoch))
             saved = Saved(True, False)
             if with_state:
-                trainer.tracker.flush()
+                attempt(self.accelerator, trainer.tracker.flush)
                 self._save_state(trainer)
             saved = Saved(True, True)
             self._rotate(trainer.progress.step)
@@ -174,7 +175,9 @@ class Saver:
         set_schedule(stepper.scheduler, record["schedule"])
         if self.accelerator.scaler and record["scaler"]:
             self.accelerator.scaler.load_state_dict(record["scaler"])
-        stepper.learning_rate, stepper.num_parts = record["learning_rate"], record["num_parts"]
+        stepper.learning_rate = record["learning_rate"]
+        if not is_sharded(stepper.objective):  # else the processes would have unequal numbers of forwards
+            stepper.num_parts = record["num_parts"]
         trainer.progress = Progress.from_json(record["progress"])
         same_processes = state.num_processes == self.accelerator.num_processes
         if same_processes:

@@ -113,16 +113,28 @@ def _autocast_forward(objective: nn.Module, accelerator: Accelerator) -> None:
 
 
 @contextlib.contextmanager
-def gradient_sync(prepared: nn.Module, enabled: bool) -> Iterator[None]:
-    """A micro-batch's forward inside, whose backward then averages gradients over the processes if ``enabled``.
+def accumulating(prepared: nn.Module) -> Iterator[None]:
+    """Forwards and backwards inside share nothing: gradients add up where they are.
 
-    If not, they add up where they are; under FSDP that is a whole gradient on every process until the step ends. The
-    backward may stand outside, when it comes before the next ``gradient_sync``.
+    Under FSDP that is a whole gradient on every process until ``averaging``. A forward may be given up, with the
+    backward that it was for.
     """
     if is_sharded(prepared):
-        prepared.set_requires_gradient_sync(enabled)
-    holds_back = isinstance(prepared, DistributedDataParallel) and not enabled
-    with prepared.no_sync() if holds_back else contextlib.nullcontext():
+        prepared.set_requires_gradient_sync(False)
+    with prepared.no_sync() if isinstance(prepared, DistributedDataParallel) else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def averaging(prepared: nn.Module) -> Iterator[None]:
+    """The backward inside, of a forward made under ``accumulating``, averages the gradients over the processes.
+
+    After a forward outside of DDP's ``no_sync`` the next backward synchronises, whichever it is, so a process that
+    gave that forward up would not be in step with the others any more.
+    """
+    if is_sharded(prepared):
+        prepared.set_requires_gradient_sync(True)
+    with Accelerator.trigger_sync_in_backward(prepared):
         yield
 
 

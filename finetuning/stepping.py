@@ -22,7 +22,7 @@ from finetuning.errors import UserError
 from finetuning.layer_utils import optimizer_groups
 from finetuning.objective import TrainingObjective, step_loss
 from finetuning.settings import Settings
-from finetuning.sharding import clip_gradients, gradient_sync, is_sharded, prepare
+from finetuning.sharding import accumulating, averaging, clip_gradients, is_sharded, prepare
 
 #: So often the micro-batch is halved when the GPU's memory does not suffice.
 MAX_HALVINGS = 3
@@ -124,10 +124,9 @@ class Stepper:
         shares = _Shares(self, num_talker, num_sub_talker)
         loss, is_out_of_memory = None, False
         try:
-            with gradient_sync(self.objective, False):
+            with accumulating(self.objective):
                 for batch in others:
                     self.accelerator.backward(shares.loss(batch))
-            with gradient_sync(self.objective, True):
                 loss = shares.loss(last)
         except torch.OutOfMemoryError:
             is_out_of_memory = True
@@ -135,7 +134,8 @@ class Stepper:
         if self.any_process(is_out_of_memory):
             return None
         try:
-            self.accelerator.backward(loss)
+            with averaging(self.objective):
+                self.accelerator.backward(loss)
         except torch.OutOfMemoryError:
             if self.accelerator.num_processes > 1:
                 raise self._out_of_memory() from None

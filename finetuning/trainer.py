@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 
 from finetuning.console import say
 from finetuning.dataset import Part, Step, count_tokens, merged
@@ -166,11 +166,12 @@ class Trainer:
 
     def _take_step(self, fetched: Step) -> bool:
         """False where there is no row: a stream has such steps when it is shorter than MAX_TRAIN_SAMPLES says."""
-        num_talker, num_sub_talker = self._agree(fetched)
+        num_talker, num_sub_talker, num_skipped = self._agree(fetched)
         progress = self.progress
         progress.done = tuple(merged([*progress.done, Part(self.train_steps.geometry, 1)]))
         progress.num_fetched += 1
-        self._tell_skipped_rows(fetched)
+        if num_skipped:
+            self._tell_skipped_rows(fetched)
         if not num_talker:
             return False
         sums = self.stepper.take(fetched.batches, num_talker, num_sub_talker)
@@ -181,20 +182,24 @@ class Trainer:
         self.epoch_window.add(sums)
         return True
 
-    def _agree(self, fetched: Step) -> tuple[int, int]:
-        """Labels of the step over all processes. Here they agree to stop or to save, too, before the step begins."""
+    def _agree(self, fetched: Step) -> tuple[int, int, int]:
+        """Labels (of both kinds) and skipped rows of the step over all processes.
+
+        Here they agree to stop or to save, too, before the step begins.
+        """
         is_late = bool(self.settings.save_minutes) and (
             time.monotonic() - self._saved_at >= 60 * self.settings.save_minutes
         )
         is_save_due = is_late and self.accelerator.is_main_process
-        values = [*count_tokens(fetched.batches), int(self._stop_signal is not None), int(is_save_due)]
+        counts = [*count_tokens(fetched.batches), len(fetched.skipped)]
+        values = [*counts, int(self._stop_signal is not None), int(is_save_due)]
         if self.accelerator.num_processes > 1:
             summed = torch.tensor(values, device=self.accelerator.device)
             values = self.accelerator.reduce(summed, reduction="sum").tolist()
-        num_talker, num_sub_talker, num_stopped, self._is_save_due = values
+        num_talker, num_sub_talker, num_skipped, num_stopped, self._is_save_due = values
         if num_stopped:
             self._save_and_stop()
-        return num_talker, num_sub_talker
+        return num_talker, num_sub_talker, num_skipped
 
     # ---------------------------------------------------------------------------------------- between the steps
 
@@ -293,8 +298,10 @@ class Trainer:
         )
 
     def _tell_skipped_rows(self, fetched: Step) -> None:
-        self.progress.num_skipped_rows += len(fetched.skipped)
-        for row in fetched.skipped:
+        """Of all processes; the main one lists them."""
+        skipped = gather_object(fetched.skipped) if self.accelerator.num_processes > 1 else fetched.skipped
+        self.progress.num_skipped_rows += len(skipped)
+        for row in skipped:
             self.tracker.log_skipped_row(self.progress.step + 1, row)
 
     @contextlib.contextmanager

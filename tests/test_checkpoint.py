@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from training import FULL, build, make_trainer
 
 from finetuning import checkpoint
-from finetuning.base_model import resolve_base
-from finetuning.checkpoint import check_output_folder, reclaimable_bytes, run_entries
+from finetuning.checkpoint import LOCK_FILE, check_holds_no_run, reclaimable_bytes, run_entries
+from finetuning.disk import damage
 from finetuning.errors import UserError
 from finetuning.tiny_model import embedded_model_folder
 
@@ -196,9 +196,33 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(settings_for: Callable, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(UserError, match=r"last/ could not be saved .*No space.* before it are whole"):
+    with pytest.raises(OSError, match="No space left on device"):
         run.exporter.save(["last", "best"], {"step": 2})
     assert {path: path.read_bytes() for path in run.settings.output_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_name_that_fails_leaves_the_names_before_and_after_it_whole(
+    settings_for: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build(settings_for())
+    output = run.settings.output_dir
+    run.exporter.save(["last", "best"], {"step": 1})
+    link_or_copy = checkpoint.link_or_copy
+
+    def full_disk(source: str, target: str) -> str:
+        if ".best.tmp" in str(target) and str(target).endswith("config.json"):
+            raise OSError(28, "No space left on device")
+        return link_or_copy(source, target)
+
+    monkeypatch.setattr(checkpoint, "link_or_copy", full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        run.exporter.save(["last", "best", "checkpoint-2"], {"step": 2})
+    assert [json.loads((output / name / "training_state.json").read_text())["step"] for name in ("last", "best")] == [
+        2,
+        1,
+    ]
+    assert damage(output / "last") == damage(output / "best") == []
+    assert sorted(entry.name for entry in output.iterdir() if entry.is_dir()) == ["best", "last", "rows"]
 
 
 def test_several_names_share_their_large_files(settings_for: Callable) -> None:
@@ -206,6 +230,7 @@ def test_several_names_share_their_large_files(settings_for: Callable) -> None:
     run.exporter.save(["last", "best", "checkpoint-7"], {"step": 7})
     files = [run.settings.output_dir / name / "model.safetensors" for name in ("last", "best", "checkpoint-7")]
     assert len({os.stat(file).st_ino for file in files}) == 1
+    assert [damage(file.parent) for file in files] == [[], [], []]
     small = [run.settings.output_dir / name / "config.json" for name in ("last", "best")]
     assert len({os.stat(file).st_ino for file in small}) == 2  # people edit these
     run.exporter.save(["last"], {"step": 8})
@@ -218,7 +243,7 @@ def test_disk_space_is_checked_before_training(settings_for: Callable, monkeypat
     import train
 
     settings = settings_for()
-    with pytest.raises(UserError, match=r"OUTPUT_DIR: .* one checkpoint needs 0\.0 GB"):
+    with pytest.raises(UserError, match=r"OUTPUT_DIR: .* one checkpoint and one state need 0\.1 GB"):
         train.train(settings)
     assert not settings.output_dir.exists()
 
@@ -237,7 +262,9 @@ def test_another_run_is_refused_and_replaced_on_request(settings_for: Callable) 
     (output / "training_log.jsonl").write_text("{}\n")
     (output / "my_notes.txt").write_text("keep me")
     with pytest.raises(UserError, match=r"already holds a run \(checkpoint-9, training_log\.jsonl\).*OVERWRITE_OUTPUT"):
-        check_output_folder(settings, resolve_base(settings))
+        check_holds_no_run(settings)
+    with pytest.raises(UserError, match="already holds a run"):
+        build(settings)
     assert (output / "training_log.jsonl").exists()
     build(settings_for(overwrite_output=True))
     assert [entry.name for entry in run_entries(output)] == ["settings.json"]
@@ -276,4 +303,4 @@ def test_leftovers_of_a_cut_off_save_are_removed(settings_for: Callable) -> None
     settings = settings_for()
     (settings.output_dir / ".last.tmp").mkdir(parents=True)
     build(settings)
-    assert not list(settings.output_dir.glob(".*"))
+    assert [entry.name for entry in settings.output_dir.glob(".*")] == [LOCK_FILE]

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -52,7 +53,8 @@ def slow(*arguments):
     taken.append(1)
     if len(taken) == 3:
         print("in the third step", flush=True)
-        time.sleep(600)
+        while True:  # one long sleep would leave a signal unheard that came right before it
+            time.sleep(0.01)
     return take(*arguments)
 
 stepping.Stepper.take = slow
@@ -310,10 +312,13 @@ def test_a_second_signal_ends_a_real_process_at_once(slow_runs: dict[int, Any], 
 def wait_for(process: subprocess.Popen[str], text: str) -> None:
     """Reads what the process prints up to the line that has the text."""
     printed = []
+    killer = threading.Timer(180.0, process.kill)  # then its output ends, and this fails instead of waiting for ever
+    killer.start()
     for line in process.stdout:
         printed.append(line)
         if text in line:
-            return
+            return killer.cancel()
+    killer.cancel()
     raise AssertionError("".join(printed))
 
 

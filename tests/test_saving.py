@@ -10,6 +10,8 @@ import re
 import resource
 import signal
 import subprocess
+import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,33 @@ def test_a_disk_that_is_really_full(
     assert ("GB are needed, 0.01 GB are free" if told else "No space left on device") in said
     assert_whole(settings.output_dir)
     assert (step_in(settings.output_dir / "last"), state_steps(settings)) == (5, [5, 4])
+
+
+# ---------------------------------------------------------------------------------------------------------- by time
+
+
+def test_saving_by_time(settings_for: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SAVE_MINUTES: last/ and a state after the step in which the time was up; any other state begins it anew."""
+    trainer = make_trainer(build(settings_for(save_steps=6, save_minutes=10.0, num_epochs=8)))
+    now = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr("finetuning.trainer.time", clock)
+    trainer._saved_at = 0.0
+    save, take, seen = trainer.saver.save, trainer.stepper.take, []
+
+    def noted(_: Any, names: list[str], with_state: bool, epoch: int) -> Saved:
+        if with_state:
+            seen.append((trainer.progress.step, names))
+        return save(trainer, names, with_state, epoch)
+
+    def timed(*arguments: Any) -> Any:
+        now[0] += 60 * 4.0
+        return take(*arguments)
+
+    monkeypatch.setattr(trainer.saver, "save", noted)
+    monkeypatch.setattr(trainer.stepper, "take", timed)
+    trainer.run()
+    assert seen == [(4, ["last"]), (6, ["checkpoint-6"]), (8, ["last", "best"])]
 
 
 # -------------------------------------------------------------------------------------------------------- the space

@@ -21,10 +21,11 @@ from finetuning.layer_utils import replace_and_add_layers
 from finetuning.objective import TrainingObjective, step_loss
 from finetuning.prompt import LayoutIds
 from finetuning.sharding import (
+    accumulating,
     asks_for_fsdp,
+    averaging,
     clip_gradients,
     full_tensor,
-    gradient_sync,
     is_sharded,
     local_part,
     prepare,
@@ -201,9 +202,11 @@ def test_processes_synchronise_in_the_last_micro_batch_only(parts: list) -> None
 
 def test_one_process_accumulates_without_a_wrapper() -> None:
     module = toy()
-    for number, enabled in enumerate((False, True)):
-        with gradient_sync(module, enabled):
-            toy_loss(module, 0, number).backward()
+    with accumulating(module):
+        toy_loss(module, 0, 0).backward()
+        loss = toy_loss(module, 0, 1)
+    with averaging(module):
+        loss.backward()
     want = toy()
     (toy_loss(want, 0, 0) + toy_loss(want, 0, 1)).backward()
     torch.testing.assert_close(module[0].weight.grad, want[0].weight.grad)

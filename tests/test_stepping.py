@@ -114,7 +114,7 @@ def test_a_step_out_of_memory_is_repeated_in_smaller_parts(
         assert found.keys() == want.keys()
         norm = torch.stack([tensor.norm() for tensor in want.values()]).norm()
         error = torch.stack([(found[name] - tensor).norm() for name, tensor in want.items()]).norm()
-        assert error / norm < 1e-5
+        assert error / norm < (1e-6 if found is gradients[0] else 1e-5)
     for found, want in zip(read_log(settings), read_log(untouched), strict=True):
         for name in ("loss", "talker_loss", "sub_talker_loss", "grad_norm"):
             assert found[name] == pytest.approx(want[name], rel=1e-5 if found["step"] > 1 else 1e-6)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import PROJECT
 
-from finetuning.tracking import Tracker, format_seconds, start_wandb
+from finetuning.tracking import Tracker, cut_log, format_seconds, start_wandb
 
 SECRET = "hf_trackingSecret"
 
@@ -30,7 +30,7 @@ class FakeWandb(types.ModuleType):
         if self.fails:
             raise RuntimeError("no service")
         self.calls.append(options)
-        return types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+        return types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None, id=options["id"] or "new")
 
 
 @pytest.fixture
@@ -113,3 +113,97 @@ def test_other_processes_log_nothing(make_settings: Callable, capsys: pytest.Cap
 
 def test_times_are_readable() -> None:
     assert [format_seconds(value) for value in (5, 65, 3723.9)] == ["0:05", "1:05", "1:02:03"]
+
+
+# ---------------------------------------------------------------------------------------------------------- resuming
+
+RECORD = {"epoch": 0, "loss": 2.0, "learning_rate": 1e-5, "frames_per_second": 1.0, "seconds_left": 1.0}
+METRICS = {"loss": 1.0, "accuracy": 0.5, "sub_talker_accuracy": 0.5}
+
+
+def steps_in(settings: Any, name: str) -> list[int]:
+    return [json.loads(line)["step"] for line in (settings.output_dir / name).read_text().splitlines()]
+
+
+def test_logs_are_cut_back_to_the_state(make_settings: Callable) -> None:
+    """Lines that came after it are logged again, also the one that a crash cut off."""
+    settings = make_settings()
+    settings.output_dir.mkdir()
+    with Tracker(settings, total_steps=9, is_main=True) as tracker:
+        for step in (1, 2, 3):
+            tracker.log_training({"step": step, **RECORD})
+        tracker.log_validation(3, 0, METRICS)
+        logs = json.loads(json.dumps(tracker.to_json()))
+        tracker.log_training({"step": 4, **RECORD})
+        tracker.log_skipped_row(5, types.SimpleNamespace(line=7, reason="damaged"))
+    with (settings.output_dir / "training_log.jsonl").open("a") as stream:
+        stream.write('{"step": 5, "lo')
+    for _ in range(2):  # a run that is resumed twice
+        with Tracker(settings, total_steps=9, is_main=True, resumed=logs, step=3) as tracker:
+            assert steps_in(settings, "training_log.jsonl") == [1, 2, 3]
+            assert steps_in(settings, "validation_log.jsonl") == [3]
+            assert not (settings.output_dir / "skipped_rows.jsonl").exists()
+            tracker.log_training({"step": 4, **RECORD})
+            assert tracker.to_json()["lines"]["training_log.jsonl"] == 4
+    assert steps_in(settings, "training_log.jsonl") == [1, 2, 3, 4]
+
+
+def test_a_new_run_begins_with_empty_logs(make_settings: Callable) -> None:
+    settings = make_settings()
+    settings.output_dir.mkdir()
+    (settings.output_dir / "training_log.jsonl").write_text("of another run\n")
+    with Tracker(settings, total_steps=9, is_main=True) as tracker:
+        tracker.log_training({"step": 1, **RECORD})
+    assert steps_in(settings, "training_log.jsonl") == [1]
+
+
+def test_a_log_that_lost_lines_goes_on_and_is_cut_right_the_next_time(
+    make_settings: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody took lines away: the state that comes then must not count them."""
+    settings = make_settings()
+    settings.output_dir.mkdir()
+    log = settings.output_dir / "training_log.jsonl"
+    log.write_text('{"step": 1}\n')
+    lines = {"lines": {"training_log.jsonl": 3}, "wandb_run_id": None}
+    with Tracker(settings, total_steps=9, is_main=True, resumed=lines, step=3) as tracker:
+        assert "has 1 of the 3 lines" in capsys.readouterr().out
+        tracker.log_training({"step": 4, **RECORD})
+        resumed = tracker.to_json()
+        tracker.log_training({"step": 5, **RECORD})
+    with Tracker(settings, total_steps=9, is_main=True, resumed=resumed, step=4):
+        assert steps_in(settings, "training_log.jsonl") == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "num_lines", "kept"),
+    [
+        ("a\nb\nc\n", 2, "a\nb\n"),
+        ("a\nb\nc", 3, "a\nb\n"),
+        ("a\nb", 1, "a\n"),
+        ("a\n", 0, None),
+        ("", 0, None),
+        ("ä\n\n", 2, "ä\n\n"),
+    ],
+)
+def test_cut_log(tmp_path: Path, text: str, num_lines: int, kept: str | None) -> None:
+    (tmp_path / "log").write_text(text, encoding="utf-8")
+    assert cut_log(tmp_path / "log", num_lines) == (kept or "").count("\n")
+    assert (tmp_path / "log").exists() == (kept is not None)
+    if kept is not None:
+        assert (tmp_path / "log").read_text(encoding="utf-8") == kept
+    assert cut_log(tmp_path / "nowhere", 0) == 0
+
+
+def test_the_same_wandb_run_goes_on(make_settings: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb("k" * 40)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = make_settings(use_wandb=True)
+    settings.output_dir.mkdir()
+    with Tracker(settings, total_steps=9, is_main=True) as tracker:
+        logs = tracker.to_json()
+    assert logs["wandb_run_id"] == "new"
+    with Tracker(settings, total_steps=9, is_main=True, resumed={**logs, "wandb_run_id": "first"}):
+        pass
+    assert [(call["id"], call["resume"]) for call in fake.calls] == [(None, None), ("first", "allow")]

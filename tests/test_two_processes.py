@@ -37,7 +37,9 @@ MODES = ("ddp", "fsdp")
 #: Figures of a log line that depend on the clock.
 CLOCK = ("timestamp", "frames_per_second", "seconds_left")
 #: What fails of each save; see ``test_a_full_disk_of_one_process``.
-FAILING = ["", "state", "export", "", "state", "export", "state"]
+FAILING = ["", "state", "export", "", "log", "export", "state"]
+#: Lines that cannot be read in the same lives.
+DAMAGED = [2, 5, 9]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,9 @@ def one(life_of: Callable, folder: Path) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def one_stopped(life_of: Callable, folder: Path) -> SimpleNamespace:
-    return live_alone(folder, life_of("one-stopped", alone=True, tricks={"signal_in": [STOP, 0]}))
+    """Stopped; there was no memory for all four rows of a micro-batch."""
+    tricks = {"signal_in": [STOP, 0], "no_memory": [0, 1, 2]}
+    return live_alone(folder, life_of("one-stopped", alone=True, tricks=tricks))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +117,7 @@ def lives(life_of: Callable, folder: Path, one_stopped: SimpleNamespace) -> Call
 
     whole = {"spoil": True, "gradients_of": [1, STOP], "validate": [1, 3, 5]}
     stop, go_on = {"signal_in": [STOP, 1]}, {"end_after": 5}
-    without_validation = {"validation_jsonl": None, "validation_fraction": 0, "save_steps": 1}
+    faults = {"failing_saves": FAILING, "damaged": DAMAGED}
     listed = [
         life_of("ddp", tricks=whole),
         life_of("fsdp", sharded=True, tricks=whole),
@@ -124,10 +128,7 @@ def lives(life_of: Callable, folder: Path, one_stopped: SimpleNamespace) -> Call
         life_of("fsdp-to-ddp", resume=state("fsdp-stopped"), tricks=go_on),
         life_of("one-to-fsdp", sharded=True, resume=state("one-stopped"), tricks=go_on),
         life_of("stopped-between", tricks={"signal_in": [1, 1]}, logging_steps=9, eval_steps=9, save_steps=9),
-        *(
-            life_of(f"disk-{mode}", sharded=mode == "fsdp", tricks={"failing_saves": FAILING}, **without_validation)
-            for mode in MODES
-        ),
+        *(life_of(f"disk-{mode}", mode == "fsdp", tricks=faults, save_steps=1, eval_steps=9) for mode in MODES),
         life_of("memory-first", tricks={"no_memory": [1, 1, 1], "gradients_of": [1], "end_after": 1}),
         life_of("memory-last", tricks={"no_memory": [1, 6, 1], "gradients_of": [STOP], "end_after": STOP}),
         life_of("memory-none", tricks={"no_memory": [1, 1, 0]}),
@@ -367,6 +368,12 @@ def test_other_processes_log_what_was_stopped(way: str, lives: Callable, one: An
     assert [line["step"] for line in read_log(resumed.output)] == [1, 2, 3, 4]
 
 
+def test_shards_do_not_halve_micro_batches(lives: Callable, one_stopped: Any) -> None:
+    """Not even after a state of halved ones: the processes would have unequal numbers of them."""
+    assert one_stopped.processes[0].num_parts == 2
+    assert [process.num_parts for process in lives("one-to-fsdp").processes] == [1, 1]
+
+
 # ------------------------------------------------------------------------------------------------- faults of one of two
 
 
@@ -384,7 +391,7 @@ def test_a_full_disk_of_one_process(mode: str, lives: Callable) -> None:
             (2, True, False),  # the second process's part of the state
             (2, False, False),  # the first one's export
             (3, True, True),
-            (4, True, False),
+            (4, True, False),  # its logs, which come before the state
             (4, False, False),
             (5, None, None),  # UserError
         ]
@@ -400,6 +407,16 @@ def test_a_full_disk_of_one_process(mode: str, lives: Callable) -> None:
     errors = [line for text in seen.printed for line in text.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "failed 3 times in a row" in errors[0] and "No space left on device" in errors[0]
     assert not damage(seen.output / "state" / "step-3")
+
+
+def test_damaged_rows_of_both_are_listed(mode: str, lives: Callable) -> None:
+    """In the two epochs that were trained to their end; all processes know their number."""
+    seen = lives(f"disk-{mode}")
+    listed = [row for row in read_log(seen.output, "skipped_rows.jsonl") if row["step"] <= 4]
+    assert sorted(row["line"] for row in listed) == sorted(DAMAGED * 2)
+    numbers = {process.num_skipped_rows for process in seen.processes}
+    assert len(numbers) == 1 and numbers.pop() >= len(listed)
+    assert not {line for process in seen.processes for _, lines in process.rows for line in lines} & set(DAMAGED)
 
 
 @pytest.mark.parametrize(("life", "step"), [("memory-first", 1), ("memory-last", STOP)])

@@ -30,13 +30,13 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from finetuning.errors import Stopped, UserError, run_main
-from finetuning.sharding import clip_gradients, full_tensor, gradient_sync, local_part, own_rows
+from finetuning.sharding import accumulating, averaging, clip_gradients, full_tensor, local_part, own_rows
 
 Tensors = dict[str, torch.Tensor]
 PROJECT = Path(__file__).parent.parent
 NUM_PROCESSES = 2
 #: Processes of one life that wait for one that will not come are ended after so long; all lives of a launch.
-MAX_SECONDS, MAX_SECONDS_OF_ALL = 90, 400
+MAX_SECONDS, MAX_SECONDS_OF_ALL = 60, 400
 #: How the tensors that a life leaves begin.
 TENSORS = ("gradients", "restored", "weights", "final")
 
@@ -93,7 +93,7 @@ def read_life(folder: Path, name: str) -> SimpleNamespace:
     """
     place = folder / name
     codes = place / "exit_codes.json"
-    seen = [json.loads(file.read_text(), object_hook=lambda d: d) for file in sorted(place.glob("process-*.json"))]
+    seen = [json.loads(file.read_text()) for file in sorted(place.glob("process-*.json"))]
     tensors = {kind: load_file(file) if (file := place / f"{kind}.safetensors").exists() else {} for kind in TENSORS}
     return SimpleNamespace(
         folder=place,
@@ -113,12 +113,21 @@ def main() -> None:
     lives = [Life(**life) for life in json.loads((folder / "lives.json").read_text())]
     torch.set_num_threads(1)
     if any(life.fields for life in lives):
-        import training  # noqa: F401 - with all that it imports, so that no fork has to
+        _import_everything()
     for life in lives:
         place = folder / life.name
         place.mkdir()
         forked = [_fork(life, place, rank) for rank in range(NUM_PROCESSES)]
         (place / "exit_codes.json").write_text(json.dumps(_wait(forked)))
+
+
+def _import_everything() -> None:
+    """What each fork would take ten seconds for."""
+    import training  # noqa: F401
+
+    from finetuning.stock import import_qwen_tts
+
+    import_qwen_tts()
 
 
 def _fork(life: Life, place: Path, rank: int) -> int:
@@ -205,13 +214,18 @@ class Witness:
         ``end_after``: the step after which the life ends.
         ``no_memory``: (process, forward, rows): from that forward on, no more than so many rows have room.
         ``no_memory_in_backward``: (process, backward): there is no room at the end of that backward.
-        ``failing_saves``: for each save "" or what fails of it: "state" (in the second process) or "export".
+        ``failing_saves``: for each save "" or what fails of it: "state" (in the second process), "export" or "log".
+        ``damaged``: lines of training rows that cannot be read.
 
     Attributes:
         seen: lists and figures:
-            ``rows``: [epoch, lines] of every step, of this process; ``num_empty_batches``: micro-batches without rows;
-            ``num_parts``, ``step``: at the end; ``shards``: name -> [class, placements, whole shape, local shape];
-            ``validations``: number of rows -> figures; ``saves``: see ``_note_save``; ``said``: see ``say``.
+            ``rows``: [epoch, lines] of every step, of this process;
+            ``num_empty_batches``: micro-batches without rows;
+            ``num_parts``, ``step``, ``num_skipped_rows``: at the end;
+            ``shards``: name -> [class, placements, whole shape, local shape];
+            ``validations``: number of rows -> figures;
+            ``saves``: see ``_note_save``;
+            ``said``: see ``say``.
 
     Tensors, whole, written by the first process: ``gradients`` ("<step>.<name>", averaged and clipped), ``restored``
     and ``final`` (weights and moments before the first step and at the end), ``weights`` (the model's, at the end).
@@ -263,6 +277,7 @@ class Witness:
         self.seen |= {
             "num_parts": self.stepper.num_parts,
             "step": self.trainer.progress.step,
+            "num_skipped_rows": self.trainer.progress.num_skipped_rows,
             "shards": {name: describe_shards(parameter) for name, parameter in named},
         }
 
@@ -291,6 +306,8 @@ class Witness:
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         take, save = self.stepper.take, self.trainer.saver.save
+        dataset = self.run.train.dataset
+        dataset.read = self._damaging(dataset.read)
         self.stepper.take = lambda *arguments: self._take(take, *arguments)
         self.trainer.saver.save = lambda *arguments: self._save(save, *arguments)
         module = self.run.objective
@@ -315,6 +332,16 @@ class Witness:
         if progress.step + 1 == self.tricks.get("end_after"):
             raise Enough
         return sums
+
+    def _damaging(self, read: Callable[[int], Any]) -> Callable[[int], Any]:
+        from finetuning.dataset import SkippedRow
+
+        def read_some(index: int) -> Any:
+            row = read(index)
+            is_damaged = row["line"] in self.tricks.get("damaged", ())
+            return SkippedRow(row["line"], "damaged, says the test") if is_damaged else row
+
+        return read_some
 
     def _before_forward(self, module: nn.Module, arguments: Any) -> None:
         if not module.training:
@@ -343,7 +370,7 @@ class Witness:
         note = {"step": trainer.progress.step, "names": names, "with_state": with_state}
         self.seen["saves"].append(note)
         try:
-            with _failing(what, self.rank):
+            with _failing(what, trainer, self.rank):
                 saved = save(trainer, names, with_state, epoch)
         finally:
             self._note_save(note)
@@ -368,26 +395,32 @@ class Witness:
 
 
 @contextlib.contextmanager
-def _failing(what: str, rank: int) -> Iterator[None]:
-    """The disk is full for the second process's part of a state, or for the first one's export."""
+def _failing(what: str, trainer: Any, rank: int) -> Iterator[None]:
+    """The disk is full for the second process's part of a state, for the first one's export, or for its logs."""
     import finetuning.checkpoint
     import finetuning.state
 
-    room = {"state": finetuning.state, "export": finetuning.checkpoint}.get(what)
-    if room is None or rank != (what == "state"):
+    places = {
+        "state": (1, finetuning.state, "save_file"),
+        "export": (0, finetuning.checkpoint, "save_file"),
+        "log": (0, trainer.tracker, "flush"),
+    }
+    failing_rank, place, name = places.get(what, (None, None, ""))
+    if rank != failing_rank:
         yield
         return
-    real = room.save_file
+    real = getattr(place, name)
 
-    def save_half(tensors: Tensors, file: Path, *_: Any, **__: Any) -> None:
-        Path(file).write_bytes(b"half of it")
+    def fail(_: Any = None, file: Path | None = None, **__: Any) -> None:
+        if file is not None:
+            Path(file).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    room.save_file = save_half
+    setattr(place, name, fail)
     try:
         yield
     finally:
-        room.save_file = real
+        setattr(place, name, real)
 
 
 def describe_shards(parameter: nn.Parameter) -> list[Any]:
@@ -443,8 +476,15 @@ def toy_steps() -> Tensors:
     copies = nn.parallel.DistributedDataParallel(toy())
     for micro_batch in range(2):
         for prepared in (module, copies):
-            with gradient_sync(prepared, enabled=micro_batch == 1):
-                toy_loss(prepared, rank, micro_batch).backward()
+            with accumulating(prepared):
+                if micro_batch == 1:
+                    toy_loss(prepared, rank, 0)  # given up
+                loss = toy_loss(prepared, rank, micro_batch)
+                if micro_batch == 0:
+                    loss.backward()
+            if micro_batch == 1:
+                with averaging(prepared):
+                    loss.backward()
         seen[f"num_sharded_gradients/{micro_batch}"] = torch.tensor(
             sum(p.grad is not None for p in parameters.values())
         )
