@@ -217,14 +217,16 @@ class Preflight:
         return f"{line}; {free / 1e9:.1f} GB are free"
 
     def disk(self) -> str:
-        """One checkpoint against the free space of OUTPUT_DIR's disk."""
+        """One checkpoint and one state against the free space of OUTPUT_DIR's disk."""
         from finetuning.checkpoint import check_disk_space, reclaimable_bytes
+        from finetuning.saving import STATE_BYTES_PER_WEIGHT
 
         trained, frozen = parameter_counts(self.base, self.settings)
         dtype = self.base.weight_dtypes()["talker.model.codec_embedding.weight"]
-        needed, output_dir = (trained + frozen) * dtype.itemsize, self.settings.output_dir
-        check_disk_space(output_dir, needed - reclaimable_bytes(output_dir))
-        return f"one checkpoint takes {needed / 1e9:.2f} GB and fits"
+        checkpoint, state = (trained + frozen) * dtype.itemsize, trained * STATE_BYTES_PER_WEIGHT
+        output_dir = self.settings.output_dir
+        check_disk_space(output_dir, checkpoint + state - reclaimable_bytes(output_dir))
+        return f"a checkpoint of {checkpoint / 1e9:.2f} GB and a state of {state / 1e9:.2f} GB fit"
 
     def one_step(self) -> str:
         """Forward and backward on two rows, with the real settings."""

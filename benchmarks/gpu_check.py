@@ -10,38 +10,45 @@ Prints a numbered list, ✓ passed, ✗ failed, – skipped, with the figures of
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.bench import (
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    RECIPES,
+    SUB_TALKER_WEIGHT,
+    WEIGHT_DECAY,
+    Bench,
+    CheckFailed,
+    Report,
+    Skipped,
+    relative,
+    set_attention,
+    why_no_flash_attention,
+    within_limits,
+)
 from benchmarks.plain_loop import PlainLoop
-from benchmarks.random_base import SIZES, base_config, build_model, random_reference_mel, random_rows, to_batch
-from finetuning.codec import FRAMES_PER_SECOND
+from benchmarks.random_base import SIZES, to_batch
+from benchmarks.resume_check import check_launches, check_recovery
 from finetuning.dataset import count_tokens
 from finetuning.errors import UserError, run_main
-from finetuning.layer_utils import optimizer_groups, replace_and_add_layers
+from finetuning.layer_utils import optimizer_groups
 from finetuning.objective import Batch, TrainingObjective, before_frames, step_loss
 from finetuning.prompt import IGNORE
 from finetuning.validation import to_device
-
-#: Recipe -> (REPLACE_LAST_N_LAYERS, ADD_NEW_LAYERS, FREEZE_ORIGINAL_LAYERS).
-RECIPES = {"full": (0, 0, False), "layers": (2, 4, True)}
-
-#: The defaults of finetuning.settings.
-LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM, SUB_TALKER_WEIGHT = 2e-5, 0.01, 1.0, 0.3
 
 #: Largest relative differences. With random weights the loss hardly depends on the hidden states (on the tiny model it
 #: moves by 4e-4 when the sub-talker gets those of other frames), so the logits are compared as well: ‖a - b‖ / ‖b‖,
@@ -54,11 +61,6 @@ ATTENTION_LOSS, ATTENTION_LOGITS = 1e-2, 5e-2
 #: A new fp16 scaler starts at 65536 and halves until nothing overflows.
 MAX_FP16_STEPS = 12
 
-#: Rows of different lengths that the numbers are compared on.
-NUM_COMPARED_ROWS = 4
-
-T = TypeVar("T")
-
 
 def main() -> None:
     arguments = parse_arguments()
@@ -70,6 +72,8 @@ def main() -> None:
     plain = measure_plain_loop(report, bench)
     for recipe in RECIPES if arguments.recipe == "both" else [arguments.recipe]:
         check_recipe(report, bench, recipe, plain)
+        check_recovery(report, bench, recipe, arguments.folder)
+    check_launches(report, bench, arguments.folder)
     print(report.summary())
     if report.num_failed:
         sys.exit(2)
@@ -82,135 +86,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a step; 2-12 s each")
     parser.add_argument("--steps", type=int, default=20, help="timed steps, after as many untimed ones")
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    parser.add_argument(
+        "--folder", type=Path, help="where to save; full training of the 1.7B takes about 25 GB (default: the system's)"
+    )
     arguments = parser.parse_args()
+    if arguments.folder and not arguments.folder.is_dir():
+        raise UserError(f"--folder: {arguments.folder} is no folder; make it first")
     if min(arguments.batch_size, arguments.steps) < 1:
         parser.error("--batch-size and --steps start at 1")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device: no CUDA GPU here; `--size tiny --device cpu` runs the script itself")
     return arguments
-
-
-# ------------------------------------------------------------------------------------------------------- the report
-
-
-class CheckFailed(Exception):
-    """A figure is out of its limits; the message holds the figures."""
-
-
-class Skipped(Exception):
-    """This machine cannot run the check; the message says why."""
-
-
-class Report:
-    """Runs checks one by one and prints a numbered line for each; a check that breaks does not stop the others."""
-
-    def __init__(self) -> None:
-        self.num_passed = self.num_failed = self.num_skipped = 0
-
-    def run(self, title: str, check: Callable[[], T]) -> T | None:
-        """The check's result, whose text is its figures; None when it failed or was skipped."""
-        result = None
-        try:
-            result = check()
-            self.num_passed += 1
-            line = f"✓ {title}: {result}"
-        except Skipped as reason:
-            self.num_skipped += 1
-            line = f"– skipped: {reason} ({title})"
-        except CheckFailed as figures:
-            self.num_failed += 1
-            line = f"✗ {title}: {figures}"
-        except torch.OutOfMemoryError:
-            self.num_failed += 1
-            line = f"✗ {title}: out of memory; try a smaller --batch-size, --recipe layers or --size 0.6b"
-        except Exception as error:  # a broken check is a finding too, and the GPU hour goes on
-            self.num_failed += 1
-            traceback.print_exc()
-            line = f"✗ {title}: {type(error).__name__}: {error}"
-        print(f"{self.num_passed + self.num_failed + self.num_skipped:>2}. {line}", flush=True)
-        free_unused_memory()
-        return result
-
-    def summary(self) -> str:
-        return f"{self.num_passed} passed, {self.num_failed} failed, {self.num_skipped} skipped"
-
-
-def free_unused_memory() -> None:
-    """Gives back what a finished check held, so that the next one starts from the same memory."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-# ---------------------------------------------------------------------------------------------- what is worked on
-
-
-class Bench:
-    """The size, the device and the rows that all checks share."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.size, self.batch_size = arguments.size, arguments.batch_size
-        self.device = torch.device(arguments.device)
-        self.config = base_config(self.size)
-        self.rows = random_rows(self.config, arguments.steps * self.batch_size)
-        starts = range(0, len(self.rows), self.batch_size)
-        self.batches = [to_batch(self.rows[at : at + self.batch_size]) for at in starts]
-        self.compared_rows = random_rows(self.config, NUM_COMPARED_ROWS, seed=1)
-        self.reference_mel = random_reference_mel(self.device)
-        self.attention = "sdpa" if why_no_flash_attention(self.device) else "flash_attention_2"
-
-    def __str__(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.is_cuda else f"CPU, {torch.get_num_threads()} threads"
-        seconds = sum(len(row.codes) for row in self.rows) / FRAMES_PER_SECOND / len(self.rows)
-        return (
-            f"Qwen3-TTS {self.size}, random weights, on {name}; torch {torch.__version__}; attention {self.attention}\n"
-            f"{len(self.batches)} timed steps of {self.batch_size} rows, {seconds:.1f} s of speech a row on average"
-        )
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    def model(self) -> Any:
-        """A new model with the bench's attention; always the same weights."""
-        model = build_model(self.config, self.device)
-        set_attention(model, self.attention)
-        return model
-
-    def objective(self, model: Any) -> TrainingObjective:
-        """The project's objective, with the reference's vector as its one speaker."""
-        with torch.no_grad():
-            vectors = model.speaker_encoder(self.reference_mel)
-        return TrainingObjective(model.talker, vectors).train()
-
-    def autocast(self, dtype: torch.dtype) -> torch.autocast:
-        """Autocast to bf16 or fp16; float32 switches it off."""
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-
-    def synchronize(self) -> None:
-        if self.is_cuda:
-            torch.cuda.synchronize(self.device)
-
-
-def set_attention(model: Any, name: str) -> None:
-    """Talker and sub-talker; on the whole model transformers' own call trips over the speaker encoder's config."""
-    model.talker.set_attn_implementation(name)
-    assert {name} == {module.config._attn_implementation for module in model.talker.modules() if is_attention(module)}
-
-
-def is_attention(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Attention")
-
-
-def why_no_flash_attention(device: torch.device) -> str | None:
-    """Why FlashAttention 2 cannot run here; None where it can."""
-    from transformers.utils import is_flash_attn_2_available
-
-    if device.type != "cuda":
-        return "needs CUDA"
-    if torch.cuda.get_device_capability(device)[0] < 8:
-        return "needs an Ampere or newer GPU"
-    return None if is_flash_attn_2_available() else "flash-attn is not installed"
 
 
 # -------------------------------------------------------------------------------------------- numbers that must agree
@@ -319,18 +205,6 @@ def compare(got: Prediction, expected: Prediction, loss_limit: float, logits_lim
     return within_limits(loss=(relative(got.loss, expected.loss), loss_limit), logits=(logits, logits_limit))
 
 
-def relative(got: float, expected: float) -> float:
-    return abs(got - expected) / abs(expected)
-
-
-def within_limits(**differences: tuple[float, float]) -> str:
-    """Figures as text, from name = (relative difference, limit); NaN is out of every limit."""
-    figures = ", ".join(f"{name} off by {value:.1e} (limit {at:.0e})" for name, (value, at) in differences.items())
-    if not all(value <= limit for value, limit in differences.values()):
-        raise CheckFailed(figures)
-    return figures
-
-
 # --------------------------------------------------------------------------------------------------------- training
 
 
@@ -381,10 +255,7 @@ class Stepper:
 
 def recipe_stepper(bench: Bench, recipe: str) -> Stepper:
     """The project's training step, as finetuning.trainer takes it on one process."""
-    model = bench.model()
-    objective = bench.objective(model)
-    replaced, added, frozen = RECIPES[recipe]
-    replace_and_add_layers(model, replaced, added, frozen, verbose=False)
+    _, objective = bench.recipe(recipe)
     optimizer = torch.optim.AdamW(optimizer_groups(objective, WEIGHT_DECAY), lr=LEARNING_RATE, fused=True)
 
     def loss_of(batch: Batch) -> torch.Tensor:

@@ -137,11 +137,12 @@ def kill_and_compare(runs: Runs, num_kills: int, generator: random.Random) -> No
     print(f"untouched: {NUM_STEPS} steps in {child.seconds:.1f} s; {figures.describe()}", flush=True)
     moments = draw_moments(figures, generator)
     met: Counter[str] = Counter()
+    moment = next(moments)
     number = 0
     while met.total() < num_kills:
         number += 1
         watch = Watch(runs, f"run {number}", known)
-        kill_until_it_ends(watch, moments, met, num_kills)
+        moment = kill_until_it_ends(watch, moment, moments, met, num_kills)
         watch.check_end()
         if problems := differences(watch, untouched):
             raise Failed(f"{watch.name} did not end like the untouched one: " + "; ".join(problems[:8]))
@@ -150,18 +151,18 @@ def kill_and_compare(runs: Runs, num_kills: int, generator: random.Random) -> No
     print(f"✓ {met.total()} kills in {number} runs ({counted}): every run ended bit for bit like the untouched one")
 
 
-def kill_until_it_ends(watch: Watch, moments: Iterator[Moment], met: Counter[str], num_kills: int) -> None:
-    """One run. A kill beside its moment does not count; a moment that does not come before the run ends is given up."""
-    moment = next(moments)
+def kill_until_it_ends(
+    watch: Watch, moment: Moment, moments: Iterator[Moment], met: Counter[str], num_kills: int
+) -> Moment:
+    """One run. A kill beside its moment does not count; a moment that did not come is left for the next run."""
     while (child := watch.train(moment if met.total() < num_kills else None)).was_killed:
-        was_met = moment.was_met(child)
-        met[moment.phase] += was_met
-        beside = "" if was_met else " (missed)"
+        if was_met := moment.was_met(child):
+            met[moment.phase] += 1
         number = f"kill {met.total():3d}" if was_met else "kill   –"
-        print(
-            f"{number}  {watch.name}  step {child.step:2d}  {moment.phase + beside:29s}  {watch.describe()}", flush=True
-        )
+        what = moment.phase if was_met else f"{moment.phase} (missed)"
+        print(f"{number}  {watch.name}  step {child.step:2d}  {what:29s}  {watch.describe()}", flush=True)
         moment = next(moments) if was_met else moment.earlier()
+    return moment.earlier()
 
 
 # --------------------------------------------------------------------------------------------------------- the runs
@@ -485,8 +486,8 @@ class Moment:
         return kinds["enter"] > kinds["leave"]
 
     def earlier(self) -> Moment:
-        """The same with a shorter delay, for one that came too late."""
-        return replace(self, delay_seconds=self.delay_seconds / 3)
+        """The same kind sooner, for one that came too late."""
+        return replace(self, number=1 + self.number // 2, delay_seconds=self.delay_seconds / 3)
 
 
 def draw_moments(figures: Figures, generator: random.Random) -> Iterator[Moment]:

@@ -16,6 +16,7 @@ from finetuning.checkpoint import Exporter, attempt, rotate_checkpoints
 from finetuning.console import say
 from finetuning.disk import bytes_of, free_bytes
 from finetuning.errors import UserError
+from finetuning.progress import Progress
 from finetuning.resume import versions
 from finetuning.settings import Settings
 from finetuning.sharding import is_sharded
@@ -31,7 +32,7 @@ from finetuning.state import (
     state_folder,
     training_tensors,
 )
-from finetuning.trainer import Progress, Trainer
+from finetuning.trainer import Trainer
 
 #: So many failures in a row end the run.
 MAX_FAILURES = 3

@@ -34,12 +34,14 @@ from finetuning.checkpoint import (
 from finetuning.console import say
 from finetuning.dataset import RowEncoder, StepDataset, StepSampler, unknown_languages
 from finetuning.direct import DirectData, DirectRows
+from finetuning.disk import bytes_of
 from finetuning.errors import UserError
 from finetuning.layer_utils import check_layer_count, replace_and_add_layers
 from finetuning.manifest import RowFormat, remove_empty_folders
 from finetuning.objective import TrainingObjective
 from finetuning.preparer import prepare_missing_rows
 from finetuning.processes import Processes
+from finetuning.progress import Progress, total_steps
 from finetuning.prompt import LayoutIds, resolve_language
 from finetuning.resume import (
     Resume,
@@ -55,11 +57,11 @@ from finetuning.saving import Saver, state_bytes
 from finetuning.settings import Settings
 from finetuning.sharding import is_sharded
 from finetuning.speakers import Speakers, make_speakers, prepare_speakers
-from finetuning.state import State
+from finetuning.state import State, find_states
 from finetuning.stepping import Stepper
 from finetuning.steps import MappedSteps, StreamedSteps, TrainingSteps
 from finetuning.tracking import Tracker
-from finetuning.trainer import Progress, Trainer, make_accelerator, total_steps
+from finetuning.trainer import Trainer, make_accelerator
 from finetuning.training_rows import TrainingRows, open_training_rows
 from finetuning.validation import Validator
 
@@ -327,7 +329,8 @@ def _claim_output_folder(run: Run) -> None:
     output_dir = run.settings.output_dir
     resumes_here = run.resume is not None and run.resume.is_in(output_dir)
     required = run.exporter.required_bytes() + state_bytes(run.model)
-    check_disk_space(output_dir, required - (0 if resumes_here else reclaimable_bytes(output_dir)))
+    spare = sum(map(bytes_of, find_states(output_dir)[1:])) if resumes_here else reclaimable_bytes(output_dir)
+    check_disk_space(output_dir, required - spare)
     output_dir.mkdir(parents=True, exist_ok=True)
     run.lock = lock_output_folder(output_dir)
     if resumes_here:

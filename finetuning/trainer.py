@@ -11,8 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -20,9 +19,11 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from finetuning.console import say
 from finetuning.dataset import Part, Step, count_tokens, merged
-from finetuning.errors import Stopped, UserError, another_process_failed
+from finetuning.errors import Stopped, UserError
 from finetuning.processes import MAX_WAIT
+from finetuning.progress import Progress
 from finetuning.settings import Settings
+from finetuning.signals import StopRequest
 from finetuning.stepping import MAX_SKIPPED_IN_A_ROW, Stepper, Window
 from finetuning.steps import TrainingSteps
 
@@ -44,57 +45,6 @@ def make_accelerator(settings: Settings, device: str) -> Accelerator:
         gradient_accumulation_steps=1,
         kwargs_handlers=[patience, leanness],
     )
-
-
-@dataclass
-class Progress:
-    """Where a run stands.
-
-    Attributes:
-        step: optimizer steps taken.
-        epoch, done: the position in the rows; see ``dataset.Part``.
-        num_fetched: steps that were fetched, with those that turned out to hold no row.
-        best_loss: of ``best/``.
-        evaluated_at: the last step that was evaluated.
-        is_settled: whether logging, evaluation and saving after the last step are over.
-        ended_at: the last step at which an epoch, or the run, was brought to its end.
-        num_skipped_rows: rows that could not be read while training.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    done: tuple[Part, ...] = ()
-    num_fetched: int = 0
-    best_loss: float = math.inf
-    train_loss: float | None = None
-    evaluated_at: int | None = None
-    is_settled: bool = True
-    ended_at: int | None = None
-    num_skipped_rows: int = 0
-
-    def is_over(self, settings: Settings, num_steps: int) -> bool:
-        """Whether nothing is left to train of so many steps."""
-        return (self.step >= num_steps and self.ended_at == self.step) or self.epoch >= settings.num_epochs
-
-    def to_json(self) -> dict[str, Any]:
-        best_loss = None if math.isinf(self.best_loss) else self.best_loss
-        return asdict(self) | {"done": [part.to_json() for part in self.done], "best_loss": best_loss}
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Progress:
-        best_loss = math.inf if record["best_loss"] is None else record["best_loss"]
-        done = tuple(Part.from_json(part) for part in record["done"])
-        return cls(**record | {"done": done, "best_loss": best_loss})
-
-
-def total_steps(settings: Settings, train: TrainingSteps, progress: Progress | None = None) -> int:
-    """Optimizer steps of the whole run, with those that are behind."""
-    progress = progress or Progress()
-    ahead = 0
-    if (later := settings.num_epochs - progress.epoch) > 0:
-        ahead = train.num_steps(progress.done) + (later - 1) * train.num_steps()
-    steps = progress.num_fetched + ahead
-    return min(steps, settings.max_steps) if settings.max_steps else steps
 
 
 class Trainer:
@@ -124,7 +74,7 @@ class Trainer:
         self.accelerator = stepper.accelerator
         self.progress = Progress()
         self.log_window, self.epoch_window = Window(self.accelerator), Window(self.accelerator)
-        self._stop_signal: int | None = None
+        self._stop_request = StopRequest()
         self._saved_at = time.monotonic()
         self._is_save_due = False
         self._lowest_loss = math.inf  # of what ``best/`` is about to become
@@ -139,7 +89,7 @@ class Trainer:
             Stopped: SIGINT or SIGTERM arrived; ``last/`` and the state were saved.
         """
         self.stepper.objective.train()
-        with self._signals_noted():
+        with self._stop_request.listening():
             self._settle()  # what a stopped run still had to do
             while not self.is_over:
                 self._train_epoch()
@@ -192,7 +142,7 @@ class Trainer:
         )
         is_save_due = is_late and self.accelerator.is_main_process
         counts = [*count_tokens(fetched.batches), len(fetched.skipped)]
-        values = [*counts, int(self._stop_signal is not None), int(is_save_due)]
+        values = [*counts, int(self._stop_request.is_made), int(is_save_due)]
         if self.accelerator.num_processes > 1:
             summed = torch.tensor(values, device=self.accelerator.device)
             values = self.accelerator.reduce(summed, reduction="sum").tolist()
@@ -232,7 +182,8 @@ class Trainer:
         if not self.train_steps.num_steps(progress.done):
             progress.epoch, progress.done = epoch + 1, ()
             self.epoch_window = Window(self.accelerator)
-        if not all(self._save(names, with_state=self.is_over, epoch=epoch)) and self.is_over:
+        saved = self._save(names, with_state=self.is_over, epoch=epoch)
+        if self.is_over and not saved.checkpoints:  # without its state, a run that is complete cannot be prolonged
             raise UserError(
                 f"OUTPUT_DIR: the end of the run could not be saved in {self.settings.output_dir}; free some space and "
                 "start it again: it goes on from the newest state"
@@ -314,37 +265,14 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- signals
 
     def _stop_if_asked(self) -> None:
-        if self.stepper.any_process(self._stop_signal is not None):
+        if self.stepper.any_process(self._stop_request.is_made):
             self._save_and_stop()
 
     def _save_and_stop(self) -> None:
-        number = self._stop_signal or signal.SIGTERM  # it may have reached another process only
+        number = self._stop_request.number or signal.SIGTERM  # it may have reached another process only
         if not all(self._save(["last"], with_state=True)):
             raise UserError(
                 f"OUTPUT_DIR: stopped by signal {int(number)}, but {self.settings.output_dir} could not be written; "
                 "the checkpoints before it are whole"
             )
         raise Stopped(number)
-
-    @contextlib.contextmanager
-    def _signals_noted(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM lets the step finish and saves; the second acts at once."""
-
-        noted_at = 0.0
-
-        def note(number: int, _: Any) -> None:
-            nonlocal noted_at
-            if another_process_failed():  # the launcher ends the others; their next step could never finish
-                raise SystemExit(128 + number)
-            if self._stop_signal is None:
-                self._stop_signal, noted_at = number, time.monotonic()
-                say(f"signal {number}: finishing the step and saving last/; once more stops at once")
-            elif time.monotonic() - noted_at > 1.0:  # launchers pass the terminal's Ctrl-C on a second time
-                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
