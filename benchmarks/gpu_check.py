@@ -1,7 +1,8 @@
-"""Checks and measures at the true size, on one GPU, what tests on a CPU cannot; random weights, nothing is downloaded.
+"""Checks and measures at the true size, on a GPU, what tests on a CPU cannot; random weights, nothing is downloaded.
 
 python benchmarks/gpu_check.py                                        # the 1.7B on one GPU, both recipes
 python benchmarks/gpu_check.py --size 0.6b --recipe layers            # a smaller GPU
+python benchmarks/gpu_check.py --part recovery --folder /data         # out of memory, NaN, states, several GPUs only
 python benchmarks/gpu_check.py --size tiny --device cpu --steps 3     # the script itself: seconds, no GPU
 
 Prints a numbered list, ✓ passed, ✗ failed, – skipped, with the figures of this run. Exit code 2 when a check failed.
@@ -68,12 +69,16 @@ def main() -> None:
     bench = Bench(arguments)
     report = Report()
     print(bench, flush=True)
-    check_numbers(report, bench)
-    plain = measure_plain_loop(report, bench)
-    for recipe in RECIPES if arguments.recipe == "both" else [arguments.recipe]:
-        check_recipe(report, bench, recipe, plain)
-        check_recovery(report, bench, recipe, arguments.folder)
-    check_launches(report, bench, arguments.folder)
+    recipes = RECIPES if arguments.recipe == "both" else [arguments.recipe]
+    if arguments.part in ("all", "training"):
+        check_numbers(report, bench)
+        plain = measure_plain_loop(report, bench)
+        for recipe in recipes:
+            check_recipe(report, bench, recipe, plain)
+    if arguments.part in ("all", "recovery"):
+        for recipe in recipes:
+            check_recovery(report, bench, recipe, arguments.folder)
+        check_launches(report, bench, arguments.folder)
     print(report.summary())
     if report.num_failed:
         sys.exit(2)
@@ -83,6 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="1.7b")
     parser.add_argument("--recipe", choices=("both", *RECIPES), default="both")
+    parser.add_argument("--part", choices=("all", "training", "recovery"), default="all", help="which checks")
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a step; 2-12 s each")
     parser.add_argument("--steps", type=int, default=20, help="timed steps, after as many untimed ones")
     parser.add_argument("--device", default="cuda", help="cuda or cpu")

@@ -42,7 +42,8 @@ sys.path.insert(0, str(PROJECT))
 
 #: Before anything is imported that reads them: sums depend on the number of threads, and forking wants none.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-SAVE_STEPS, EVAL_STEPS, NUM_STEPS = 4, 3, 15
+#: Logged lines and epochs (5 steps) reach over the saved steps, so that a state holds half of their sums.
+SAVE_STEPS, LOGGING_STEPS, EVAL_STEPS, NUM_STEPS = 4, 3, 3, 15
 SETTINGS = {
     "DEVICE": "cpu",
     "MIXED_PRECISION": "no",
@@ -56,7 +57,7 @@ SETTINGS = {
     "NUM_EPOCHS": "3",
     "LEARNING_RATE": "1e-3",
     "WARMUP_STEPS": "1",
-    "LOGGING_STEPS": "2",
+    "LOGGING_STEPS": str(LOGGING_STEPS),
     "SAVE_STEPS": str(SAVE_STEPS),
     "EVAL_STEPS": str(EVAL_STEPS),
     "SAVE_TOTAL_LIMIT": "1",

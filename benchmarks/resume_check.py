@@ -7,9 +7,11 @@ All of it goes through the project's own step (finetuning.stepping), saving (fin
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,8 +30,16 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks.bench import LEARNING_RATE, Bench, CheckFailed, Report, Skipped, free_unused_memory, relative
-from benchmarks.bench import within_limits as within
+from benchmarks.bench import (
+    LEARNING_RATE,
+    Bench,
+    CheckFailed,
+    Report,
+    Skipped,
+    free_unused_memory,
+    relative,
+    within_limits,
+)
 from benchmarks.kill import write_rows
 from finetuning.base_model import Base
 from finetuning.checkpoint import CODEC_TABLE, Exporter
@@ -61,6 +71,9 @@ SPARE_BYTES = 2**30
 STATE_GROUP_BYTES = 2**30
 #: The runs on several processes.
 NUM_ROWS, NUM_STEPS, ROWS_OF_A_MICRO_BATCH = 24, 6, 4
+#: A launch that takes longer hangs.
+MAX_LAUNCH_SECONDS = 180.0
+#: What is compared of their logs.
 LOGGED = ("loss", "talker_loss", "sub_talker_loss", "grad_norm")
 
 
@@ -213,7 +226,7 @@ def check_out_of_memory(bench: Bench, recipe: str, memory: GpuMemory | None) -> 
         raise CheckFailed(f"the step fitted, {figures}")
     losses = largest_difference(found[:2], wanted[:2])
     norm = relative(found.gradient_norm, wanted.gradient_norm)
-    return f"{figures}; {within(losses=(losses, HALVED), norm=(norm, HALVED))}"
+    return f"{figures}; {within_limits(losses=(losses, HALVED), norm=(norm, HALVED))}"
 
 
 # ------------------------------------------------------------------------------------------------ non-finite gradients
@@ -312,8 +325,13 @@ def check_scaler_search(bench: Bench, recipe: str) -> str:
     if not bench.is_cuda:
         raise Skipped("needs CUDA")
     _, stepper = make_stepper(bench, recipe, mixed_precision="fp16")
-    scaler, batch = stepper.accelerator.scaler, bench.batches[0]
-    scaler.load_state_dict(scaler.state_dict() | {"scale": FIRST_SCALE})
+    return search_of(stepper, bench.batches[0], FIRST_SCALE)
+
+
+def search_of(stepper: Stepper, batch: Batch, first_scale: float) -> str:
+    """Steps from that scale on until two were taken."""
+    scaler = stepper.accelerator.scaler
+    scaler.load_state_dict(scaler.state_dict() | {"scale": first_scale})
     num_halved = num_taken = 0
     before = content_of(stepper)
     while num_halved + num_taken < MAX_SEARCH_STEPS and num_taken < 2:
@@ -324,7 +342,7 @@ def check_scaler_search(bench: Bench, recipe: str) -> str:
     counted, scheduled = stepper.skips.read()[0], stepper.scheduler.last_epoch
     num_moved = len(changed(before, content_of(stepper)))
     figures = (
-        f"scale {FIRST_SCALE:g} halved {num_halved} times to {scaler.get_scale():g}, {num_taken} steps taken, "
+        f"scale {first_scale:g} halved {num_halved} times to {scaler.get_scale():g}, {num_taken} steps taken, "
         f"{scheduled} on the schedule, {counted} counted as skipped, {StepFigures.of(sums)}"
     )
     is_right = num_halved > 0 and num_taken == 2 == scheduled and counted == 0 and num_moved > 0
@@ -445,12 +463,12 @@ def save(bench: Bench, recipe: str, folder: Path) -> Saved:
 def measured_save(run: Bare, names: Sequence[str], target: Path) -> Written:
     """Writes the checkpoints of these names, or without names the state."""
     run.bench.synchronize()
-    with HostMemory() as memory:
+    with HostMemory() as memory, contextlib.redirect_stdout(io.StringIO()) as said:
         start = time.perf_counter()
-        saved = run.saver.save(run.trainer, names, with_state=not names, epoch=0)
+        run.saver.save(run.trainer, names, with_state=not names, epoch=0)
         seconds = time.perf_counter() - start
-    if not all(saved[: 1 if names else 2]) or (problems := damage(target)):
-        raise CheckFailed(f"{target.name}/ was not saved" if not all(saved[: 1 if names else 2]) else str(problems))
+    if problems := damage(target):
+        raise CheckFailed(f"{target.name}/ was not saved: {'; '.join(problems)}. {said.getvalue().strip()}")
     return Written("a checkpoint" if names else "a state", bytes_of(target), seconds, memory.highest - memory.before)
 
 
@@ -472,7 +490,7 @@ def check_restored(bench: Bench, recipe: str, saved: Saved) -> str:
     if not bench.is_cuda:
         raise CheckFailed(f"{restored}not bit-identical, though a CPU computes the same twice: {steps}, {saved.steps}")
     off = max(largest_difference(found, wanted) for found, wanted in zip(steps, saved.steps, strict=True))
-    return f"{restored}not bit-identical: {within(figures=(off, RESTORED))}"
+    return f"{restored}not bit-identical: {within_limits(figures=(off, RESTORED))}"
 
 
 class HostMemory:
@@ -552,7 +570,7 @@ class Launches:
             name: (largest_difference([line[name] for line in found], [line[name] for line in wanted]), SEVERAL)
             for name in LOGGED
         }
-        return f"{len(found)} steps in {seconds:.0f} s with the start; {within(**differences)}"
+        return f"{len(found)} steps in {seconds:.0f} s with the start; {within_limits(**differences)}"
 
     @cached_property
     def _alone(self) -> list[dict[str, Any]]:
@@ -583,9 +601,20 @@ class Launches:
             "TOKENIZERS_PARALLELISM": "false",
         }
         kept = {name: value for name, value in os.environ.items() if name not in canonical_names()}
-        done = subprocess.run(
-            command, cwd=PROJECT, env=kept | own, capture_output=True, text=True, timeout=600, check=False
-        )
-        if done.returncode:
-            raise CheckFailed(f"{name} ended with exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
+        problem, printed = run_and_read(command, kept | own)
+        if problem:
+            raise CheckFailed(f"{name}: {problem}: {printed[-1500:]}")
         return [json.loads(line) for line in (output / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def run_and_read(command: list[str], environment: dict[str, str]) -> tuple[str, str]:
+    """What went wrong ("" for nothing) and what was printed."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, cwd=PROJECT, env=environment, text=True, **pipes)
+    try:
+        printed, _ = process.communicate(timeout=MAX_LAUNCH_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGQUIT)  # at which the launcher of torch ends its processes
+        printed, _ = process.communicate()
+        return f"ran for more than {MAX_LAUNCH_SECONDS:.0f} s", printed
+    return f"exit code {process.returncode}" if process.returncode else "", printed

@@ -95,7 +95,7 @@ class Stepper:
             UserError: the GPU's memory does not suffice for the smallest micro-batches either.
         """
         while (losses := self._try(batches, num_talker, num_sub_talker)) is None:
-            self._halve()
+            self.halve()
         gradient_norm = clip_gradients(self.accelerator, self.objective.parameters(), self.settings.max_grad_norm)
         is_bad = ~torch.isfinite(gradient_norm)
         self.learning_rate = self.scheduler.get_last_lr()[0]
@@ -138,17 +138,21 @@ class Stepper:
                 self.accelerator.backward(loss)
         except torch.OutOfMemoryError:
             if self.accelerator.num_processes > 1:
-                raise self._out_of_memory() from None
+                raise self.out_of_memory() from None
             return None
         return torch.stack(shares.losses).sum(0)
 
-    def _halve(self) -> None:
-        """Cuts every micro-batch in twice as many parts from now on."""
+    def halve(self) -> None:
+        """Cuts every micro-batch in twice as many parts from now on.
+
+        Raises:
+            UserError: that was done as often as it may be.
+        """
         self.optimizer.zero_grad()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         if self.num_parts == 2**MAX_HALVINGS or self.settings.batch_size <= self.num_parts:
-            raise self._out_of_memory()
+            raise self.out_of_memory()
         self.num_parts *= 2
         rows, micro_batches = self._micro_batches()
         say(
@@ -163,9 +167,10 @@ class Stepper:
 
     def _check_can_agree(self) -> None:
         if is_sharded(self.objective):  # the others are waiting for this one inside their forward
-            raise self._out_of_memory()
+            raise self.out_of_memory()
 
-    def _out_of_memory(self) -> UserError:
+    def out_of_memory(self) -> UserError:
+        """What to say, and what can be set, when nothing helps."""
         rows, micro_batches = self._micro_batches()
         smaller = "" if rows == 1 else f"BATCH_SIZE=1 with GRADIENT_ACCUMULATION_STEPS={micro_batches * rows}; "
         return UserError(
@@ -192,7 +197,7 @@ class Stepper:
         try:
             self._prepared_optimizer.step()
         except torch.OutOfMemoryError:  # Adam's states are made in the first step
-            raise self._out_of_memory() from None
+            raise self.out_of_memory() from None
 
     def _counts_as_bad(self) -> bool:
         """An fp16 scaler that is still finding its scale meets infinities by design; at a scale of 1 it is not that."""

@@ -196,9 +196,19 @@ class Trainer:
             return False
         progress.evaluated_at = progress.step
         with self._unclocked():
-            metrics = self.validator.evaluate(self.stepper.module, self.stepper.num_parts)
+            metrics = self._validate()
         self.tracker.log_validation(progress.step, progress.epoch, metrics)
         return self._is_lowest(metrics["loss"])
+
+    def _validate(self) -> dict[str, float]:
+        """In smaller batches where the memory does not suffice, like the steps."""
+        while True:
+            try:
+                return self.validator.evaluate(self.stepper.module, self.stepper.num_parts)
+            except torch.OutOfMemoryError:
+                if self.accelerator.num_processes > 1:  # the others are waiting for this one's figures
+                    raise self.stepper.out_of_memory() from None
+            self.stepper.halve()
 
     def _is_lowest(self, loss: float) -> bool:
         self._lowest_loss = loss

@@ -46,13 +46,19 @@ class Validator:
         """
         was_training = objective.training
         objective.eval()
+        try:
+            return self._means(self._totals(objective, num_parts))
+        finally:
+            objective.train(was_training)
+
+    def _totals(self, objective: TrainingObjective, num_parts: int) -> torch.Tensor:
+        """(6,) float64, of this process; see ``_sums``."""
         totals = torch.zeros(6, dtype=torch.float64)
         for step in self._steps(is_sharded(objective)):
             self._say_skipped(step)
             for batch in split_batch(*step.batches, num_parts):
                 totals += batch["weight"] * self._sums(objective, batch)
-        objective.train(was_training)
-        return self._means(totals)
+        return totals
 
     def _say_skipped(self, step: Step) -> None:
         for row in set(step.skipped) - self._said:

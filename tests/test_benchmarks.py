@@ -2,28 +2,187 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import os
 import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from conftest import PROJECT
 
-
-def test_gpu_check_runs_at_toy_size_on_cpu() -> None:
-    command = [sys.executable, "benchmarks/gpu_check.py", "--size", "tiny", "--device", "cpu", "--steps", "1"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed, skipped = re.search(r"(\d+) passed, 0 failed, (\d+) skipped", done.stdout).groups()
-    assert int(passed) >= 12
-    assert int(skipped) == done.stdout.count("skipped: needs CUDA")
+from finetuning import stepping
 
 
 def run(*command: str) -> str:
     done = subprocess.run(
-        [sys.executable, *command], cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *command],
+        cwd=PROJECT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # the toy layers are too small to share
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_gpu_check_runs_at_toy_size_on_cpu() -> None:
+    printed = run("benchmarks/gpu_check.py", "--size", "tiny", "--device", "cpu", "--steps", "1")
+    passed, skipped = re.search(r"(\d+) passed, 0 failed, (\d+) skipped", printed).groups()
+    assert int(passed) >= 18
+    assert int(skipped) == printed.count("skipped: needs CUDA")
+    for recipe in ("full", "layers"):
+        assert f"✓ {recipe}: a step with NaN gradients changes nothing" in printed
+        assert re.search(rf"✓ {recipe}: goes on from the state: .* are bit-identical", printed)
+
+
+# ------------------------------------------------------------------------------- the checks of gpu_check.py can fail
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    """The toy on CPU: two batches of four rows."""
+    from benchmarks.bench import Bench
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Bench(argparse.Namespace(size="tiny", device="cpu", batch_size=4, steps=2))
+    torch.set_num_threads(threads)
+
+
+class FakeMemory:
+    """A GPU on which four rows take 400 bytes and two 200; a limit lets so many rows through."""
+
+    def __init__(self, is_limiting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_limiting, self.monkeypatch = is_limiting, monkeypatch
+        self.peaks = [(400, 420), (190, 200)]  # whole micro-batches, then halves
+        self.limits: list[int] = []
+
+    def peak_of(self, work: Callable[[], Any]) -> Any:
+        from benchmarks.resume_check import Peak
+
+        work()
+        return Peak(*self.peaks.pop(0))
+
+    @contextlib.contextmanager
+    def limited(self, num_bytes: int) -> Iterator[None]:
+        self.limits.append(num_bytes)
+        to_device = stepping.to_device
+
+        def limited(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+            if 100 * len(batch["attention_mask"]) > num_bytes:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return to_device(batch, device)
+
+        with self.monkeypatch.context() as patched:
+            if self.is_limiting:
+                patched.setattr(stepping, "to_device", limited)
+            yield
+
+
+def test_gpu_check_of_memory(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.bench import CheckFailed
+    from benchmarks.resume_check import check_out_of_memory
+
+    memory = FakeMemory(True, monkeypatch)
+    assert "2 parts" in check_out_of_memory(bench, "layers", memory)
+    assert memory.limits == [300]
+    with pytest.raises(CheckFailed, match="the step fitted"):
+        check_out_of_memory(bench, "layers", FakeMemory(False, monkeypatch))
+    split = stepping.split_batch
+    monkeypatch.setattr(stepping, "split_batch", lambda batch, parts: split(batch, parts)[:1])
+    with pytest.raises(CheckFailed, match="norm off by"):
+        check_out_of_memory(bench, "layers", FakeMemory(True, monkeypatch))
+
+
+def test_gpu_check_of_bad_gradients(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.bench import CheckFailed
+    from benchmarks.resume_check import check_bad_gradients
+
+    monkeypatch.setattr(stepping.Stepper, "_update", lambda stepper, _: stepper._step_optimizer() or True)
+    with pytest.raises(CheckFailed, match=r"\d+ tensors changed"):
+        check_bad_gradients(bench, "layers")
+
+
+def test_gpu_check_of_waits(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only those after the backward fail."""
+    from benchmarks.bench import CheckFailed
+    from benchmarks.resume_check import make_stepper, waits_of
+
+    def waiting(function: Callable) -> Callable:
+        def wait(*arguments: Any) -> Any:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+            return function(*arguments)
+
+        return wait
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)
+    _, stepper = make_stepper(bench, "layers")
+    monkeypatch.setattr(stepping, "to_device", waiting(stepping.to_device))
+    assert re.fullmatch(
+        r"no wait after the backward; in the micro-batch 1 x stepping.py:\d+ \(loss\)",
+        waits_of(stepper, bench.batches[0]),
+    )
+    monkeypatch.setattr(stepping, "lines_of", waiting(stepping.lines_of))
+    with pytest.raises(CheckFailed, match=r"waits after the backward: 1 x stepping.py:\d+ \(take\)"):
+        waits_of(stepper, bench.batches[0])
+
+
+def test_gpu_check_of_the_scaler(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 on CPU a scale overflows as well, if it is large enough."""
+    from benchmarks.bench import CheckFailed
+    from benchmarks.resume_check import make_accelerator, make_stepper, search_of
+
+    def with_scaler(*arguments: Any) -> Any:
+        accelerator = make_accelerator(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator
+
+    def fp32_stepper() -> stepping.Stepper:
+        _, stepper = make_stepper(bench, "layers", mixed_precision="no")
+        accelerator = stepper.accelerator
+        accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(stepper.optimizer)
+        return stepper
+
+    monkeypatch.setattr("benchmarks.resume_check.make_accelerator", with_scaler)
+    found = search_of(fp32_stepper(), bench.batches[0], 2.0**127)
+    assert re.search(r"halved \d+ times .* 2 steps taken, 2 on the schedule, 0 counted", found)
+    monkeypatch.setattr(stepping.Stepper, "_counts_as_bad", lambda _: True)
+    with pytest.raises(CheckFailed, match=r"[1-9]\d* counted as skipped"):
+        search_of(fp32_stepper(), bench.batches[0], 2.0**127)
+
+
+def test_gpu_check_of_states(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.bench import CheckFailed
+    from benchmarks.resume_check import check_restored, save
+
+    def saved(name: str) -> Any:
+        (tmp_path / name).mkdir()
+        return save(bench, "layers", tmp_path / name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("finetuning.saving.set_schedule", lambda *_: None)
+        with pytest.raises(CheckFailed, match="not bit-identical"):
+            check_restored(bench, "layers", saved("another rate"))
+    with monkeypatch.context() as patched:
+        patched.setattr("finetuning.saving.restore_training", lambda *_: None)
+        with pytest.raises(CheckFailed, match="tensors are not those of the state"):
+            check_restored(bench, "layers", saved("other weights"))
+    with monkeypatch.context() as patched:
+        patched.setattr("finetuning.saving.free_bytes", lambda _: 0)
+        with pytest.raises(CheckFailed, match=r"last/ was not saved: .*GB are needed"):
+            saved("a full disk")
+
+
+# -------------------------------------------------------------------------------------------------- other benchmarks
 
 
 def test_encode_compares_the_two_ways() -> None:

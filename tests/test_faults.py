@@ -214,6 +214,16 @@ def test_a_kill_while_rotating(tmp_path: Path, kind: str) -> None:
         assert not [entry for entry in folder.rglob(".*")]
 
 
+def test_the_next_start_removes_the_state_that_a_kill_left_too_many(settings_for: Callable) -> None:
+    """Also where the run had come to its end, and nothing is saved any more."""
+    settings = settings_for(save_steps=4)
+    make_trainer(build(settings)).run()
+    folder = settings.output_dir / "state"
+    shutil.copytree(folder / "step-8", folder / "step-4")
+    build(settings)
+    assert [step_of(found) for found in find_states(settings.output_dir)] == [10, 8]
+
+
 def test_a_kill_while_a_run_without_a_state_is_cleared_to_begin_again(tmp_path: Path, make_settings: Callable) -> None:
     """The same command must go on, however often it is killed before the first state."""
     settings = make_settings(resume="auto", output_dir=tmp_path / "unused")

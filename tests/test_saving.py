@@ -163,7 +163,10 @@ def test_the_end_of_a_run_must_be_saved(settings_for: Callable, what: str, monke
     trainer = make_trainer(run)
     limit = NO_WEIGHTS if what == "checkpoint" else round(1.5 * run.exporter.required_bytes())
     seen = spy_on_saves(trainer, {2: limit}, monkeypatch)
-    with pytest.raises(UserError, match=r"OUTPUT_DIR: the end of the run could not be saved in .* start it again"):
+    if what == "checkpoint":
+        with pytest.raises(UserError, match=r"OUTPUT_DIR: the end of the run could not be saved in .* start it again"):
+            trainer.run()
+    else:  # what was trained is there; only going on with it has to wait for space
         trainer.run()
     assert seen == [(1, Saved(True, True)), (1, Saved(what == "state", False))]
     trainer = make_trainer(build(settings))

@@ -164,6 +164,20 @@ def test_the_cut_is_kept_in_validation_and_in_the_state(
     assert tried == [*[2] * 4, *[2] * 2]
 
 
+def test_validation_out_of_memory_is_repeated_in_smaller_parts(
+    settings_for: Callable, write_jsonl: Callable, demo_rows: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only a validation batch is too large: the same figures, and training goes on in its mode."""
+    settings = settings_for(num_epochs=1, validation_jsonl=write_jsonl(demo_rows[-4:], "valid.jsonl"))
+    trainer = make_trainer(build(settings))
+    wanted = trainer.validator.evaluate(trainer.stepper.module)
+    tried = limit_memory(trainer.stepper, monkeypatch, 2)
+    found = trainer._validate()
+    assert tried == [4, 2, 2] and trainer.stepper.num_parts == 2
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert trainer.stepper.module.training
+
+
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "num_tries", "advice"),
     [
