@@ -103,7 +103,8 @@ class Stepper:
             self.scheduler.step()
         self.optimizer.zero_grad()
         self.skips.note(is_bad & self._counts_as_bad(), lines_of(batches))
-        sums = torch.cat([losses, torch.tensor(count_tokens(batches)).to(losses)])
+        counts = [losses.new_full((1,), count) for count in count_tokens(batches)]  # a copy would make the host wait
+        sums = torch.cat([losses, *counts])
         return Sums(torch.where(is_bad, torch.zeros_like(sums), sums), gradient_norm)
 
     def any_process(self, is_so: bool) -> bool:

@@ -137,7 +137,7 @@ def test_gpu_check_of_waits(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_gpu_check_of_the_scaler(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fp32 on CPU a scale overflows as well, if it is large enough."""
+    """In fp32 on CPU, with a weight whose gradient overflows at scales above 2^20."""
     from benchmarks.bench import CheckFailed
     from benchmarks.resume_check import make_accelerator, make_stepper, search_of
 
@@ -146,18 +146,20 @@ def test_gpu_check_of_the_scaler(bench: Any, monkeypatch: pytest.MonkeyPatch) ->
         accelerator.scaler = torch.amp.GradScaler("cpu")
         return accelerator
 
-    def fp32_stepper() -> stepping.Stepper:
+    def overflowing_stepper() -> stepping.Stepper:
         _, stepper = make_stepper(bench, "layers", mixed_precision="no")
         accelerator = stepper.accelerator
         accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(stepper.optimizer)
+        weight = next(weight for weight in stepper.module.parameters() if weight.requires_grad)
+        weight.register_hook(lambda gradient: gradient * (torch.inf if accelerator.scaler.get_scale() > 2**20 else 1))
         return stepper
 
     monkeypatch.setattr("benchmarks.resume_check.make_accelerator", with_scaler)
-    found = search_of(fp32_stepper(), bench.batches[0], 2.0**127)
-    assert re.search(r"halved \d+ times .* 2 steps taken, 2 on the schedule, 0 counted", found)
+    found = search_of(overflowing_stepper(), bench.batches[0], 2.0**24)
+    assert re.search(r"halved 4 times .* 2 steps taken, 2 on the schedule, 0 counted", found)
     monkeypatch.setattr(stepping.Stepper, "_counts_as_bad", lambda _: True)
     with pytest.raises(CheckFailed, match=r"[1-9]\d* counted as skipped"):
-        search_of(fp32_stepper(), bench.batches[0], 2.0**127)
+        search_of(overflowing_stepper(), bench.batches[0], 2.0**24)
 
 
 def test_gpu_check_of_states(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
