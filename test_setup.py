@@ -47,7 +47,7 @@ class Preflight:
         self._is_main = self._rank == 0
         self._unsaid: list[str] = []
         self.settings: Settings | None = None
-        self.base = self.device = self.accelerator = None
+        self.base = self.device = self.accelerator = self.resume = None
         self._references: set[Path] = set()
 
     def check(self, title: str, function: Callable[[], str], needs: object = True, together: bool = False) -> None:
@@ -151,11 +151,11 @@ class Preflight:
 
     def output_folder(self) -> str:
         from finetuning.checkpoint import check_output_folder
-        from finetuning.resume import begin_or_resume
+        from finetuning.session import choose_start
 
         check_output_folder(self.settings, self.base)
-        resume = begin_or_resume(self.settings, self.base, int(os.environ.get("WORLD_SIZE") or 1))
-        goes_on = f", goes on from {resume.folder}" if resume else ""
+        self.resume = choose_start(self.settings, self.base, self.accelerator)
+        goes_on = f", goes on from {self.resume.folder}" if self.resume else ""
         return f"{self.settings.output_dir}{goes_on}"
 
     def data(self) -> str:
@@ -218,14 +218,15 @@ class Preflight:
 
     def disk(self) -> str:
         """One checkpoint and one state against the free space of OUTPUT_DIR's disk."""
-        from finetuning.checkpoint import check_disk_space, reclaimable_bytes
+        from finetuning.checkpoint import check_disk_space
         from finetuning.saving import STATE_BYTES_PER_WEIGHT
+        from finetuning.session import spare_bytes
 
         trained, frozen = parameter_counts(self.base, self.settings)
         dtype = self.base.weight_dtypes()["talker.model.codec_embedding.weight"]
         checkpoint, state = (trained + frozen) * dtype.itemsize, trained * STATE_BYTES_PER_WEIGHT
         output_dir = self.settings.output_dir
-        check_disk_space(output_dir, checkpoint + state - reclaimable_bytes(output_dir))
+        check_disk_space(output_dir, checkpoint + state - spare_bytes(self.resume, output_dir))
         return f"a checkpoint of {checkpoint / 1e9:.2f} GB and a state of {state / 1e9:.2f} GB fit"
 
     def one_step(self) -> str:

@@ -81,6 +81,8 @@ MAX_SILENT_SECONDS = 120.0
 #: Figures of a log line that depend on the clock.
 CLOCK = ("timestamp", "frames_per_second", "seconds_left")
 LOGS = ("training_log.jsonl", "validation_log.jsonl")
+#: Tensors of a state; see ``hash_of_tensors``.
+PYTHON_GENERATOR = re.compile(r"process\.\d+\.python(_gauss)?")
 _CHECKPOINT = re.compile(r"best|last|(checkpoint|epoch)-\d+")
 
 
@@ -376,10 +378,8 @@ def checked_state(folder: Path) -> tuple[str, str]:
 
     if problems := damage_of_state(folder):
         raise ValueError("; ".join(problems))
-    state = State(folder)
-    for name in state.names(""):
-        state[name]
-    return json.dumps(state.record["progress"]), hash_of(*sorted(folder.glob("*.safetensors")))
+    tensors = [hash_of_tensors(file) for file in sorted(folder.glob("*.safetensors"))]
+    return json.dumps(State(folder).record["progress"]), " ".join(tensors)
 
 
 def differences(found: Watch, wanted: Watch) -> list[str]:
@@ -413,7 +413,7 @@ def content_of(path: Path) -> Any:
         return record | {"settings": without_folders(record["settings"])}
     if path.name == "checksums.json" and path.parent.name.startswith("step-"):
         return None  # it has the hash of state.json
-    return hash_of(path)
+    return hash_of_tensors(path) if path.parent.name.startswith("step-") else hash_of(path)
 
 
 def without_folders(settings: dict[str, Any]) -> dict[str, Any]:
@@ -426,6 +426,21 @@ def hash_of(*files: Path) -> str:
     content = hashlib.blake2b(digest_size=16)
     for file in files:
         content.update(file.read_bytes())
+    return content.hexdigest()
+
+
+def hash_of_tensors(file: Path) -> str:
+    """Of a state's tensors, without the state of Python's own generator.
+
+    Training never draws from that one, but libraries do when they are imported (rich, a number for its styles), and the
+    forked processes imported them before the seed was set.
+    """
+    from safetensors.numpy import load_file
+
+    content = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(load_file(file).items()):
+        if not PYTHON_GENERATOR.fullmatch(name):
+            content.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.tobytes())
     return content.hexdigest()
 
 

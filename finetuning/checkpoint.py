@@ -36,7 +36,7 @@ CODEC_TABLE = "talker.model.codec_embedding.weight"
 LINKED_SUFFIX = ".safetensors"
 #: Files of a run besides its checkpoints.
 LOG_FILES = ("training_log.jsonl", "validation_log.jsonl", "skipped_rows.jsonl")
-RUN_FILES = ("settings.json", *LOG_FILES)
+RUN_FILES = (*LOG_FILES, "settings.json")  # by its settings a half-removed run is known to the end
 #: Kept open by the process that trains in the folder.
 LOCK_FILE = ".lock"
 _STEP_FOLDER = re.compile(r"(checkpoint|epoch)-(\d+)")
@@ -79,7 +79,7 @@ class Exporter:
         with new_folder(self.output_dir / first) as folder:
             self._fill(folder, state, weights)
         for name in others:
-            with new_folder(self.output_dir / name) as folder:
+            with new_folder(self.output_dir / name, is_sealed=True) as folder:
                 shutil.copytree(self.output_dir / first, folder, copy_function=link_or_copy, dirs_exist_ok=True)
         self._say_files(self.output_dir / first)
 

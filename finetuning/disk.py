@@ -29,8 +29,11 @@ _READ_BYTES = 8 * 2**20
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, is_sealed: bool = False) -> Iterator[Path]:
     """Gives a temporary folder to fill; ``target`` is that folder afterwards, or what it was before.
+
+    Args:
+        is_sealed: it is filled with the right checksums as well (it is a copy).
 
     Raises:
         OSError: the disk refused something (it is full, say); nothing is left of the attempt.
@@ -39,7 +42,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         with library_errors():
             yield unfinished
-        finish_folder(unfinished, target)
+        finish_folder(unfinished, target, is_sealed)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -52,9 +55,10 @@ def begin_folder(target: Path) -> Path:
     return unfinished
 
 
-def finish_folder(unfinished: Path, target: Path) -> None:
+def finish_folder(unfinished: Path, target: Path, is_sealed: bool = False) -> None:
     """Checksums, flushes, and puts the folder in the place of ``target``; a crash leaves the one or the other."""
-    seal(unfinished)
+    if not is_sealed:
+        seal(unfinished)
     flush(unfinished)
     old = target.with_name(f".{target.name}.old.tmp")
     shutil.rmtree(old, ignore_errors=True)

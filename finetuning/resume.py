@@ -14,10 +14,10 @@ import torch
 from finetuning.base_model import Base
 from finetuning.checkpoint import LOG_FILES, check_holds_no_run, link_or_copy, run_entries
 from finetuning.console import say
-from finetuning.disk import damage, new_folder, remove_folder
+from finetuning.disk import CHECKSUMS_FILE, checksum, damage, new_folder, remove_folder, write_json
 from finetuning.errors import UserError
 from finetuning.settings import Settings
-from finetuning.state import RECORD_FILE, State, damage_of_state, find_states, step_of
+from finetuning.state import RECORD_FILE, State, damage_of_state, find_states, rotate_states, state_folder, step_of
 
 #: Settings that change nothing that has been learnt so far; every other difference is refused.
 MAY_CHANGE = frozenset({
@@ -41,10 +41,12 @@ class Resume:
 
     Attributes:
         run_dir: the OUTPUT_DIR of the run that saved it.
+        origin: what RESUME names, to be known again; see ``origin_of``. None where the run just goes on.
     """
 
     folder: Path
     run_dir: Path
+    origin: dict[str, str] | None = None
 
     def state(self) -> State:
         return State(self.folder)
@@ -58,13 +60,22 @@ class Resume:
 
 
 def begin_or_resume(settings: Settings, base: Base, num_processes: int) -> Resume | None:
-    """Where the run begins: at the state that RESUME asks for, or None for the beginning.
+    """Where the run begins: at a state, or None for the beginning.
 
-    Reads every byte of a state, to be sure of it; its rows are compared later, once they are open.
+    ==================  =======================================================================================
+    RESUME              goes on from
+    ==================  =======================================================================================
+    never               nothing
+    auto                the newest whole state in OUTPUT_DIR
+    a folder            the state there; once OUTPUT_DIR has gone on from it, the newest whole state in OUTPUT_DIR
+    ==================  =======================================================================================
+
+    Another run in OUTPUT_DIR is refused, or replaced where OVERWRITE_OUTPUT says so. Every byte of a state is read, to
+    be sure of it; its rows are compared later, once they are open.
 
     Raises:
         UserError: there is no state where one is asked for, it is damaged, it belongs to other settings or another
-            base, or OUTPUT_DIR holds a run that it does not belong to (unless OVERWRITE_OUTPUT replaces that).
+            base, or OUTPUT_DIR holds another run.
     """
     resume = find_resume(settings, base, num_processes)
     if resume is not None and resume.is_in(settings.output_dir):
@@ -77,69 +88,105 @@ def begin_or_resume(settings: Settings, base: Base, num_processes: int) -> Resum
 
 
 def find_resume(settings: Settings, base: Base, num_processes: int) -> Resume | None:
-    """The state that RESUME asks for; None where there is none to find. Raises UserError as ``begin_or_resume``."""
+    """The state that RESUME asks for, whole and of these settings; None where there is none to find."""
     if settings.resume == "never":
         return None
     if settings.resume == "auto":
-        return _find_newest(settings, base, num_processes)
+        return _find_own(settings, base, num_processes)
     named = Path(settings.resume).expanduser()
-    found = _state_at(named)
-    if found is None:
-        raise UserError(f"RESUME: {named} holds no state to resume from (state/step-N with {RECORD_FILE})")
-    if problems := damage_of_state(found):
-        raise UserError(f"RESUME: {found} is damaged: {'; '.join(problems)}. RESUME=auto takes the newest whole one")
-    resume = Resume(found, found.parent.parent)
-    if not resume.is_in(settings.output_dir) and find_states(settings.output_dir):
-        say(f"{settings.output_dir} has gone on from {found} already; it goes on from its own newest state")
-        return _find_newest(settings, base, num_processes)
+    origin = origin_of(named)
+    if _has_gone_on_from(origin, settings.output_dir):
+        say(f"{settings.output_dir} has gone on from {named} already; it goes on from its own newest state")
+        return _find_own(settings, base, num_processes)
+    resume = _find_named(named, origin)
     if differences := differences_of(resume.state(), settings, base, num_processes):
-        raise UserError(f"RESUME: {found} belongs to other settings: {_listed(differences)}")
+        raise UserError(f"RESUME: {resume.folder} belongs to other settings: {_listed(differences)}")
     return resume
 
 
-def _find_newest(settings: Settings, base: Base, num_processes: int) -> Resume | None:
-    states = find_states(settings.output_dir)
-    for folder in states:
-        if problems := damage_of_state(folder):
-            say(f"{folder} is damaged ({'; '.join(problems)}); going back to the state before it")
-            continue
-        resume = Resume(folder, settings.output_dir)
-        differences = differences_of(resume.state(), settings, base, num_processes)
-        if not differences:
-            return resume
-        if settings.overwrite_output:
-            say(f"the run in {settings.output_dir} had other settings and is replaced: {'; '.join(differences)}")
-            return None
+def _find_own(settings: Settings, base: Base, num_processes: int) -> Resume | None:
+    """The newest whole state in OUTPUT_DIR; None where there is none, or where OVERWRITE_OUTPUT replaces its run."""
+    output_dir = settings.output_dir
+    states = find_states(output_dir)
+    newest = _newest_whole(states)
+    if newest is None and states and not settings.overwrite_output:
         raise UserError(
-            f"OUTPUT_DIR: {settings.output_dir} holds a run that was begun with other settings, so it cannot be "
-            f"resumed: {_listed(differences)}"
-        )
-    if states and not settings.overwrite_output:
-        raise UserError(
-            f"OUTPUT_DIR: no state in {settings.output_dir / 'state'} is whole, so the run cannot be resumed; "
+            f"OUTPUT_DIR: no state in {output_dir / 'state'} is whole, so the run cannot be resumed; "
             "RESUME=never with OVERWRITE_OUTPUT=true starts over, another OUTPUT_DIR keeps its checkpoints"
         )
+    if newest is None:
+        return None
+    resume = Resume(newest, output_dir)
+    differences = differences_of(resume.state(), settings, base, num_processes)
+    if differences and not settings.overwrite_output:
+        raise UserError(
+            f"OUTPUT_DIR: {output_dir} holds a run that was begun with other settings, so it cannot be "
+            f"resumed: {_listed(differences)}"
+        )
+    if differences:
+        say(f"the run in {output_dir} had other settings and is replaced: {'; '.join(differences)}")
+    return None if differences else resume
+
+
+def _newest_whole(states: list[Path]) -> Path | None:
+    for folder in states:
+        if not (problems := damage_of_state(folder)):
+            return folder
+        say(f"{folder} is damaged ({'; '.join(problems)}); going back to the state before it")
     return None
 
 
-def _state_at(folder: Path) -> Path | None:
-    """A state's folder, or the newest whole state of a run's folder or of its state/ folder."""
-    if (folder / RECORD_FILE).is_file():
-        return folder
-    states = find_states(folder.parent if folder.name == "state" else folder)
-    return next((state for state in states if not damage_of_state(state)), states[0] if states else None)
+def _find_named(named: Path, origin: dict[str, str]) -> Resume:
+    """The state in a folder: of a state, of a run, or a run's state/; of several the newest that is whole."""
+    if (named / RECORD_FILE).is_file():
+        if problems := damage_of_state(named):
+            raise UserError(
+                f"RESUME: {named} is damaged: {'; '.join(problems)}. RESUME=auto takes the newest whole one"
+            )
+        return Resume(named, named.resolve().parent.parent, origin)
+    run_dir = named.parent if named.name == "state" else named
+    if newest := _newest_whole(find_states(run_dir)):
+        return Resume(newest, run_dir, origin)
+    raise UserError(f"RESUME: {named} holds no whole state to resume from (state/step-N with {RECORD_FILE})")
+
+
+def origin_of(named: Path) -> dict[str, str]:
+    """What RESUME names, to be known again: the place and, for a single state, its content."""
+    checksums = named / CHECKSUMS_FILE
+    return {"path": str(named.resolve()), "content": checksum(checksums) if checksums.is_file() else ""}
+
+
+def _has_gone_on_from(origin: dict[str, str], output_dir: Path) -> bool:
+    """Whether the states in OUTPUT_DIR descend from what RESUME names, so that a restart must not go back to it.
+
+    The named state itself may have been rotated away since.
+    """
+    known = _read_json(_origin_file(output_dir))
+    if known is None or not find_states(output_dir):
+        return False
+    return known["path"] == origin["path"] and origin["content"] in ("", known["content"])
+
+
+def _origin_file(output_dir: Path) -> Path:
+    return output_dir / "state" / "origin.json"
 
 
 def may_begin_again(settings: Settings) -> bool:
-    """Whether the run in OUTPUT_DIR was this one, killed before its first state: nothing would be lost.
+    """Whether OUTPUT_DIR holds just what this very run leaves when it is stopped before its first state.
 
-    A run that has finished says so in ``last/``; without its state it is no leftover.
+    Then its checkpoints come again as they are. A run that has finished says so in ``last/``, and one that was longer
+    under way had a state, so it is no leftover: its checkpoints may be all that somebody has kept of it.
     """
-    if settings.resume == "never" or find_states(settings.output_dir):
+    output_dir = settings.output_dir
+    if settings.resume == "never" or find_states(output_dir):
         return False
-    saved = _read_json(settings.output_dir / "settings.json")
-    last = _read_json(settings.output_dir / "last" / "training_state.json")
-    if saved is None or (last or {}).get("complete", False):
+    saved = _read_json(output_dir / "settings.json")
+    if saved is None:
+        return False
+    checkpoints = {file.parent.name: _read_json(file) or {} for file in output_dir.glob("*/training_state.json")}
+    if settings.resume != "auto" and saved.get("RESUME") == settings.resume:
+        checkpoints.pop("best", None)  # copied from what RESUME names
+    if any(found.get("complete") or found.get("step", 0) > settings.save_steps for found in checkpoints.values()):
         return False
     # Without a state nothing tells whether files that have another name now hold the same rows.
     moved = any(saved.get(name) != value for name, value in settings.public().items() if name in COMPARED_BY_CONTENT)
@@ -250,7 +297,8 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 
 def take_over(resume: Resume, settings: Settings) -> None:
-    """Makes OUTPUT_DIR the folder of the run: states of a future that is given up go; elsewhere, best/ and logs come.
+    """Makes OUTPUT_DIR the folder of the run: states of a future that is given up go; from elsewhere, logs, best/ and
+    the state come (weights as hard links where the disk allows), the state last.
 
     Raises:
         OSError: they cannot be copied.
@@ -260,12 +308,22 @@ def take_over(resume: Resume, settings: Settings) -> None:
         for folder in find_states(output_dir):
             if step_of(folder) > resume.state().step:
                 remove_folder(folder)
+        rotate_states(output_dir)  # a save that was cut off may not have come to it
+    if resume.origin is None:
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "state").mkdir(parents=True, exist_ok=True)
+    write_json(_origin_file(output_dir), resume.origin)
+    if resume.is_in(output_dir):
+        return
     for name in LOG_FILES:
         if (resume.run_dir / name).is_file():
             shutil.copyfile(resume.run_dir / name, output_dir / name)
     best = resume.run_dir / "best"
     if best.is_dir() and not damage(best):
-        with new_folder(output_dir / "best") as folder:
-            shutil.copytree(best, folder, copy_function=link_or_copy, dirs_exist_ok=True)
+        _copy_folder(best, output_dir / "best")
+    _copy_folder(resume.folder, state_folder(output_dir, resume.state().step))
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    with new_folder(target, is_sealed=True) as folder:
+        shutil.copytree(source, folder, copy_function=link_or_copy, dirs_exist_ok=True)

@@ -6,6 +6,7 @@ A disk that is full, or refuses otherwise, costs a checkpoint and not the run, u
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from finetuning.checkpoint import Exporter, attempt, rotate_checkpoints
 from finetuning.console import say
-from finetuning.disk import bytes_of, free_bytes
+from finetuning.disk import bytes_of, damage, free_bytes
 from finetuning.errors import UserError
 from finetuning.progress import Progress
 from finetuning.resume import versions
@@ -65,6 +66,9 @@ class Saver:
     def save(self, trainer: Trainer, names: Sequence[str], with_state: bool, epoch: int) -> Saved:
         """Writes checkpoints first, then the state: a state never knows of a checkpoint that is not there.
 
+        Where only ``last/`` is written on the way, which the end of the run writes again, the state comes first: a
+        machine that is about to vanish may not wait for both.
+
         Args:
             names: of checkpoints; see ``Exporter.save``.
             epoch: that the checkpoints belong to.
@@ -72,16 +76,19 @@ class Saver:
         Raises:
             UserError: the third failure in a row.
         """
-        saved = Saved(False, False)
+        saved = Saved(checkpoints=not names, state=not with_state)
+        state_first = list(names) == ["last"] and not trainer.is_over
         try:
-            self._check_space(with_state, bool(names))
+            if state_first and with_state:
+                self._save_state(trainer)
+                saved = saved._replace(state=True)
+            self._check_space(not saved.state, bool(names))
             if names:
                 self.exporter.save(names, self._describe(trainer, epoch))
-            saved = Saved(True, False)
-            if with_state:
-                attempt(self.accelerator, trainer.tracker.flush)
+                saved = saved._replace(checkpoints=True)
+            if not saved.state:
                 self._save_state(trainer)
-            saved = Saved(True, True)
+                saved = saved._replace(state=True)
             self._rotate(trainer.progress.step)
         except OSError as error:
             self._note_failure([] if saved.checkpoints else names, error)
@@ -90,6 +97,8 @@ class Saver:
         return saved
 
     def _save_state(self, trainer: Trainer) -> None:
+        self._check_space(True, False)
+        attempt(self.accelerator, trainer.tracker.flush)
         folder = state_folder(self.settings.output_dir, trainer.progress.step)
         save_state(folder, self._record(trainer), self._tensors(trainer), self.accelerator)
 
@@ -120,7 +129,8 @@ class Saver:
         if self._num_failures == MAX_FAILURES:
             raise UserError(
                 f"OUTPUT_DIR: saving in {self.settings.output_dir} failed {MAX_FAILURES} times in a row, last {what}: "
-                f"{error}. What was saved before is whole: free some space and start again, it goes on from there"
+                f"{error}. What was saved before is whole: free some space and start again: it goes on from "
+                "the newest state, or from the beginning where there is none yet"
             )
         say(
             f"warning: {what} could not be saved: {error}. What was saved before is whole; training goes on "
@@ -180,6 +190,9 @@ class Saver:
         if not is_sharded(stepper.objective):  # else the processes would have unequal numbers of forwards
             stepper.num_parts = record["num_parts"]
         trainer.progress = Progress.from_json(record["progress"])
+        if self._has_lost_best(trainer):
+            trainer.progress.best_loss = math.inf
+            say("best/ is missing or damaged: the next evaluation writes it again")
         same_processes = state.num_processes == self.accelerator.num_processes
         if same_processes:
             own = {name: state[f"process.{index}.{name}"] for name in _names_of_process(state, index)}
@@ -189,6 +202,11 @@ class Saver:
         # These are the same in all processes.
         trainer.log_window.gradient_norm = state["process.0.gradient_norm"].to(self.accelerator.device)
         stepper.skips.counts = state["process.0.skips"].to(stepper.skips.counts)
+
+    def _has_lost_best(self, trainer: Trainer) -> bool:
+        best = self.settings.output_dir / "best"
+        is_lost = self.accelerator.is_main_process and not math.isinf(trainer.progress.best_loss) and bool(damage(best))
+        return trainer.stepper.any_process(is_lost)
 
     def _sums(self, state: State, name: str, same_processes: bool, like: torch.Tensor) -> torch.Tensor:
         """This process's sums; of another number of processes, the first takes all of them."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -22,6 +24,7 @@ from finetuning.base_model import (
 )
 from finetuning.check_rows import check_at_start
 from finetuning.checkpoint import (
+    LOCK_FILE,
     Exporter,
     check_disk_space,
     check_output_folder,
@@ -57,7 +60,7 @@ from finetuning.saving import Saver, state_bytes
 from finetuning.settings import Settings
 from finetuning.sharding import is_sharded
 from finetuning.speakers import Speakers, make_speakers, prepare_speakers
-from finetuning.state import State, find_states
+from finetuning.state import State, damage_of_state, find_states, step_of
 from finetuning.stepping import Stepper
 from finetuning.steps import MappedSteps, StreamedSteps, TrainingSteps
 from finetuning.tracking import Tracker
@@ -316,36 +319,59 @@ def walk_once(run: Run) -> None:
 
 
 def claim_output_folder(run: Run) -> None:
-    """Checks the disk, locks the folder, takes it over or removes the run that is given up, and saves the settings."""
+    """Locks the folder, checks the disk, takes it over or removes the run that is given up, and saves the settings.
+
+    Raises:
+        UserError: no space, another run in the folder, or not all processes see it.
+    """
+    output_dir = run.settings.output_dir
     if run.is_main:
         try:
             _claim_output_folder(run)
         except OSError as error:
-            raise UserError(f"OUTPUT_DIR: {run.settings.output_dir} cannot be written: {error}") from None
+            raise UserError(f"OUTPUT_DIR: {output_dir} cannot be written: {error}") from None
     run.accelerator.wait_for_everyone()
+    if not (output_dir / "settings.json").is_file():
+        raise UserError(
+            f"OUTPUT_DIR: {output_dir} must lie on a disk that all machines share; this one does not see it"
+        )
 
 
 def _claim_output_folder(run: Run) -> None:
-    output_dir = run.settings.output_dir
-    resumes_here = run.resume is not None and run.resume.is_in(output_dir)
-    required = run.exporter.required_bytes() + state_bytes(run.model)
-    spare = sum(map(bytes_of, find_states(output_dir)[1:])) if resumes_here else reclaimable_bytes(output_dir)
-    check_disk_space(output_dir, required - spare)
+    settings, output_dir = run.settings, run.settings.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
     run.lock = lock_output_folder(output_dir)
-    if resumes_here:
-        clean_up_leftovers(output_dir)
-    else:
-        clear_output_folder(run.settings)
-    run.settings.save(output_dir / "settings.json")  # first: it tells whose the folder is, should this be cut off
+    clean_up_leftovers(output_dir)
+    if run.resume and not run.resume.folder.is_dir():
+        raise UserError(f"RESUME: {run.resume.folder} has been removed meanwhile, by another run; start again")
+    if run.resume and run.resume.is_in(output_dir):
+        newest = next(iter(find_states(output_dir)), run.resume.folder)
+        if settings.resume == "auto" and step_of(newest) > run.state.step and not damage_of_state(newest):
+            raise UserError(
+                f"OUTPUT_DIR: {newest} was saved meanwhile, by another run; start again to go on from there"
+            )
+    required = run.exporter.required_bytes() + state_bytes(run.model)
+    check_disk_space(output_dir, required - spare_bytes(run.resume, output_dir))
+    if not (run.resume and run.resume.is_in(output_dir)):
+        clear_output_folder(settings)
+    # First of all: a start that is cut off from here on leaves a folder that the next one knows as its own.
+    settings.save(output_dir / "settings.json")
     if run.resume:
-        take_over(run.resume, run.settings)
+        take_over(run.resume, settings)
+
+
+def spare_bytes(resume: Resume | None, output_dir: Path) -> int:
+    """What the run will remove: older states of its own, or the run that it replaces."""
+    if resume and resume.is_in(output_dir):
+        return sum(map(bytes_of, find_states(output_dir)[1:]))
+    return reclaimable_bytes(output_dir)
 
 
 def discard_rows(settings: Settings) -> None:
     """Removes what ``open_rows`` left, for a run that was refused after it, where there was none before."""
     if run_entries(settings.output_dir):
         return
+    (settings.output_dir / LOCK_FILE).unlink(missing_ok=True)
     shutil.rmtree(settings.output_dir / "rows", ignore_errors=True)
     for listed in settings.output_dir.glob("rejected.*.jsonl"):
         listed.unlink()
@@ -389,22 +415,36 @@ def make_trainer(run: Run, tracker: Tracker) -> Trainer:
 
 def train(run: Run) -> None:
     """Trains, and verifies the round trip where the settings ask for it."""
-    if run.state and run.progress.is_over(run.settings, run.num_steps):
-        say(
-            f"This run is complete: {run.settings.output_dir} holds all {run.state.step} steps. A larger NUM_EPOCHS or "
-            "MAX_STEPS trains on; RESUME=never with OVERWRITE_OUTPUT=true starts over"
-        )
-        return
-    with make_tracker(run) as tracker:
-        trainer = make_trainer(run, tracker)
-        trainer.run()
-        if trainer.progress.num_skipped_rows:
-            say(f"{trainer.progress.num_skipped_rows} rows could not be read; they are listed in skipped_rows.jsonl")
-        best, last = run.settings.output_dir / "best", run.settings.output_dir / "last"
-        say(f"Done: {best} (lowest {trainer.best_by}) and {last} (the end of training)")
-        say(f'Listen: python synthesize.py --checkpoint {best} --text "…"')
-        if run.settings.verify_roundtrip and run.is_main:
+    settings = run.settings
+    is_over = run.state is not None and run.progress.is_over(settings, run.num_steps)
+    with contextlib.nullcontext() if is_over and not owes_roundtrip(run) else make_tracker(run) as tracker:
+        if is_over:
+            say(
+                f"This run is complete: {settings.output_dir} holds {run.state.step} steps, and nothing is left of its "
+                "NUM_EPOCHS and MAX_STEPS. More of them train on; RESUME=never with OVERWRITE_OUTPUT=true starts over"
+            )
+        else:
+            train_on(run, tracker)
+        if tracker and settings.verify_roundtrip and run.is_main:
             verify_roundtrip(run, tracker)
+
+
+def train_on(run: Run, tracker: Tracker) -> None:
+    """Trains from where the run stands to its end."""
+    trainer = make_trainer(run, tracker)
+    trainer.run()
+    if trainer.progress.num_skipped_rows:
+        say(f"{trainer.progress.num_skipped_rows} rows could not be read; they are listed in skipped_rows.jsonl")
+    best, last = run.settings.output_dir / "best", run.settings.output_dir / "last"
+    say(f"Done: {best} (lowest {trainer.best_by}) and {last} (the end of training)")
+    say(f'Listen: python synthesize.py --checkpoint {best} --text "…"')
+
+
+def owes_roundtrip(run: Run) -> bool:
+    """Whether the settings ask for the round trip of a complete run that has none yet."""
+    log = run.settings.output_dir / "validation_log.jsonl"
+    is_done = log.is_file() and "roundtrip_reproduced" in log.read_text(encoding="utf-8")
+    return bool(run.settings.verify_roundtrip) and not is_done
 
 
 def verify_roundtrip(run: Run, tracker: Tracker) -> None:

@@ -431,7 +431,12 @@ def _check_unbuilt_upload(settings: Settings, _: int) -> str | None:
 
 
 def _check_resume(settings: Settings, _: int) -> str | None:
-    if settings.resume in ("auto", "never") or Path(settings.resume).expanduser().is_dir():
+    # A named state may have been rotated away by the run that has gone on from it, in OUTPUT_DIR.
+    if (
+        settings.resume in ("auto", "never")
+        or Path(settings.resume).expanduser().is_dir()
+        or (settings.output_dir / "state").is_dir()
+    ):
         return None
     return f"{settings.resume} is no folder; set auto, never, or the folder of a state or of a run"
 

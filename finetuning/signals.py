@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -46,5 +47,10 @@ class StopRequest:
         if not self.is_made:
             self.number, self._made_at = number, time.monotonic()
             say(f"signal {number}: finishing the step and saving last/; once more stops at once")
-        elif time.monotonic() - self._made_at > ECHO_SECONDS:
+        elif time.monotonic() - self._made_at > _echo_seconds():
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def _echo_seconds() -> float:
+    """How long a second signal may be the echo of the first; without a launcher there is none."""
+    return ECHO_SECONDS if int(os.environ.get("WORLD_SIZE") or 1) > 1 else -1.0

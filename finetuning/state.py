@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -86,19 +87,25 @@ def save_state(
     unfinished = folder.with_name(f".{folder.name}.tmp")
     is_main = accelerator.is_main_process
 
+    written: list[str] = []
+
     def write_part() -> None:
         prefix = f"process-{accelerator.process_index:05d}-of-{accelerator.num_processes:05d}"
         for number, group in enumerate(_grouped(_owned(tensors, is_main))):
+            written.append(f"{prefix}.part-{number:05d}.safetensors")
             with library_errors():
-                save_file(group, unfinished / f"{prefix}.part-{number:05d}.safetensors")
+                save_file(group, unfinished / written[-1])
 
     def finish() -> None:
+        if unseen := [name for name in parts if not (unfinished / name).is_file()]:  # a network file system's cache
+            raise OSError(f"{', '.join(unseen)} cannot be seen by the main process")
         write_json(unfinished / RECORD_FILE, {"format": STATE_FORMAT, **record})
         finish_folder(unfinished, folder)
 
     try:
         attempt(accelerator, lambda: begin_folder(folder) if is_main else None)
         attempt(accelerator, write_part)
+        parts = gather_object(written) if accelerator.num_processes > 1 else written
         attempt(accelerator, lambda: finish() if is_main else None)
     finally:
         if is_main and unfinished.exists():
@@ -172,9 +179,13 @@ def damage_of_state(folder: Path) -> list[str]:
     if problems := damage(folder):
         return problems
     try:
-        found = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["format"]
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        found, num_processes = record["format"], record["processes"]
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{RECORD_FILE} is not readable"]
+    lacking = [index for index in range(num_processes) if not list(folder.glob(f"process-{index:05d}-of-*"))]
+    if lacking:
+        return [f"the part of process {lacking[0]} is missing"]
     return [] if found == STATE_FORMAT else [f"it has format {found}, this version reads format {STATE_FORMAT}"]
 
 

@@ -73,6 +73,7 @@ class Stepper:
         self.num_parts = 1
         self.learning_rate = 0.0
         self.skips = Skips(accelerator.device)
+        self._scale: float | None = None  # of the fp16 scaler after the last step; reading it makes the host wait
 
     @property
     def module(self) -> TrainingObjective:
@@ -95,7 +96,7 @@ class Stepper:
             UserError: the GPU's memory does not suffice for the smallest micro-batches either.
         """
         while (losses := self._try(batches, num_talker, num_sub_talker)) is None:
-            self.halve()
+            self.halve("the step")
         gradient_norm = clip_gradients(self.accelerator, self.objective.parameters(), self.settings.max_grad_norm)
         is_bad = ~torch.isfinite(gradient_norm)
         self.learning_rate = self.scheduler.get_last_lr()[0]
@@ -143,8 +144,11 @@ class Stepper:
             return None
         return torch.stack(shares.losses).sum(0)
 
-    def halve(self) -> None:
+    def halve(self, what: str) -> None:
         """Cuts every micro-batch in twice as many parts from now on.
+
+        Args:
+            what: is going to be repeated, for the message.
 
         Raises:
             UserError: that was done as often as it may be.
@@ -157,9 +161,9 @@ class Stepper:
         self.num_parts *= 2
         rows, micro_batches = self._micro_batches()
         say(
-            f"out of GPU memory: the step is repeated with at most {rows} rows in each of {micro_batches} "
-            f"micro-batches, and so are the next ones. BATCH_SIZE={rows} GRADIENT_ACCUMULATION_STEPS={micro_batches} "
-            "gives the same"
+            f"out of GPU memory: {what} is repeated with at most {rows} rows at a time, and the next steps are taken "
+            f"in {micro_batches} micro-batches. BATCH_SIZE={rows} GRADIENT_ACCUMULATION_STEPS={micro_batches} gives "
+            "the same"
         )
 
     def _micro_batches(self) -> tuple[int, int]:
@@ -190,9 +194,10 @@ class Stepper:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, is_bad.float()
             self._step_optimizer()
             return True
-        before = scaler.get_scale()
+        before = scaler.get_scale() if self._scale is None else self._scale
         self._step_optimizer()  # which takes the scaler's step and updates it
-        return scaler.get_scale() >= before
+        self._scale = scaler.get_scale()
+        return self._scale >= before
 
     def _step_optimizer(self) -> None:
         try:
@@ -202,8 +207,7 @@ class Stepper:
 
     def _counts_as_bad(self) -> bool:
         """An fp16 scaler that is still finding its scale meets infinities by design; at a scale of 1 it is not that."""
-        scaler = self.accelerator.scaler
-        return scaler is None or scaler.get_scale() <= 1.0
+        return self._scale is None or self._scale <= 1.0
 
 
 class _Shares:
@@ -281,6 +285,20 @@ class Window:
         self.totals = torch.zeros(4, dtype=exact, device=accelerator.device)
         self.gradient_norm = torch.tensor(math.nan, device=accelerator.device)
         self._num_steps, self._start, self._paused = 0, time.perf_counter(), 0.0
+        self._labels_before = self.totals[3]  # sub-talker labels from before the clock was started
+
+    def resume_from(self, totals: torch.Tensor, gradient_norm: torch.Tensor | None = None) -> None:
+        """Goes on with the sums of a stopped run; the clock counts from here, and so do frames_per_second.
+
+        Args:
+            totals: (4,) of this process, see ``Sums``.
+            gradient_norm: (), see ``Sums``.
+        """
+        self.totals = totals.to(self.totals)
+        if gradient_norm is not None:
+            self.gradient_norm = gradient_norm.to(self.totals.device)
+        self._num_steps, self._start, self._paused = 0, time.perf_counter(), 0.0
+        self._labels_before = self.totals[3]
 
     def add(self, sums: Sums) -> None:
         self.totals = self.totals + sums.totals
@@ -301,13 +319,15 @@ class Window:
 
     def figures(self, sub_talker_weight: float) -> dict[str, float]:
         """Over all processes: loss, talker_loss, sub_talker_loss, grad_norm (of the last step, before clipping),
-        frames_per_second (since the start of the window). All processes must ask."""
-        talker, sub_talker, num_talker, num_sub_talker = self._accelerator.reduce(self.totals, reduction="sum").tolist()
+        frames_per_second (since the clock was started). All processes must ask."""
+        sums = torch.cat([self.totals, (self.totals[3] - self._labels_before)[None]])
+        sums = self._accelerator.reduce(sums, reduction="sum").tolist()
+        talker, sub_talker, num_talker, num_sub_talker, num_clocked = sums
         talker, sub_talker = talker / max(num_talker, 1), sub_talker / max(num_sub_talker, 1)
         return {
             "loss": talker + sub_talker_weight * sub_talker if num_talker else math.nan,
             "talker_loss": talker if num_talker else math.nan,
             "sub_talker_loss": sub_talker if num_talker else math.nan,
             "grad_norm": float(self.gradient_norm),
-            "frames_per_second": num_sub_talker / (NUM_CODEBOOKS - 1) / self._seconds,
+            "frames_per_second": num_clocked / (NUM_CODEBOOKS - 1) / self._seconds,
         }

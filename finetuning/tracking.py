@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,12 @@ class Tracker:
                 self._num_lines[file] = cut_log(self.output_dir / file, num_lines)
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not self.uses_bar)
         self._wandb = start_wandb(settings, resumed["wandb_run_id"]) if is_main and settings.use_wandb else None
+        # Kept when W&B fails on the way: the run that is resumed goes on with it.
+        self._wandb_run_id = getattr(self._wandb, "id", None) or resumed["wandb_run_id"]
 
     def to_json(self) -> dict[str, Any]:
         """How far the logs have come: lines of each file, the W&B run's id."""
-        return {"lines": dict(self._num_lines), "wandb_run_id": getattr(self._wandb, "id", None)}
+        return {"lines": dict(self._num_lines), "wandb_run_id": self._wandb_run_id}
 
     def flush(self) -> None:
         """Brings the logs to the disk, so that a state never knows of lines that are lost.
@@ -86,6 +88,15 @@ class Tracker:
         if self.is_main:
             say(f"skipped line {row.line} of the training rows: {row.reason}")
 
+    def skipped_rows(self) -> list[tuple[int, SkippedRow]]:
+        """(step, row) of all that skipped_rows.jsonl lists; nothing where it cannot be read."""
+        try:
+            lines = (self.output_dir / "skipped_rows.jsonl").read_text(encoding="utf-8").splitlines()
+            records = [json.loads(line) for line in lines]
+            return [(record["step"], SkippedRow(record["line"], record["reason"])) for record in records]
+        except (OSError, ValueError, LookupError, TypeError):
+            return []
+
     def log_validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
         """Appends to validation_log.jsonl and says the main figures."""
         figures = {name: value for name, value in metrics.items() if name != "loss"}
@@ -110,7 +121,7 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._try_wandb(self._wandb.finish)
 
     def _append(self, file: str, record: dict[str, Any]) -> None:
         if not self.is_main:
@@ -143,7 +154,15 @@ class Tracker:
     def _log_wandb(self, group: str, record: dict[str, Any]) -> None:
         if self._wandb is not None:
             numbers = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
-            self._wandb.log({f"{group}/{key}": value for key, value in numbers.items()}, step=record["step"])
+            named = {f"{group}/{key}": value for key, value in numbers.items()}
+            self._try_wandb(self._wandb.log, named, step=record["step"])
+
+    def _try_wandb(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        try:
+            call(*arguments, **options)
+        except Exception as error:  # a tracking service must never cost a run
+            self._wandb = None
+            say(f"W&B failed ({type(error).__name__}); logging to files only")
 
 
 def cut_log(file: Path, num_lines: int) -> int:

@@ -10,16 +10,22 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 
 from finetuning.console import say
-from finetuning.dataset import Part, Step, count_tokens, merged
+from finetuning.dataset import Part, SkippedRow, Step, count_tokens, merged
 from finetuning.errors import Stopped, UserError
+from finetuning.manifest import MAX_BAD_SHARE
 from finetuning.processes import MAX_WAIT
 from finetuning.progress import Progress
 from finetuning.settings import Settings
@@ -31,6 +37,9 @@ if TYPE_CHECKING:  # rooms behind this one; the loop only calls what it is hande
     from finetuning.saving import Saved, Saver
     from finetuning.tracking import Tracker
     from finetuning.validation import Validator
+
+#: So many unreadable rows of an epoch are left out without a question, whatever share of it they are, but never all.
+MAX_UNREADABLE_ROWS = 10
 
 
 def make_accelerator(settings: Settings, device: str) -> Accelerator:
@@ -77,7 +86,7 @@ class Trainer:
         self._stop_request = StopRequest()
         self._saved_at = time.monotonic()
         self._is_save_due = False
-        self._lowest_loss = math.inf  # of what ``best/`` is about to become
+        self._unreadable = UnreadableRows(train.num_rows)
 
     # -------------------------------------------------------------------------------------------------- the loop
 
@@ -85,10 +94,11 @@ class Trainer:
         """Trains to the end.
 
         Raises:
-            UserError: the gradients stay NaN or infinite, memory or disk do not suffice.
+            UserError: the gradients stay NaN or infinite, memory or disk do not suffice, too many rows are unreadable.
             Stopped: SIGINT or SIGTERM arrived; ``last/`` and the state were saved.
         """
         self.stepper.objective.train()
+        self._recall_skipped_rows()
         with self._stop_request.listening():
             self._settle()  # what a stopped run still had to do
             while not self.is_over:
@@ -163,72 +173,97 @@ class Trainer:
         # Several processes ask each other only where there is something to wait for.
         if logs or saves or evaluates or self._is_save_due or self.accelerator.num_processes == 1:
             self._stop_if_asked()
+        # First, as a stop may cut it off: then nothing must have been logged that the next start would log again.
+        metrics = self._evaluate() if evaluates else None
         if logs:
             self._log_training()
-        is_best = evaluates and self._evaluate()
+        loss = self._log_validation(metrics)
         progress.is_settled = True
-        names = [f"checkpoint-{progress.step}"] * saves + ["last"] * bool(self._is_save_due) + ["best"] * is_best
+        names = [f"checkpoint-{progress.step}"] * saves + ["last"] * bool(self._is_save_due) + self._best(loss)
         if names:
-            self._save(names, with_state=saves or bool(self._is_save_due))
+            self._save(names, with_state=saves or bool(self._is_save_due), best_loss=loss)
 
     def _end_epoch(self) -> None:
         """Evaluation and ``last/``, at the end of every epoch and so of the run, whose state is kept as well."""
         self._stop_if_asked()
         progress = self.progress
         mean_loss = self.epoch_window.figures(self.settings.sub_talker_loss_weight)["loss"]
-        is_best = self._evaluate() if self.validator else self._is_lowest(mean_loss)
-        names = ["last"] + [f"epoch-{progress.epoch}"] * self.settings.save_epochs + ["best"] * is_best
+        loss = self._log_validation(self._evaluate()) if self.validator else mean_loss
+        names = ["last"] + [f"epoch-{progress.epoch}"] * self.settings.save_epochs + self._best(loss)
         epoch, progress.ended_at = progress.epoch, progress.step
         if not self.train_steps.num_steps(progress.done):
             progress.epoch, progress.done = epoch + 1, ()
             self.epoch_window = Window(self.accelerator)
-        saved = self._save(names, with_state=self.is_over, epoch=epoch)
-        if self.is_over and not saved.checkpoints:  # without its state, a run that is complete cannot be prolonged
+            self._unreadable.begin_epoch()
+        saved = self._save(names, with_state=self.is_over, best_loss=loss, epoch=epoch)
+        # With last/ but without its state the run is complete all the same; only prolonging it begins further back.
+        if self.is_over and not saved.checkpoints:
             raise UserError(
                 f"OUTPUT_DIR: the end of the run could not be saved in {self.settings.output_dir}; free some space and "
                 "start it again: it goes on from the newest state"
             )
 
-    def _evaluate(self) -> bool:
-        """Logs the validation figures; whether they are the best so far. Not twice at the same step."""
+    def _evaluate(self) -> dict[str, float] | None:
+        """The validation figures; None where there are none or this step has had them.
+
+        A stop cuts it off, and the next start evaluates again; several processes finish it first, since they could
+        not agree between its batches.
+
+        Raises:
+            Stopped: see ``run``.
+        """
         progress = self.progress
         if self.validator is None or progress.evaluated_at == progress.step:
-            return False
-        progress.evaluated_at = progress.step
+            return None
         with self._unclocked():
             metrics = self._validate()
-        self.tracker.log_validation(progress.step, progress.epoch, metrics)
-        return self._is_lowest(metrics["loss"])
+        if metrics is None:
+            self._save_and_stop()
+        progress.evaluated_at = progress.step
+        return metrics
 
-    def _validate(self) -> dict[str, float]:
-        """In smaller batches where the memory does not suffice, like the steps."""
+    def _validate(self) -> dict[str, float] | None:
+        """In smaller batches where the memory does not suffice, like the steps; None when it is to stop."""
+        is_alone = self.accelerator.num_processes == 1
         while True:
             try:
-                return self.validator.evaluate(self.stepper.module, self.stepper.num_parts)
+                return self.validator.evaluate(
+                    self.stepper.module, self.stepper.num_parts, lambda: is_alone and self._stop_request.is_made
+                )
             except torch.OutOfMemoryError:
                 if self.accelerator.num_processes > 1:  # the others are waiting for this one's figures
                     raise self.stepper.out_of_memory() from None
-            self.stepper.halve()
+            self.stepper.halve("the validation")
 
-    def _is_lowest(self, loss: float) -> bool:
-        self._lowest_loss = loss
-        return loss < self.progress.best_loss
+    def _log_validation(self, metrics: dict[str, float] | None) -> float | None:
+        """Logs the figures of ``_evaluate``; their loss."""
+        if metrics is None:
+            return None
+        self.tracker.log_validation(self.progress.step, self.progress.epoch, metrics)
+        return metrics["loss"]
 
-    def _save(self, names: list[str], with_state: bool, epoch: int | None = None) -> Saved:
+    def _best(self, loss: float | None) -> list[str]:
+        """["best"] where the loss is the lowest so far."""
+        return ["best"] if loss is not None and loss < self.progress.best_loss else []
+
+    def _save(
+        self, names: list[str], with_state: bool, best_loss: float | None = None, epoch: int | None = None
+    ) -> Saved:
         """What worked of it; a full disk does not end the run.
 
         Args:
             names: of checkpoints, in the order in which they are written; best/ last, so that it is the one before
                 wherever not all of them could be written.
+            best_loss: of best/, where it is among them.
         """
         progress = self.progress
-        best_loss = progress.best_loss
+        loss_before = progress.best_loss
         if "best" in names:
-            progress.best_loss = self._lowest_loss
+            progress.best_loss = best_loss
         with self._unclocked():
             saved = self.saver.save(self, names, with_state, progress.epoch if epoch is None else epoch)
         if not saved.checkpoints:
-            progress.best_loss = best_loss  # that of the best/ which is still there
+            progress.best_loss = loss_before  # that of the best/ which is still there
         if with_state:
             self._saved_at = time.monotonic()
         return saved
@@ -261,9 +296,24 @@ class Trainer:
     def _tell_skipped_rows(self, fetched: Step) -> None:
         """Of all processes; the main one lists them."""
         skipped = gather_object(fetched.skipped) if self.accelerator.num_processes > 1 else fetched.skipped
-        self.progress.num_skipped_rows += len(skipped)
+        progress = self.progress
         for row in skipped:
-            self.tracker.log_skipped_row(self.progress.step + 1, row)
+            self.tracker.log_skipped_row(progress.step + 1, row)
+        self._unreadable.add(skipped)
+        progress.num_skipped_rows = max(progress.num_skipped_rows, self._unreadable.count)
+        self._unreadable.check(self.settings, progress.epoch)
+
+    def _recall_skipped_rows(self) -> None:
+        """Those of the run that is resumed, from its log."""
+        if not self.progress.num_skipped_rows:
+            return
+        listed = [self.tracker.skipped_rows() if self.accelerator.is_main_process else None]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(listed)
+        epoch_begins = self.progress.ended_at or 0
+        self._unreadable.add([row for step, row in listed[0] if step <= epoch_begins])
+        self._unreadable.begin_epoch()
+        self._unreadable.add([row for step, row in listed[0] if step > epoch_begins])
 
     @contextlib.contextmanager
     def _unclocked(self) -> Iterator[None]:
@@ -278,7 +328,7 @@ class Trainer:
         if self.stepper.any_process(self._stop_request.is_made):
             self._save_and_stop()
 
-    def _save_and_stop(self) -> None:
+    def _save_and_stop(self) -> NoReturn:
         number = self._stop_request.number or signal.SIGTERM  # it may have reached another process only
         if not all(self._save(["last"], with_state=True)):
             raise UserError(
@@ -286,3 +336,43 @@ class Trainer:
                 "the checkpoints before it are whole"
             )
         raise Stopped(number)
+
+
+class UnreadableRows:
+    """Rows that could not be read while training, of all processes; too many of an epoch end the run.
+
+    Args:
+        num_rows: of an epoch.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._lines: set[int] = set()
+        self._of_epoch: list[SkippedRow] = []
+
+    @property
+    def count(self) -> int:
+        """Rows so far, each once; of those whose line is not known, the ones of this epoch."""
+        return len(self._lines) + sum(row.line == 0 for row in self._of_epoch)
+
+    def begin_epoch(self) -> None:
+        self._of_epoch = []
+
+    def add(self, rows: Sequence[SkippedRow]) -> None:
+        self._of_epoch += rows
+        self._lines |= {row.line for row in rows if row.line}
+
+    def check(self, settings: Settings, epoch: int) -> None:
+        """
+        Raises:
+            UserError: more than a tenth of the epoch's rows, and more than a few, cannot be read.
+        """
+        num_rows, count = self._num_rows, len(self._of_epoch)
+        if count <= max(MAX_BAD_SHARE * num_rows, min(MAX_UNREADABLE_ROWS, num_rows - 1)):
+            return
+        first = self._of_epoch[0]
+        raise UserError(
+            f"{count} of the {num_rows} training rows could not be read in epoch {epoch}, the first of them line "
+            f"{first.line}: {first.reason}. All are listed in {settings.output_dir}/skipped_rows.jsonl; mend the rows "
+            "or the disk that they lie on, and start again: it goes on from the newest state"
+        )

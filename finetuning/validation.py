@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,30 +34,38 @@ class Validator:
         self._said: set[SkippedRow] = set()
 
     @torch.no_grad()
-    def evaluate(self, objective: TrainingObjective, num_parts: int = 1) -> dict[str, float]:
+    def evaluate(
+        self, objective: TrainingObjective, num_parts: int = 1, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         """Means over the tokens of all batches of all processes.
 
         Args:
             objective: the unwrapped module; its mode is restored.
             num_parts: every batch is cut in so many, where training found that the memory does not suffice.
+            should_stop: asked before every batch. Of several processes it must say no, or the others wait in vain.
 
         Returns:
             ``loss`` (talker + weight x sub-talker), ``talker_loss``, ``sub_talker_loss``, ``perplexity`` and
-            ``accuracy`` of codebook 0, ``sub_talker_accuracy`` (mean over codebooks 1-15).
+            ``accuracy`` of codebook 0, ``sub_talker_accuracy`` (mean over codebooks 1-15). None when it was stopped.
         """
         was_training = objective.training
         objective.eval()
         try:
-            return self._means(self._totals(objective, num_parts))
+            totals = self._totals(objective, num_parts, should_stop)
+            return None if totals is None else self._means(totals)
         finally:
             objective.train(was_training)
 
-    def _totals(self, objective: TrainingObjective, num_parts: int) -> torch.Tensor:
-        """(6,) float64, of this process; see ``_sums``."""
+    def _totals(
+        self, objective: TrainingObjective, num_parts: int, should_stop: Callable[[], bool]
+    ) -> torch.Tensor | None:
+        """(6,) float64, of this process; see ``_sums``. None when it was stopped."""
         totals = torch.zeros(6, dtype=torch.float64)
         for step in self._steps(is_sharded(objective)):
             self._say_skipped(step)
             for batch in split_batch(*step.batches, num_parts):
+                if should_stop():
+                    return None
                 totals += batch["weight"] * self._sums(objective, batch)
         return totals
 

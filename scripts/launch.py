@@ -43,9 +43,10 @@ SECONDS_OF_FIRST_DEATHS = 20
 
 
 def main() -> None:
-    settings_device = load_settings().device  # a mistake in the settings is told before anything starts
     arguments = parse_arguments()
-    if settings_device != "cpu":
+    # A mistake in the settings is told before anything starts; EFFECTIVE_BATCH_SIZE counts the processes to come.
+    settings = load_settings(environment={**os.environ, "WORLD_SIZE": str(arguments.num_processes)})
+    if settings.device != "cpu":
         check_gpus(arguments)
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
         report_file = Path(folder) / "report.json"

@@ -26,7 +26,7 @@ from conftest import PROJECT
 from safetensors.torch import load_file
 from training import FULL, build, make_trainer
 
-from finetuning import disk, state, trainer
+from finetuning import disk, signals, state, trainer
 from finetuning.checkpoint import clear_output_folder, rotate_checkpoints, run_entries
 from finetuning.disk import CHECKSUMS_FILE, clean_up, damage, new_folder, remove_folder, write_json
 from finetuning.errors import Stopped, run_main
@@ -269,9 +269,10 @@ def settings_for(make_settings: Callable, write_jsonl: Callable, demo_rows: list
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The training loop's; it stands still unless a test moves it."""
+    """That of the training loop and of its signals; it stands still unless a test moves it."""
     clock = SimpleNamespace(now=1000.0, perf_counter=time.perf_counter, monotonic=lambda: clock.now)
-    monkeypatch.setattr(trainer, "time", clock)
+    for room in (trainer, signals):
+        monkeypatch.setattr(room, "time", clock)
     return clock
 
 

@@ -163,7 +163,7 @@ def demo_run(tmp_path: Path, demo_rows: list, write_jsonl: Callable) -> dict[str
 
 
 def test_launch_4gpu_trains_with_two_processes(demo_run: dict, tmp_path: Path) -> None:
-    done = finish(start(["./launch_4gpu.sh"], **demo_run, MAX_STEPS="2"))
+    done = finish(start(["./launch_4gpu.sh"], **demo_run, MAX_STEPS="2", EFFECTIVE_BATCH_SIZE="2"))
     assert done.code == 0, done.err[-3000:]
     logged = (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in logged] == [1, 2]
@@ -202,6 +202,7 @@ def test_an_error_of_all_processes_is_told_once(demo_run: dict, tmp_path: Path) 
         ({"ACCELERATE_CONFIG": "gone.yaml"}, "ACCELERATE_CONFIG: gone.yaml cannot be used"),
         ({"DEVICE": "auto", "CUDA_VISIBLE_DEVICES": ""}, "4 processes need 4 GPUs on this machine, and 0 are visible"),
         ({"BATCH_SIZE": "many"}, "BATCH_SIZE"),
+        ({"EFFECTIVE_BATCH_SIZE": "4"}, "BATCH_SIZE 4 x GRADIENT_ACCUMULATION_STEPS 1 x 4 process(es) = 16"),
     ],
 )
 def test_what_cannot_be_launched_is_refused_at_once(variables: dict, message: str) -> None:

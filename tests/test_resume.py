@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -467,7 +468,8 @@ def test_overwrite_does_not_replace_a_run_that_can_go_on(settings_for: Callable,
 def test_a_state_may_be_named(settings_for: Callable, stopped: Path, named: str, tmp_path: Path) -> None:
     settings = settings_for(resume=str(stopped / named), output_dir=tmp_path / "other")
     step = 8 if named.endswith("8") else 9
-    assert found(settings) == Resume(stopped / "state" / f"step-{step}", stopped)
+    resume = found(settings)
+    assert (resume.folder, resume.run_dir) == (stopped / "state" / f"step-{step}", stopped)
 
 
 def test_a_named_state_goes_on_in_another_folder(
@@ -512,9 +514,54 @@ def test_an_older_state_of_the_same_folder_gives_up_the_newer_ones(settings_for:
     assert build(settings_for(resume=str(moved))).state.step == 8
 
 
+def test_a_name_that_stays_in_the_settings_goes_back_only_once(
+    settings_for: Callable, stopped: Path, wanted: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A requeued job has the same settings; the named state may have been rotated away by then."""
+    named = stopped / "state" / "step-8"
+    settings = settings_for(resume=str(named), save_steps=2)
+    run_until(settings, 13, "killed")
+    assert steps_of_states(stopped) == [12, 10]
+    assert build(settings_for(resume=str(named), save_steps=2)).state.step == 12
+    assert f"has gone on from {named} already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is no folder"):
+        settings_for(resume=str(named), output_dir=stopped.parent / "elsewhere")
+
+
+def test_a_named_state_replaces_another_run_only_on_request(
+    settings_for: Callable, stopped: Path, tmp_path: Path
+) -> None:
+    """Also one with the same settings, which did not go on from there."""
+    named = copy_of(stopped, tmp_path / "named") / "state" / "step-8"
+    with pytest.raises(UserError, match="already holds a run"):
+        build(settings_for(resume=str(named)))
+    assert steps_of_states(stopped) == [9, 8]
+    run = build(settings_for(resume=str(named), overwrite_output=True))
+    assert run.state.step == 8 and steps_of_states(stopped) == [8]
+
+
+def test_checkpoints_whose_states_are_gone_are_not_removed(settings_for: Callable, stopped: Path) -> None:
+    """They may be all that somebody has kept; only what comes before the first state comes again as it is."""
+    shutil.rmtree(stopped / "state")
+    settings_for().save(stopped / "settings.json")
+    with pytest.raises(UserError, match="already holds a run"):
+        build(settings_for())
+    assert (stopped / "best").is_dir()
+    run = build(settings_for(save_steps=20))
+    assert run.state is None and not (stopped / "best").exists()
+
+
+def test_a_lost_best_is_written_again(settings_for: Callable, stopped: Path) -> None:
+    shutil.rmtree(stopped / "best")
+    trainer = make_trainer(build(settings_for()))
+    assert trainer.progress.best_loss == math.inf
+    trainer.run()
+    assert damage(stopped / "best") == []
+
+
 def test_a_name_without_a_state_is_refused(settings_for: Callable, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"RESUME: .*/empty holds no state to resume from \(state/step-N"):
+    with pytest.raises(UserError, match=r"RESUME: .*/empty holds no whole state to resume from \(state/step-N"):
         found(settings_for(resume=str(tmp_path / "empty")))
     with pytest.raises(UserError, match=r"RESUME: .*/nowhere is no folder; set auto, never, or"):
         settings_for(resume=str(tmp_path / "nowhere"))
@@ -634,7 +681,7 @@ def test_a_complete_run_says_so_and_changes_nothing(
     shutil.rmtree(output / "rows")  # says where the JSONL lies
     before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
     session.train(build(settings))
-    assert f"This run is complete: {output} holds all 15 steps" in capsys.readouterr().out
+    assert f"This run is complete: {output} holds 15 steps, and nothing is left of its NUM_EPOCHS" in capsys.readouterr().out
     shutil.rmtree(output / "rows")
     assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
 

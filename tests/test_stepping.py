@@ -15,7 +15,7 @@ from finetuning.errors import UserError
 from finetuning.row_index import Manifest
 from finetuning.session import describe_batch
 from finetuning.state import State, find_states
-from finetuning.stepping import MAX_HALVINGS, Skips, Stepper
+from finetuning.stepping import MAX_HALVINGS, Skips, Stepper, Sums, Window
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,7 +119,7 @@ def test_a_step_out_of_memory_is_repeated_in_smaller_parts(
         for name in ("loss", "talker_loss", "sub_talker_loss", "grad_norm"):
             assert found[name] == pytest.approx(want[name], rel=1e-5 if found["step"] > 1 else 1e-6)
     said = capsys.readouterr().out
-    assert "with at most 2 rows in each of 4 micro-batches" in said
+    assert "the step is repeated with at most 2 rows at a time, and the next steps are taken in 4 micro-b" in said
     assert "BATCH_SIZE=1 GRADIENT_ACCUMULATION_STEPS=8 gives the same" in said
     assert said.count("out of GPU memory") == 2
 
@@ -165,7 +165,11 @@ def test_the_cut_is_kept_in_validation_and_in_the_state(
 
 
 def test_validation_out_of_memory_is_repeated_in_smaller_parts(
-    settings_for: Callable, write_jsonl: Callable, demo_rows: list, monkeypatch: pytest.MonkeyPatch
+    settings_for: Callable,
+    write_jsonl: Callable,
+    demo_rows: list,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Where only a validation batch is too large: the same figures, and training goes on in its mode."""
     settings = settings_for(num_epochs=1, validation_jsonl=write_jsonl(demo_rows[-4:], "valid.jsonl"))
@@ -176,6 +180,8 @@ def test_validation_out_of_memory_is_repeated_in_smaller_parts(
     assert tried == [4, 2, 2] and trainer.stepper.num_parts == 2
     assert found == pytest.approx(wanted, rel=1e-6)
     assert trainer.stepper.module.training
+    said = capsys.readouterr().out
+    assert "the validation is repeated with at most 2 rows at a time" in said and "the step is" not in said
 
 
 @pytest.mark.parametrize(
@@ -225,10 +231,10 @@ def test_the_gpu_cache_is_not_touched_on_a_cpu(settings_for: Callable, monkeypat
         settings=settings_for(),
         _micro_batches=lambda: (2, 4),
     )
-    Stepper._halve(stepper)
+    Stepper.halve(stepper, "the step")
     assert (stepper.num_parts, emptied) == (2, [])
     stepper.accelerator.device = torch.device("cuda")
-    Stepper._halve(stepper)
+    Stepper.halve(stepper, "the step")
     assert (stepper.num_parts, emptied) == (4, [1])
 
 
@@ -239,16 +245,17 @@ class FakeScaler:
     """Of fp16: halves its scale when a step had infinities, doubles it now and then."""
 
     def __init__(self, scale: float, after: float) -> None:
-        self.scale, self.after = scale, after
+        self.scale, self.after, self.num_read = scale, after, 0
 
     def get_scale(self) -> float:
+        self.num_read += 1
         return self.scale
 
 
 def stepper_with(scaler: FakeScaler | None) -> Any:
     """What ``_update`` and ``_counts_as_bad`` need of a stepper."""
     stepper = types.SimpleNamespace(
-        accelerator=types.SimpleNamespace(scaler=scaler), optimizer=types.SimpleNamespace(), num_steps=0
+        accelerator=types.SimpleNamespace(scaler=scaler), optimizer=types.SimpleNamespace(), num_steps=0, _scale=None
     )
 
     def step() -> None:
@@ -278,6 +285,18 @@ def test_a_scaler_that_finds_its_scale(before: float, after: float, goes_on: boo
     assert stepper.num_steps == 1 and not hasattr(stepper.optimizer, "found_inf")
 
 
+def test_the_scale_is_read_once_a_step() -> None:
+    """Each time the host waits for the device; the scale before the first step must be read as well."""
+    scaler = FakeScaler(4.0, 2.0)
+    stepper = stepper_with(scaler)
+    goes_on = []
+    for scaler.after in (2.0, 2.0, 4.0, 1.0):
+        goes_on.append(Stepper._update(stepper, torch.tensor(False)))
+        Stepper._counts_as_bad(stepper)
+    assert goes_on == [False, True, True, False]
+    assert scaler.num_read == 1 + 4
+
+
 @pytest.mark.parametrize("is_bad", [False, True])
 def test_without_a_scaler_the_optimizer_is_told(is_bad: bool) -> None:
     stepper = stepper_with(None)
@@ -298,6 +317,27 @@ def test_skips_count_in_a_row_over_several_readings() -> None:
     skips.note(torch.tensor(False), [8])
     assert skips.read() == (0, 5)
     assert skips.read() == (0, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------- window
+
+
+def test_frames_of_before_the_stop_are_in_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are means over all steps of the window, frames_per_second count from the start of the clock."""
+    clock = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr("finetuning.stepping.time.perf_counter", lambda: clock.now)
+    accelerator = types.SimpleNamespace(device=torch.device("cpu"), reduce=lambda tensor, reduction: tensor)
+    window = Window(accelerator)
+    clock.now = 200.0
+    window.resume_from(torch.tensor([60.0, 900.0, 30.0, 15 * 300.0]), torch.tensor(7.0))
+    assert window.figures(1.0)["frames_per_second"] == 0.0 and window.figures(1.0)["grad_norm"] == 7.0
+    window.add(Sums(torch.tensor([20.0, 600.0, 10.0, 15 * 40.0], dtype=torch.float64), torch.tensor(3.0)))
+    clock.now = 202.0
+    figures = window.figures(0.5)
+    assert figures["frames_per_second"] == pytest.approx(40 / 2)
+    assert (figures["talker_loss"], figures["sub_talker_loss"]) == pytest.approx((80 / 40, 1500 / (15 * 340)))
+    assert figures["grad_norm"] == 3.0 and window.seconds_per_step == pytest.approx(2.0)
+    assert window.totals.tolist() == [80.0, 1500.0, 40.0, 15 * 340.0]
 
 
 # --------------------------------------------------------------------------------------------------- learning rates

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import PROJECT
 
+from finetuning.dataset import SkippedRow
 from finetuning.tracking import Tracker, cut_log, format_seconds, start_wandb
 
 SECRET = "hf_trackingSecret"
@@ -64,6 +65,58 @@ def test_a_failing_service_costs_no_run(start: Callable, capsys: pytest.CaptureF
     run, _ = start(FakeWandb("k" * 40, fails=True))
     assert run is None
     assert "logging to files only" in capsys.readouterr().out
+
+
+class FailingRun:
+    """A W&B run whose service is gone."""
+
+    id = "first"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def log(self, *_: Any, **__: Any) -> None:
+        self.calls.append("log")
+        raise RuntimeError("service gone")
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+        raise OSError("service gone")
+
+
+@pytest.mark.parametrize(("num_lines", "calls"), [(2, ["log"]), (0, ["finish"])])
+def test_a_service_that_fails_on_the_way_costs_no_run(
+    make_settings: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    num_lines: int,
+    calls: list[str],
+) -> None:
+    """It is said once; the files have all lines, and the state still knows the W&B run."""
+    service = FailingRun()
+    monkeypatch.setattr("finetuning.tracking.start_wandb", lambda *_: service)
+    settings = make_settings(use_wandb=True)
+    settings.output_dir.mkdir()
+    with Tracker(settings, total_steps=9, is_main=True) as tracker:
+        for step in range(num_lines):
+            tracker.log_training({"step": step, **RECORD})
+    assert service.calls == calls
+    assert capsys.readouterr().out.count("W&B failed (") == 1
+    assert tracker.to_json()["wandb_run_id"] == "first"
+    assert not num_lines or steps_in(settings, "training_log.jsonl") == [0, 1]
+
+
+def test_skipped_rows_are_read_again(make_settings: Callable) -> None:
+    settings = make_settings()
+    settings.output_dir.mkdir()
+    with Tracker(settings, total_steps=9, is_main=True) as tracker:
+        assert tracker.skipped_rows() == []
+        for step, line in ((1, 7), (4, 2)):
+            tracker.log_skipped_row(step, SkippedRow(line, "damaged"))
+        assert tracker.skipped_rows() == [(1, SkippedRow(7, "damaged")), (4, SkippedRow(2, "damaged"))]
+        for text in ("[1]\n", "{}\n", "{"):
+            (settings.output_dir / "skipped_rows.jsonl").write_text(text)
+            assert tracker.skipped_rows() == []
 
 
 def test_real_offline_run_keeps_the_token_out(tmp_path: Path, demo_rows: list, write_jsonl: Callable) -> None:

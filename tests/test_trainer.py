@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,10 +14,14 @@ from typing import Any
 import pytest
 import torch
 from reference import naive_losses
+from safetensors.torch import load_file
 from training import FULL, build, make_trainer, train
 
+from finetuning.dataset import SkippedRow
 from finetuning.errors import Stopped, UserError
+from finetuning.signals import StopRequest
 from finetuning.stepping import make_scheduler
+from finetuning.trainer import UnreadableRows
 
 
 @pytest.fixture
@@ -242,6 +247,122 @@ def test_a_signal_finishes_the_step_and_saves(
     assert caught.value.exit_code == code
     assert json.loads((settings.output_dir / "last" / "training_state.json").read_text())["step"] == 3
     assert signal.getsignal(number) == handler
+
+
+@pytest.mark.parametrize("at", ["inside an epoch", "at an epoch's end"])
+def test_a_stop_is_heard_in_the_validation(
+    settings_for: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: str
+) -> None:
+    """The step that is logged is evaluated as well, by three batches; the signal arrives in the second of them."""
+    fields = {
+        "num_rows": 8, "num_validation": 5, "num_epochs": 2, "logging_steps": 2, "learning_rate": 1e-3,
+        "warmup_steps": 0, "eval_steps": 2 if at == "inside an epoch" else 100, "resume": "auto",
+    }  # fmt: skip
+    untouched = settings_for(**fields, output_dir=tmp_path / "untouched")
+    train(untouched)
+    settings = settings_for(**fields)
+    trainer = make_trainer(build(settings))
+    sums, num_batches = trainer.validator._sums, []
+
+    def interrupted(*arguments: Any) -> Any:
+        num_batches.append(1)
+        if len(num_batches) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sums(*arguments)
+
+    monkeypatch.setattr(trainer.validator, "_sums", interrupted)
+    with pytest.raises(Stopped):
+        trainer.run()
+    assert len(num_batches) == 2
+    assert trainer.progress.step == (2 if at == "inside an epoch" else 4) and trainer.progress.evaluated_at is None
+    assert trainer.progress.is_settled == (at != "inside an epoch") and trainer.progress.epoch == 0
+    assert not (settings.output_dir / "validation_log.jsonl").exists() and trainer.stepper.module.training
+    train(settings)
+    clocks = ("timestamp", "frames_per_second", "seconds_left")
+    for name in ("training_log.jsonl", "validation_log.jsonl"):
+        logs = [read_log(each, name) for each in (settings, untouched)]
+        found, wanted = ([{key: line[key] for key in line if key not in clocks} for line in log] for log in logs)
+        assert found == wanted
+    for name in ("best", "last"):
+        found, wanted = (load_file(each.output_dir / name / "model.safetensors") for each in (settings, untouched))
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize(("world_size", "raised"), [("1", [SystemExit]), ("2", []), ("", [SystemExit])])
+def test_only_a_launcher_echoes_signals(monkeypatch: pytest.MonkeyPatch, world_size: str, raised: list) -> None:
+    """Alone the second signal acts at once, however soon it comes."""
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setattr("finetuning.signals.another_process_failed", lambda: False)
+    request, seen = StopRequest(), []
+    request._note(signal.SIGTERM, None)
+    try:
+        request._note(signal.SIGTERM, None)
+    except SystemExit:
+        seen.append(SystemExit)
+    assert seen == raised and request.number == signal.SIGTERM
+
+
+# --------------------------------------------------------------------------------------------------- unreadable rows
+
+
+def damage_lines(run: Any, monkeypatch: pytest.MonkeyPatch, lines: Callable[[], Any]) -> None:
+    dataset = run.train.dataset
+    read = dataset.read
+
+    def damaged(index: int) -> Any:
+        row = read(index)
+        return SkippedRow(row["line"], f"damaged {row['line']}") if row["line"] in lines() else row
+
+    monkeypatch.setattr(type(dataset), "read", lambda self, index: damaged(index) if self is dataset else read(index))
+
+
+def test_a_row_that_stays_unreadable_counts_once(settings_for: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all epochs, and over a stop; rows of later epochs are added."""
+    fields = {"num_rows": 12, "resume": "auto", "lr_scheduler": "constant"}
+    run = build(settings_for(num_epochs=2, **fields))
+    trainer = make_trainer(run)
+    damage_lines(run, monkeypatch, lambda: (2, 5) if trainer.progress.epoch == 0 else (2, 5, 7))
+    trainer.run()
+    assert trainer.progress.num_skipped_rows == 3
+    monkeypatch.undo()
+    run.lock.close()
+    run = build(settings_for(num_epochs=3, **fields))
+    damage_lines(run, monkeypatch, lambda: (5, 9))
+    trainer = make_trainer(run)
+    trainer.run()
+    assert trainer.progress.num_skipped_rows == 4
+    assert sorted(row["line"] for row in read_log(run.settings, "skipped_rows.jsonl")) == [2, 2, 5, 5, 5, 7, 9]
+
+
+def test_a_run_whose_rows_cannot_be_read_ends(settings_for: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eleven of 24 are too many; the steps before are not lost."""
+    settings = settings_for(num_rows=24, save_steps=1)
+    run = build(settings)
+    damage_lines(run, monkeypatch, lambda: range(1, 12))
+    with pytest.raises(
+        UserError, match=r"11 of the 24 training rows could not be read in epoch 0, .* damaged \d"
+    ) as caught:
+        make_trainer(run).run()
+    listed = read_log(settings, "skipped_rows.jsonl")
+    assert len(listed) == 11 and f"line {listed[0]['line']}: damaged" in str(caught.value)
+    assert f"{settings.output_dir}/skipped_rows.jsonl" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_bad", "is_refused"),
+    [(24, 10, False), (24, 11, True), (8, 7, False), (8, 8, True), (1, 1, True), (1000, 100, False), (1000, 101, True)],
+)
+def test_how_many_rows_may_be_unreadable(
+    make_settings: Callable, num_rows: int, num_bad: int, is_refused: bool
+) -> None:
+    rows = UnreadableRows(num_rows)
+    rows.add([SkippedRow(line, "damaged") for line in range(1, num_bad + 1)])
+    with pytest.raises(UserError) if is_refused else contextlib.nullcontext():
+        rows.check(make_settings(), 0)
+    rows.begin_epoch()
+    rows.add([SkippedRow(1, "damaged"), SkippedRow(0, "worse"), SkippedRow(0, "worse")][: num_rows - 1])
+    rows.check(make_settings(), 1)
+    assert rows.count == num_bad + 2 * (num_rows > 1)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
