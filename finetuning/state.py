@@ -180,13 +180,12 @@ def damage_of_state(folder: Path) -> list[str]:
         return problems
     try:
         record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        found, num_processes = record["format"], record["processes"]
+        if record["format"] != STATE_FORMAT:
+            return [f"it has format {record['format']}, this version reads format {STATE_FORMAT}"]
+        parts = [list(folder.glob(f"process-{index:05d}-of-*")) for index in range(record["processes"])]
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{RECORD_FILE} is not readable"]
-    lacking = [index for index in range(num_processes) if not list(folder.glob(f"process-{index:05d}-of-*"))]
-    if lacking:
-        return [f"the part of process {lacking[0]} is missing"]
-    return [] if found == STATE_FORMAT else [f"it has format {found}, this version reads format {STATE_FORMAT}"]
+    return [] if all(parts) else [f"the part of process {parts.index([])} is missing"]
 
 
 # ---------------------------------------------------------------------------------------- weights and the optimizer

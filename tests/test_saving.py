@@ -105,8 +105,7 @@ def test_failed_saves_cost_nothing_but_themselves(
     seen = spy_on_saves(trainer, {number: NO_WEIGHTS for number in (4, 5, 7, 8)}, monkeypatch)
     trainer.run()
     assert [step for step, _ in seen] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
-    failed = Saved(False, False)
-    assert [number for number, (_, saved) in enumerate(seen, 1) if saved == failed] == [4, 5, 7, 8]
+    assert [number for number, (_, saved) in enumerate(seen, 1) if not saved.checkpoints] == [4, 5, 7, 8]
     said = capsys.readouterr().out
     warnings = re.findall(
         r"warning: (.*) could not be saved: .*File too large.* is whole; training goes on \(failure (.) of 3\)", said
@@ -311,10 +310,10 @@ def test_nothing_is_written_that_does_not_fit(quiet: Any, saver: Saver, monkeypa
     written: list[Any] = []
     monkeypatch.setattr(saver.exporter, "save", lambda *arguments: written.append(arguments))
     monkeypatch.setattr(saving, "save_state", lambda *arguments: written.append(arguments))
-    assert saver.save(quiet, ["last"], True, 0) == Saved(False, False)
+    assert saver.save(quiet, ["checkpoint-3"], True, 0) == Saved(False, False)
     assert written == [] and sorted(output.rglob("*")) == before
     monkeypatch.setattr(saving, "free_bytes", lambda _: required)
-    assert saver.save(quiet, ["last"], True, 0) == Saved(True, True)
+    assert saver.save(quiet, ["checkpoint-3"], True, 0) == Saved(True, True)
     assert len(written) == 2
     monkeypatch.setattr(saving, "free_bytes", lambda _: saver.exporter.required_bytes())
     assert saver.save(quiet, ["last"], False, 0) == Saved(True, True)
@@ -404,11 +403,11 @@ def test_best_loss_where_only_some_names_could_be_written(
     monkeypatch.setattr(trainer.validator, "evaluate", lambda *_: {"loss": next(losses), **figures})
     new_folder, failed = checkpoint.new_folder, []
 
-    def refused(target: Path) -> Any:
+    def refused(target: Path, **options: Any) -> Any:
         if trainer.progress.step == 2 and target.name == fails and not failed:
             failed.append(target.name)
             raise OSError(errno.ENOSPC, "No space left on device")
-        return new_folder(target)
+        return new_folder(target, **options)
 
     monkeypatch.setattr(checkpoint, "new_folder", refused)
     trainer.run()
@@ -416,6 +415,18 @@ def test_best_loss_where_only_some_names_could_be_written(
     assert failed == [fails]
     assert (best["step"], best["best_loss"]) == (1, 5.0)
     assert trainer.progress.best_loss == 5.0
+
+
+def test_a_stop_saves_the_state_first(quiet: Any, saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is about to vanish may not wait for both; where only the state fits, it is there."""
+    written: list[str] = []
+    monkeypatch.setattr(saver.exporter, "save", lambda *_: written.append("checkpoint"))
+    monkeypatch.setattr(saving, "save_state", lambda *_: written.append("state"))
+    assert saver.save(quiet, ["last"], True, 0) == Saved(True, True)
+    monkeypatch.setattr(saving, "free_bytes", lambda _: state_bytes(saver.exporter.model))
+    monkeypatch.setattr(saver.exporter, "required_bytes", lambda: 2 * state_bytes(saver.exporter.model))
+    assert saver.save(quiet, ["last"], True, 0) == Saved(False, True)
+    assert written == ["state", "checkpoint", "state"]
 
 
 # --------------------------------------------------------------------------------------------------------- rotation

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,10 @@ from training import FULL, build, make_trainer, train
 
 from finetuning.dataset import SkippedRow
 from finetuning.errors import Stopped, UserError
+from finetuning.progress import Progress
 from finetuning.signals import StopRequest
 from finetuning.stepping import make_scheduler
-from finetuning.trainer import UnreadableRows
+from finetuning.trainer import Trainer, UnreadableRows
 
 
 @pytest.fixture
@@ -346,6 +348,20 @@ def test_a_run_whose_rows_cannot_be_read_ends(settings_for: Callable, monkeypatc
     listed = read_log(settings, "skipped_rows.jsonl")
     assert len(listed) == 11 and f"line {listed[0]['line']}: damaged" in str(caught.value)
     assert f"{settings.output_dir}/skipped_rows.jsonl" in str(caught.value)
+
+
+def test_the_rows_of_an_epoch_are_known_after_a_stop() -> None:
+    """Those that were listed since the last epoch ended; the others count, but not towards the limit."""
+    listed = [(step, SkippedRow(line, "damaged")) for step, line in ((3, 1), (4, 2), (5, 3), (6, 1))]
+    trainer = SimpleNamespace(
+        progress=Progress(step=6, epoch=1, ended_at=4, num_skipped_rows=3),
+        tracker=SimpleNamespace(skipped_rows=lambda: listed),
+        accelerator=SimpleNamespace(is_main_process=True, num_processes=1),
+        _unreadable=UnreadableRows(100),
+    )
+    Trainer._recall_skipped_rows(trainer)
+    assert trainer._unreadable.count == 3
+    assert [row.line for row in trainer._unreadable._of_epoch] == [3, 1]
 
 
 @pytest.mark.parametrize(
