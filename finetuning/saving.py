@@ -197,10 +197,10 @@ class Saver:
         if same_processes:
             own = {name: state[f"process.{index}.{name}"] for name in _names_of_process(state, index)}
             restore_random(own, self.accelerator.device)
-        trainer.log_window.totals = self._sums(state, "log_window", same_processes, trainer.log_window.totals)
-        trainer.epoch_window.totals = self._sums(state, "epoch_window", same_processes, trainer.epoch_window.totals)
-        # These are the same in all processes.
-        trainer.log_window.gradient_norm = state["process.0.gradient_norm"].to(self.accelerator.device)
+        totals = [self._sums(state, name, same_processes) for name in ("log_window", "epoch_window")]
+        # The gradient norm and the skips are the same in all processes.
+        trainer.log_window.resume_from(totals[0], state["process.0.gradient_norm"])
+        trainer.epoch_window.resume_from(totals[1])
         stepper.skips.counts = state["process.0.skips"].to(stepper.skips.counts)
 
     def _has_lost_best(self, trainer: Trainer) -> bool:
@@ -208,13 +208,12 @@ class Saver:
         is_lost = self.accelerator.is_main_process and not math.isinf(trainer.progress.best_loss) and bool(damage(best))
         return trainer.stepper.any_process(is_lost)
 
-    def _sums(self, state: State, name: str, same_processes: bool, like: torch.Tensor) -> torch.Tensor:
+    def _sums(self, state: State, name: str, same_processes: bool) -> torch.Tensor:
         """This process's sums; of another number of processes, the first takes all of them."""
         if same_processes:
-            return state[f"process.{self.accelerator.process_index}.{name}"].to(like)
-        if not self.accelerator.is_main_process:
-            return torch.zeros_like(like)
-        return sum(state[f"process.{index}.{name}"] for index in range(state.num_processes)).to(like)
+            return state[f"process.{self.accelerator.process_index}.{name}"]
+        total = sum(state[f"process.{index}.{name}"] for index in range(state.num_processes))
+        return total if self.accelerator.is_main_process else torch.zeros_like(total)
 
 
 def state_bytes(model: nn.Module) -> int:

@@ -681,7 +681,10 @@ def test_a_complete_run_says_so_and_changes_nothing(
     shutil.rmtree(output / "rows")  # says where the JSONL lies
     before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
     session.train(build(settings))
-    assert f"This run is complete: {output} holds 15 steps, and nothing is left of its NUM_EPOCHS" in capsys.readouterr().out
+    assert (
+        f"This run is complete: {output} holds 15 steps, and nothing is left of its NUM_EPOCHS"
+        in capsys.readouterr().out
+    )
     shutil.rmtree(output / "rows")
     assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
 
