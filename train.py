@@ -45,7 +45,6 @@ def train(settings: Settings) -> None:
         session.discard_rows(settings)
         raise
     session.train(run)
-    accelerator.end_training()  # several processes part from each other in order
 
 
 if __name__ == "__main__":

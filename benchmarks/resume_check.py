@@ -380,8 +380,9 @@ class Bare:
         self.exporter = Exporter(self.stepper.settings, base, model, speakers, self.stepper.accelerator)
         self.saver = Saver(self.stepper.settings, self.exporter, {}, speakers.vectors)
         no_logs = SimpleNamespace(flush=lambda: None, to_json=dict)
+        no_rows = SimpleNamespace(num_rows=1)
         self.trainer = Trainer(
-            self.stepper.settings, self.stepper, None, None, self.saver, no_logs, NUM_SCHEDULED_STEPS
+            self.stepper.settings, self.stepper, no_rows, None, self.saver, no_logs, NUM_SCHEDULED_STEPS
         )
 
     def take_steps(self, number: int) -> list[tuple[float, ...]]:

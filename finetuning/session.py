@@ -104,6 +104,11 @@ class Run:
         """Where it begins."""
         return Progress.from_json(self.state.record["progress"]) if self.state else Progress()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the state is that of a complete run."""
+        return self.state is not None and self.progress.is_over(self.settings, self.num_steps)
+
     @cached_property
     def fingerprints(self) -> dict[str, str | None]:
         """Of the rows, to know them again."""
@@ -351,7 +356,8 @@ def _claim_output_folder(run: Run) -> None:
                 f"OUTPUT_DIR: {newest} was saved meanwhile, by another run; start again to go on from there"
             )
     required = run.exporter.required_bytes() + state_bytes(run.model)
-    check_disk_space(output_dir, required - spare_bytes(run.resume, output_dir))
+    if not run.is_over:
+        check_disk_space(output_dir, required - spare_bytes(run.resume, output_dir))
     if not (run.resume and run.resume.is_in(output_dir)):
         clear_output_folder(settings)
     # First of all: a start that is cut off from here on leaves a folder that the next one knows as its own.
@@ -416,9 +422,8 @@ def make_trainer(run: Run, tracker: Tracker) -> Trainer:
 def train(run: Run) -> None:
     """Trains, and verifies the round trip where the settings ask for it."""
     settings = run.settings
-    is_over = run.state is not None and run.progress.is_over(settings, run.num_steps)
-    with contextlib.nullcontext() if is_over and not owes_roundtrip(run) else make_tracker(run) as tracker:
-        if is_over:
+    with contextlib.nullcontext() if run.is_over and not owes_roundtrip(run) else make_tracker(run) as tracker:
+        if run.is_over:
             say(
                 f"This run is complete: {settings.output_dir} holds {run.state.step} steps, and nothing is left of its "
                 "NUM_EPOCHS and MAX_STEPS. More of them train on; RESUME=never with OVERWRITE_OUTPUT=true starts over"

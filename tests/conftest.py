@@ -28,6 +28,12 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: 
     monkeypatch.setattr("finetuning.settings.DEFAULT_ENV_FILE", "no-such-file.env")
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite writes tens of gigabytes that are removed again at once; test_disk.py looks at what is flushed."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 @pytest.fixture(scope="session")
 def demo_rows(codec: Any) -> list[dict[str, Any]]:
     """The demo's training rows with absolute paths and codes (of the tiny codec)."""

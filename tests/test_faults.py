@@ -348,8 +348,11 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError("".join(printed))
 
 
-def test_the_same_signal_twice_within_a_second_counts_once(settings_for: Callable, clock: SimpleNamespace) -> None:
+def test_the_same_signal_twice_within_a_second_counts_once(
+    settings_for: Callable, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Launchers pass the terminal's Ctrl-C on to processes that have it already."""
+    monkeypatch.setattr("finetuning.signals._echo_seconds", lambda: 1.0)  # as under a launcher
     settings = settings_for()
     run_trainer = make_trainer(build(settings))
 
