@@ -183,10 +183,10 @@ def test_a_run_leaves_what_it_promises(runs: dict) -> None:
         "config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json", "vocab.json",
         "merges.txt", "preprocessor_config.json", "speech_tokenizer/config.json",
         "speech_tokenizer/model.safetensors", "speech_tokenizer/preprocessor_config.json",
-        "speaker_encoder/speaker_config.json", "training_state.json", "README.md",
+        "speaker_encoder/speaker_config.json", "training_state.json", "checksums.json", "README.md",
     }  # fmt: skip
     assert (output / "best" / "model.safetensors").is_file()
-    assert not list(output.glob(".*"))
+    assert [entry.name for entry in output.glob(".*")] == [".lock"]
     log = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [50, 100, 150, 160]
     assert set(log[0]) >= {
