@@ -36,7 +36,7 @@ Tensors = dict[str, torch.Tensor]
 PROJECT = Path(__file__).parent.parent
 NUM_PROCESSES = 2
 #: Processes of one life that wait for one that will not come are ended after so long; all lives of a launch.
-MAX_SECONDS, MAX_SECONDS_OF_ALL = 60, 400
+MAX_SECONDS, MAX_SECONDS_OF_ALL = 200, 900
 #: How the tensors that a life leaves begin.
 TENSORS = ("gradients", "restored", "weights", "final")
 
