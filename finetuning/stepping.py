@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -221,11 +221,15 @@ class _Shares:
         accelerator, weight = self.stepper.accelerator, self.stepper.settings.sub_talker_loss_weight
         batch = to_device(batch, accelerator.device)
         sums = self.stepper.objective(batch)
-        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
         losses = torch.stack([sums["talker_loss"], sums["sub_talker_loss"]]).detach() * batch["weight"]
-        self.losses.append(losses.to(exact))
+        self.losses.append(losses.to(sum_dtype(accelerator.device)))
         # Gradients are averaged over processes; the loss is already a share of the whole step's mean.
         return step_loss(sums, *self.counts, weight) * batch["weight"] * accelerator.num_processes
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """In which sums over many steps or batches are kept: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def lines_of(batches: Sequence[Batch]) -> list[int]:
@@ -264,7 +268,7 @@ class Skips:
         return sorted({line for is_bad, lines in self._recent if is_bad for line in lines})
 
 
-class Sums:
+class Sums(NamedTuple):
     """What a step adds to a ``Window``; the tensors stay on the device.
 
     Attributes:
@@ -272,8 +276,8 @@ class Sums:
         gradient_norm: () over all processes, before clipping.
     """
 
-    def __init__(self, totals: torch.Tensor, gradient_norm: torch.Tensor) -> None:
-        self.totals, self.gradient_norm = totals, gradient_norm
+    totals: torch.Tensor
+    gradient_norm: torch.Tensor
 
 
 class Window:
@@ -281,8 +285,7 @@ class Window:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        self.totals = torch.zeros(4, dtype=exact, device=accelerator.device)
+        self.totals = torch.zeros(4, dtype=sum_dtype(accelerator.device), device=accelerator.device)
         self.gradient_norm = torch.tensor(math.nan, device=accelerator.device)
         self._num_steps, self._start, self._paused = 0, time.perf_counter(), 0.0
         self._labels_before = self.totals[3]  # sub-talker labels from before the clock was started

@@ -24,6 +24,7 @@ from finetuning.errors import UserError
 from finetuning.objective import TrainingObjective
 from finetuning.settings import Settings
 from finetuning.sharding import is_sharded
+from finetuning.stepping import sum_dtype
 
 
 class Validator:
@@ -89,7 +90,7 @@ class Validator:
 
     def _means(self, totals: torch.Tensor) -> dict[str, float]:
         device = self.accelerator.device
-        totals = totals.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        totals = totals.to(device, sum_dtype(device))
         totals = self.accelerator.reduce(totals, reduction="sum").tolist()
         talker, sub_talker, right, sub_right, num_talker, num_sub_talker = totals
         if not num_talker:

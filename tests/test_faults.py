@@ -24,7 +24,7 @@ import pytest
 import torch
 from conftest import PROJECT
 from safetensors.torch import load_file
-from training import FULL, build, make_trainer
+from training import FULL, before_each_step, build, make_trainer
 
 from finetuning import disk, signals, state, trainer
 from finetuning.checkpoint import clear_output_folder, rotate_checkpoints, run_entries
@@ -274,17 +274,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     for room in (trainer, signals):
         monkeypatch.setattr(room, "time", clock)
     return clock
-
-
-def before_each_step(run_trainer: Any, act: Callable[[int], Any]) -> None:
-    """Calls ``act`` with the number of each step (from 1) while it is under way."""
-    take = run_trainer.stepper.take
-
-    def taken(*arguments: Any) -> Any:
-        act(run_trainer.progress.step + 1)
-        return take(*arguments)
-
-    run_trainer.stepper.take = taken
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import PROJECT, VOICE
 from safetensors.torch import load_file
-from training import FULL, build, make_trainer
+from training import FULL, before_each_step, build, make_trainer
 
 from finetuning import session
 from finetuning.base_model import resolve_base
@@ -74,16 +74,14 @@ def run_until(settings: Any, step: int, stop: str) -> None:
 
 
 def stop_at(trainer: Any, step: int, stop: str) -> None:
-    take = trainer.stepper.take
 
-    def interrupted(*arguments: Any) -> Any:
-        if trainer.progress.step == step - 1:
-            if stop == "killed":
-                raise Killed
+    def interrupt(now: int) -> None:
+        if now == step and stop == "killed":
+            raise Killed
+        if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take(*arguments)
 
-    trainer.stepper.take = interrupted
+    before_each_step(trainer, interrupt)
     with pytest.raises(Killed if stop == "killed" else Stopped):
         trainer.run()
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import resource
-import signal
 import subprocess
 import time
 import types
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import FULL, build, make_trainer
+from training import FULL, build, make_trainer, signal_in_step
 
 from finetuning import checkpoint, saving
 from finetuning.checkpoint import rotate_checkpoints
@@ -175,14 +174,7 @@ def test_the_end_of_a_run_must_be_saved(settings_for: Callable, what: str, monke
 
 def test_a_stop_whose_save_fails_is_no_success(settings_for: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(build(settings_for()))
-    take = trainer.stepper.take
-
-    def interrupted(*arguments: Any) -> Any:
-        if trainer.progress.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take(*arguments)
-
-    monkeypatch.setattr(trainer.stepper, "take", interrupted)
+    signal_in_step(trainer, 3)
     spy_on_saves(trainer, {4: NO_WEIGHTS}, monkeypatch)  # 1 last/, 2 checkpoint-2, 3 last/, 4 the stop
     with pytest.raises(UserError, match=r"stopped by signal 15, but .* could not be written"):
         trainer.run()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import FULL, build, make_trainer
+from training import FULL, build, make_trainer, signal_in_step
 
 from finetuning.errors import UserError
 from finetuning.row_index import Manifest
@@ -409,8 +409,6 @@ def test_a_row_that_cannot_be_read_is_left_out_and_listed(
 
 def test_a_resumed_run_lists_a_row_once(settings_for: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data workers had read it, and died, before its step was taken; the numbers come out of the state."""
-    import os
-    import signal
 
     from finetuning.errors import Stopped
 
@@ -425,14 +423,7 @@ def test_a_resumed_run_lists_a_row_once(settings_for: Callable, monkeypatch: pyt
     monkeypatch.setattr(Manifest, "__getitem__", damaged)
     settings = settings_for(num_rows=12, batch_size=2, gradient_accumulation_steps=1, num_epochs=1, num_workers=2)
     trainer = make_trainer(build(settings))
-    take = trainer.stepper.take
-
-    def interrupted(*arguments: Any) -> Any:
-        if trainer.progress.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take(*arguments)
-
-    monkeypatch.setattr(trainer.stepper, "take", interrupted)
+    signal_in_step(trainer, 3)
     with pytest.raises(Stopped):
         trainer.run()
     trainer = make_trainer(build(settings))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from reference import naive_losses
 from safetensors.torch import load_file
-from training import FULL, build, make_trainer, train
+from training import FULL, build, make_trainer, signal_in_step, train
 
 from finetuning.dataset import SkippedRow
 from finetuning.errors import Stopped, UserError
@@ -235,14 +235,7 @@ def test_a_signal_finishes_the_step_and_saves(
 ) -> None:
     settings = settings_for(num_rows=8, num_epochs=10)
     trainer = make_trainer(build(settings))
-    take = trainer.stepper.take
-
-    def interrupted(*arguments: Any) -> Any:
-        if trainer.progress.step == 2:
-            os.kill(os.getpid(), number)
-        return take(*arguments)
-
-    monkeypatch.setattr(trainer.stepper, "take", interrupted)
+    signal_in_step(trainer, 3, number)
     handler = signal.getsignal(number)
     with pytest.raises(Stopped) as caught:
         trainer.run()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -28,6 +31,22 @@ def build(settings: Settings) -> Any:
 
 def make_trainer(run: Any) -> Trainer:
     return session.make_trainer(run, session.make_tracker(run))
+
+
+def before_each_step(trainer: Trainer, act: Callable[[int], Any]) -> None:
+    """Calls ``act`` with the number of each step (from 1) while it is under way."""
+    take = trainer.stepper.take
+
+    def taken(*arguments: Any) -> Any:
+        act(trainer.progress.step + 1)
+        return take(*arguments)
+
+    trainer.stepper.take = taken
+
+
+def signal_in_step(trainer: Trainer, step: int, number: int = signal.SIGTERM) -> None:
+    """Sends this process a signal while that step is under way."""
+    before_each_step(trainer, lambda now: os.kill(os.getpid(), number) if now == step else None)
 
 
 def train(settings: Settings) -> tuple[Any, Trainer]:
