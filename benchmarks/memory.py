@@ -195,8 +195,9 @@ def index(folder: Path) -> dict[str, float]:
 def read(folder: Path, num_workers: int, num_steps: int) -> dict[str, float]:
     """first_batch_seconds, process_seconds (the same from the process's start), mebibytes, num_processes."""
     from finetuning.base_model import load_tokenizer
-    from finetuning.dataset import RowEncoder, StepDataset, StepSampler, sequential_plan, step_loader
+    from finetuning.dataset import RowEncoder, StepDataset, step_loader
     from finetuning.prompt import LayoutIds
+    from finetuning.sampling import StepSampler, sequential_plan
 
     start = time.perf_counter()
     base, rows = open_rows(folder)

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetuning.dataset import Part
+from finetuning.sampling import Part
 from finetuning.settings import Settings
 from finetuning.steps import TrainingSteps
 
@@ -17,7 +17,7 @@ class Progress:
 
     Attributes:
         step: optimizer steps taken.
-        epoch, done: the position in the rows; see ``dataset.Part``.
+        epoch, done: the position in the rows; see ``sampling.Part``.
         num_fetched: steps that were fetched, with those that turned out to hold no row.
         best_loss: of ``best/``.
         evaluated_at: the last step that was evaluated.

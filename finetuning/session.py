@@ -35,7 +35,7 @@ from finetuning.checkpoint import (
     run_entries,
 )
 from finetuning.console import say
-from finetuning.dataset import RowEncoder, StepDataset, StepSampler, unknown_languages
+from finetuning.dataset import RowEncoder, StepDataset, unknown_languages
 from finetuning.direct import DirectData, DirectRows
 from finetuning.disk import bytes_of
 from finetuning.errors import UserError
@@ -56,6 +56,7 @@ from finetuning.resume import (
 )
 from finetuning.roundtrip import judge
 from finetuning.row_index import Manifest
+from finetuning.sampling import StepSampler
 from finetuning.saving import Saver, state_bytes
 from finetuning.settings import Settings
 from finetuning.sharding import is_sharded

@@ -61,11 +61,26 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     device: Literal["auto", "cuda", "cpu", "mps"] = _setting("auto", "where to train: auto, cuda, cpu, mps")
-    mixed_precision: Literal["bf16", "fp16", "no"] = _setting(
-        "bf16", "precision of the computation: bf16, fp16, no; master weights are fp32 in each case"
-    )
+    mixed_precision: Literal["bf16", "fp16", "no"] = _setting("bf16", "precision of the computation: bf16, fp16, no")
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = _setting(
         "auto", "attention: auto (FlashAttention 2 where it works, else sdpa), flash_attention_2, sdpa, eager"
+    )
+    weights_precision: Literal["fp32", "bf16"] = _setting(
+        "fp32", "in which the weights that train are kept: fp32, or bf16 with stochastic rounding (half the memory)"
+    )
+    gradient_checkpointing: bool = _setting(
+        False, "keep little for the backward pass and compute the rest again: much less memory, a third slower"
+    )
+    compile: bool = _setting(False, "compile the layers with torch.compile; the first steps take minutes")
+    prefix_cache: Literal["off", "ram", "disk"] = _setting(
+        "off", "keep what the frozen layers below the first trained one compute for each row: off, ram, disk"
+    )
+    prefix_cache_gb: float = _setting(16.0, "how large the prefix cache may grow (10^9 bytes)", gt=0)
+    prefix_cache_dir: UserPath = _setting(Path("./data/prefix_cache"), "where PREFIX_CACHE=disk lies")
+    memory_profile: Literal["auto", "16gb", "24gb", "40gb", "80gb"] | None = _setting(
+        None,
+        "memory of the GPU: picks micro-batch, checkpointing, optimizer and weights' precision, for the same rows of a "
+        "step; auto takes the GPU's own; default nothing is picked",
     )
     num_workers: int = _setting(0, "data loading workers per process", ge=0, le=64)
 
@@ -128,6 +143,9 @@ class Settings(BaseSettings):
     num_epochs: int = _setting(3, "passes over the training rows", ge=1, le=100_000)
     max_steps: OptionalCount = _setting(None, "stop after so many optimizer steps; default NUM_EPOCHS decides")
     batch_size: int = _setting(2, "utterances per process and micro-batch", ge=1, le=4096)
+    max_frames_per_batch: OptionalCount = _setting(
+        None, "instead of BATCH_SIZE: as many utterances per process and micro-batch as have so many codec frames"
+    )
     gradient_accumulation_steps: int = _setting(4, "micro-batches per optimizer step", ge=1, le=65536)
     effective_batch_size: OptionalCount = _setting(
         None, "a check: must equal BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS x processes"
@@ -144,12 +162,24 @@ class Settings(BaseSettings):
     weight_decay: float = _setting(0.01, "AdamW weight decay; none on embeddings, norms and biases", ge=0, le=1)
     max_grad_norm: float = _setting(1.0, "gradient norm is clipped to this", gt=0)
     sub_talker_loss_weight: float = _setting(0.3, "weight of codebooks 1-15 beside codebook 0", ge=0, le=100)
+    sub_talker_frame_fraction: float = _setting(
+        1.0,
+        "share of the frames, drawn anew in every epoch, that the sub-talker trains on; validation takes all",
+        gt=0,
+        le=1,
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = _setting(
+        "adamw", "adamw, adamw_8bit (moments in 8 bits; needs torchao) or adafactor (factored second moments only)"
+    )
     seed: int = _setting(42, "seed of new weights, held-out rows and row order", ge=0, le=2**32 - 1)
 
     replace_last_n_layers: int = _setting(2, "how many of the talker's last layers are made anew", ge=0)
     add_new_layers: int = _setting(4, "how many layers are added on top", ge=0, le=128)
     freeze_original_layers: bool = _setting(
         True, "train only new layers, final norm, codec head and sub-talker; 0, 0 and false = full fine-tuning"
+    )
+    train_text_embedding: bool = _setting(
+        False, "train the text embedding table as well, a sixth of all weights of the 1.7B"
     )
     layer_init: Literal["preserve", "xavier"] = _setting(
         "preserve", "preserve (the model starts as the base) or xavier (new layers start from random weights)"

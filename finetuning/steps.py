@@ -1,7 +1,7 @@
 """Where the optimizer steps of an epoch come from: rows that are memory-mapped, or rows that are streamed.
 
 Both give every process the same number of micro-batches in each step, and the same steps for the same epoch each time.
-A position inside an epoch (``done``, see ``dataset.Part``) counts the steps of the plan, also those without any row.
+A position inside an epoch (``done``, see ``sampling.Part``) counts the steps of the plan, also those without any row.
 """
 
 from __future__ import annotations
@@ -16,22 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from finetuning.codec import FRAMES_PER_SECOND
-from finetuning.dataset import (
-    Geometry,
-    Part,
-    RowEncoder,
-    SkippedRow,
-    Step,
-    StepDataset,
-    StepSampler,
-    make_step,
-    merged,
-    reason_of,
-    shuffled_batches,
-    split_position,
-    step_loader,
-)
+from finetuning.dataset import RowEncoder, SkippedRow, Step, StepDataset, make_step, reason_of, step_loader
 from finetuning.manifest import RowError, RowFormat, check_fields
+from finetuning.sampling import Geometry, Part, StepSampler, merged, shuffled_batches, split_position
 from finetuning.stream import SplitStream, StreamedRow, prefetched
 from finetuning.workspace import Digest
 

@@ -23,11 +23,12 @@ from accelerate.utils import (
 )
 
 from finetuning.console import say
-from finetuning.dataset import Part, SkippedRow, Step, count_tokens, merged
+from finetuning.dataset import SkippedRow, Step, count_tokens
 from finetuning.errors import Stopped, UserError
 from finetuning.manifest import MAX_BAD_SHARE
 from finetuning.processes import MAX_WAIT
 from finetuning.progress import Progress
+from finetuning.sampling import Part, merged
 from finetuning.settings import Settings
 from finetuning.signals import StopRequest
 from finetuning.stepping import MAX_SKIPPED_IN_A_ROW, Stepper, Window

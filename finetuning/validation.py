@@ -9,19 +9,10 @@ from typing import Any
 import torch
 
 from finetuning.console import say
-from finetuning.dataset import (
-    Batch,
-    SkippedRow,
-    Step,
-    StepDataset,
-    count_tokens,
-    sequential_plan,
-    split_batch,
-    step_loader,
-    to_device,
-)
+from finetuning.dataset import Batch, SkippedRow, Step, StepDataset, count_tokens, split_batch, step_loader, to_device
 from finetuning.errors import UserError
 from finetuning.objective import TrainingObjective
+from finetuning.sampling import sequential_plan
 from finetuning.settings import Settings
 from finetuning.sharding import is_sharded
 from finetuning.stepping import sum_dtype

@@ -16,17 +16,11 @@ from torch.utils.data import Dataset
 from finetuning.base_model import load_tokenizer
 from finetuning.dataset import (
     Batch,
-    Geometry,
-    Part,
     RowEncoder,
     SkippedRow,
     StepDataset,
-    StepPlans,
-    StepSampler,
     count_tokens,
     make_step,
-    merged,
-    sequential_plan,
     split_batch,
     step_loader,
     unknown_languages,
@@ -35,6 +29,7 @@ from finetuning.manifest import MIN_CODEC_FRAMES, RowFormat
 from finetuning.objective import TrainingObjective, step_loss
 from finetuning.prompt import LayoutIds
 from finetuning.row_index import Manifest, open_rows
+from finetuning.sampling import Geometry, Part, StepPlans, StepSampler, merged, sequential_plan
 from finetuning.tiny_model import embedded_model_folder
 
 LENGTHS = np.random.default_rng(0).integers(10, 300, 1003)

@@ -14,8 +14,8 @@ from conftest import PROJECT
 ORDER = (
     "errors", "console", "signals", "disk", "processes", "settings", "stock", "tiny_model", "audio", "codec", "quality",
     "manifest", "row_index", "dataset_files", "tables", "readers", "source", "encoding", "workspace", "encode_rows",
-    "prepare", "stream", "training_rows", "prompt", "dataset", "steps", "progress", "speakers", "base_model",
-    "layer_utils", "preparer", "direct", "figures", "checks", "report", "mend",
+    "prepare", "stream", "training_rows", "prompt", "sampling", "dataset", "steps", "progress", "speakers",
+    "base_model", "layer_utils", "preparer", "direct", "figures", "checks", "report", "mend",
     "check_rows", "objective", "sharding", "stepping", "trainer",
     "checkpoint", "state", "resume", "validation", "tracking", "saving", "roundtrip", "session", "library",
 )  # fmt: skip

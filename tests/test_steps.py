@@ -17,22 +17,13 @@ from fakes import FakeCodec, fake_codes
 
 from finetuning.audio import load_audio
 from finetuning.base_model import load_tokenizer, resolve_base
-from finetuning.dataset import (
-    Batch,
-    Geometry,
-    Part,
-    RowEncoder,
-    SkippedRow,
-    Step,
-    StepDataset,
-    StepSampler,
-    step_loader,
-)
+from finetuning.dataset import Batch, RowEncoder, SkippedRow, Step, StepDataset, step_loader
 from finetuning.encoding import ClipEncoder
 from finetuning.manifest import MIN_CODEC_FRAMES, RowFormat
 from finetuning.prepare import DatasetRows
 from finetuning.prompt import LayoutIds
 from finetuning.row_index import Manifest, open_rows
+from finetuning.sampling import Geometry, Part, StepSampler
 from finetuning.settings import load_settings
 from finetuning.source import open_split
 from finetuning.steps import MappedSteps, StreamedSteps
