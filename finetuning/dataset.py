@@ -1,6 +1,6 @@
 """Rows to padded batches, and the loader that makes them.
 
-The batch (all tensors on the CPU; B rows, L positions, F real frames, 16 codebooks):
+The batch (all tensors on the CPU; B rows, L positions, N real ones among the B x L, F frames, 16 codebooks):
 
 ==================  ==================  =================================================================
 ``text_ids``        (B, L) int64        ids of the text table; 0 on padding
@@ -14,6 +14,22 @@ The batch (all tensors on the CPU; B rows, L positions, F real frames, 16 codebo
 ``lines``           (B,) int64          line numbers in the JSONL, for messages
 ``weight``          () float32          0 for a batch that only keeps a process in step, else 1
 ==================  ==================  =================================================================
+
+The model reads the N real positions alone, one row behind the other, and must not ask the device where they are; so the
+batch says it as well ("among N": counted over the real positions):
+
+=======================  ==============  =================================================================
+``real``                 (N,) int64      the real positions among the B x L, row after row
+``row_starts``           (B + 1,) int32  where each row begins among N, and N
+``positions``            (N,) int64      the position inside its row
+``distinct_text_ids``    (U,) int64      every id of the text channel once
+``text_places``          (N,) int64      where among U the id of a position stands
+``frame_places``         (F,) int64      the frames among N
+``label_places``         (F + B,) int64  the positions with a label among N
+``speaker_places``       (B,) int64      the speaker vectors among N, or -1
+``sub_talker_frames``    (M,) int64      only with SUB_TALKER_FRAME_FRACTION: the frames that the sub-talker trains on
+``sub_talker_weights``   (M,) float32    and what each of them counts, so that they stand for all
+=======================  ==============  =================================================================
 """
 
 from __future__ import annotations
@@ -46,6 +62,10 @@ from finetuning.sampling import StepPlan
 
 #: See the module's table.
 Batch = dict[str, torch.Tensor]
+#: Entries of a batch with one item for each row.
+OF_ROWS = (
+    "text_ids", "codec_ids", "attention_mask", "labels", "frame_mask", "speaker_positions", "speaker_index", "lines",
+)  # fmt: skip
 #: What reading or encoding a damaged row raises; pyarrow's errors are among them.
 ROW_ERRORS = (ValueError, LookupError, OSError)
 #: So much of a reason is kept.
@@ -159,17 +179,57 @@ class StepDataset(Dataset):
             return 0
 
 
-def make_step(micro_batches: Iterable[Sequence[Mapping[str, Any] | SkippedRow]], encoder: RowEncoder) -> Step:
+@dataclass(frozen=True)
+class FrameShare:
+    """Which frames the sub-talker trains on in an epoch: of each row a random share, drawn from what identifies it.
+
+    So neither the rows beside it, nor the number of processes, nor a stop and a resume make a difference.
+    """
+
+    fraction: float
+    seed: int
+    epoch: int
+
+    def choose(self, lines: Sequence[int], nums_frames: Sequence[int]) -> Batch:
+        """``sub_talker_frames`` and ``sub_talker_weights`` of some rows.
+
+        Every frame of a row is as likely as any other to be among its k of T, and counts T / k: the expectation of the
+        weighted sum is the sum over all frames.
+        """
+        chosen, weights, first = [], [], 0
+        for line, num_frames in zip(lines, nums_frames, strict=True):
+            generator = np.random.default_rng([self.seed, self.epoch, line])
+            num_chosen = max(1, round(self.fraction * num_frames))
+            chosen.append(first + np.sort(generator.permutation(num_frames)[:num_chosen]))
+            weights.append(np.full(num_chosen, num_frames / num_chosen, dtype=np.float32))
+            first += num_frames
+        return {
+            "sub_talker_frames": torch.from_numpy(np.concatenate(chosen)),
+            "sub_talker_weights": torch.from_numpy(np.concatenate(weights)),
+        }
+
+
+def make_step(
+    micro_batches: Iterable[Sequence[Mapping[str, Any] | SkippedRow]],
+    encoder: RowEncoder,
+    share: FrameShare | None = None,
+) -> Step:
     """Rows, as ``Manifest`` gives them, to collated micro-batches.
 
     A row that cannot be encoded is left out and listed; a micro-batch without any row becomes a dummy of weight 0.
+
+    Args:
+        share: the sub-talker trains on these frames only; None for all.
     """
     skipped: list[SkippedRow] = []
-    return Step([_make_batch(rows, encoder, skipped) for rows in micro_batches], skipped)
+    return Step([_make_batch(rows, encoder, skipped, share) for rows in micro_batches], skipped)
 
 
 def _make_batch(
-    rows: Sequence[Mapping[str, Any] | SkippedRow], encoder: RowEncoder, skipped: list[SkippedRow]
+    rows: Sequence[Mapping[str, Any] | SkippedRow],
+    encoder: RowEncoder,
+    skipped: list[SkippedRow],
+    share: FrameShare | None,
 ) -> Batch:
     encoded = []
     for row in rows:
@@ -182,9 +242,9 @@ def _make_batch(
         except ROW_ERRORS as error:
             skipped.append(SkippedRow(row["line"], reason_of(error)))
     weight = 1.0 if encoded else 0.0
-    batch = collate(*zip(*(encoded or [_encoded_dummy(encoder)]), strict=True))
-    batch["weight"] = torch.tensor(weight)
-    return batch
+    aligned, speakers, lines = zip(*(encoded or [_encoded_dummy(encoder)]), strict=True)
+    batch = collate(aligned, speakers, lines) | {"weight": torch.tensor(weight)}
+    return batch | (share.choose(lines, [len(row.codes) for row in aligned]) if share else {})
 
 
 def _encoded_dummy(encoder: RowEncoder) -> tuple[AlignedIds, int, int]:
@@ -220,7 +280,7 @@ def collate(
         row.speaker_position + offset if row.speaker_position >= 0 else -1
         for row, offset in zip(rows, offsets, strict=True)
     ]
-    return {
+    batch = {
         "text_ids": padded([row.text for row in rows], 0),
         "codec_ids": padded([row.codec for row in rows], NO_CODEC),
         "attention_mask": padded([np.ones_like(row.text) for row in rows], 0),
@@ -231,6 +291,29 @@ def collate(
         "speaker_index": torch.tensor(list(speaker_index)),
         "lines": torch.tensor(list(lines)),
         "weight": torch.tensor(1.0),
+    }
+    return batch | places_of(batch)
+
+
+def places_of(batch: Batch) -> Batch:
+    """The second table of the module, from the first."""
+    is_real = batch["attention_mask"].bool()
+    length = is_real.shape[1]
+    real = is_real.flatten().nonzero().squeeze(1)
+    row_starts = torch.cat([torch.zeros(1, dtype=torch.int64), is_real.sum(1).cumsum(0)])
+    num_padded_before = is_real.int().argmax(1)
+    distinct, text_places = batch["text_ids"].flatten()[real].unique(return_inverse=True)
+    speaker_positions = batch["speaker_positions"]
+    speaker_places = row_starts[:-1] + speaker_positions - num_padded_before
+    return {
+        "real": real,
+        "row_starts": row_starts.int(),
+        "positions": torch.arange(len(real)) - row_starts[real // length],
+        "distinct_text_ids": distinct,
+        "text_places": text_places,
+        "frame_places": batch["frame_mask"].flatten()[real].nonzero().squeeze(1),
+        "label_places": (batch["labels"].flatten()[real] != IGNORE).nonzero().squeeze(1),
+        "speaker_places": torch.where(speaker_positions < 0, -1, speaker_places),
     }
 
 
@@ -248,12 +331,25 @@ def split_batch(batch: Batch, num_parts: int) -> list[Batch]:
     parts = []
     for rows in np.array_split(np.arange(num_rows), min(num_parts, num_rows)):
         start, stop = int(rows[0]), int(rows[-1]) + 1
-        part = {name: tensor[start:stop] for name, tensor in batch.items() if name not in ("codes", "weight")}
+        part = {name: batch[name][start:stop] for name in OF_ROWS}
         length = max(lengths[start:stop])
         part |= {name: tensor[:, :length] for name, tensor in part.items() if tensor.ndim == 2}
-        codes = batch["codes"][first_frames[start] : first_frames[stop]]
-        parts.append(part | {"codes": codes, "weight": batch["weight"]})
+        first, last = first_frames[start], first_frames[stop]
+        part |= {"codes": batch["codes"][first:last], "weight": batch["weight"]}
+        parts.append(part | places_of(part) | _chosen_between(batch, int(first), int(last)))
     return parts
+
+
+def _chosen_between(batch: Batch, first: int, last: int) -> Batch:
+    """What the sub-talker trains on of the frames from ``first`` to ``last``; {} where it trains on all."""
+    if "sub_talker_frames" not in batch:
+        return {}
+    frames = batch["sub_talker_frames"]
+    is_inside = (frames >= first) & (frames < last)
+    return {
+        "sub_talker_frames": frames[is_inside] - first,
+        "sub_talker_weights": batch["sub_talker_weights"][is_inside],
+    }
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -1,107 +1,268 @@
-"""The whole objective as one module: a padded batch in, summed losses and token counts out.
+"""The whole objective as one module: a batch in, summed losses and token counts out.
 
 This is the only module that Accelerate wraps, so ``forward`` is everything that has parameters in it: a DDP or FSDP
 wrapper sees one call, and nothing reaches for ``.talker`` behind its back.
 
-Shapes: B rows, L positions, H talker width, F real frames in the batch, C = 16 codebooks. The batch is the dictionary
-that ``finetuning.dataset.collate`` documents.
+Shapes: N real positions of the B rows, one row behind the other, H talker width, F frames, of which the sub-talker
+trains on M, C = 16 codebooks. The batch is the dictionary that ``finetuning.dataset`` documents. No operation asks the
+device for a value, so the host is never kept waiting.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import takewhile
+
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from finetuning.attention import Rows, pack_attention, rows_for
+from finetuning.chunked import pieces, sum_over_chunks
 from finetuning.dataset import Batch
-from finetuning.prompt import IGNORE, NO_CODEC
+from finetuning.prompt import NO_CODEC
+
+#: Positions whose talker logits, and frames whose sub-talker activations and logits, are in memory at a time.
+TALKER_CHUNK_POSITIONS, SUB_TALKER_CHUNK_FRAMES = 8192, 512
 
 
 class TrainingObjective(nn.Module):
     """Talker and sub-talker losses of a batch, exactly as stock generation would meet them.
 
     Args:
-        talker: ``Qwen3TTSTalkerForConditionalGeneration``.
+        talker: ``Qwen3TTSTalkerForConditionalGeneration``; its attention is made to take rows (see ``attention``).
         speaker_vectors: (num_speakers, H) float32, inserted as they are; no gradient reaches them.
+        gradient_checkpointing: keep only the input of each trained talker layer for the backward pass.
     """
 
-    def __init__(self, talker: nn.Module, speaker_vectors: torch.Tensor) -> None:
+    def __init__(self, talker: nn.Module, speaker_vectors: torch.Tensor, gradient_checkpointing: bool = False) -> None:
         super().__init__()
+        assert talker.config.sliding_window is None, "the rows' attention is causal, without a window"
         self.talker = talker
+        self.gradient_checkpointing = gradient_checkpointing
         self.register_buffer("speaker_vectors", speaker_vectors.clone(), persistent=False)
+        tables = [talker.model.codec_embedding, *talker.code_predictor.model.codec_embedding]
+        sizes = [0, *(table.num_embeddings for table in tables[:-1])]
+        self.register_buffer("first_rows", torch.tensor(sizes, device=speaker_vectors.device).cumsum(0), persistent=False)
+        pack_attention(talker.model.layers)
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Sums over the batch's real tokens, float32 scalars on the model's device:
 
-        ``talker_loss`` over F + B labels, ``sub_talker_loss`` over 15 x F labels; in eval mode also
-        ``talker_correct`` () and ``sub_talker_correct`` (15,), the numbers of right top-1 predictions.
+        ``talker_loss`` over F + B labels, ``sub_talker_loss`` over 15 x F labels (of M frames, weighted to stand for
+        all F, where the batch says so); in eval mode also ``talker_correct`` () and ``sub_talker_correct`` (15,), the
+        numbers of right top-1 predictions.
         """
-        hidden = self.hidden_states(self.input_embeddings(batch), batch["attention_mask"])
-        labels = batch["labels"]
-        has_label = labels != IGNORE
-        talker_logits = self.talker_logits(hidden[has_label])
-        sub_talker_logits = self.sub_talker_logits(hidden[before_frames(batch)], batch["codes"])
-        talker_labels, sub_talker_labels = labels[has_label], batch["codes"][:, 1:]
-        # Explicit cross-entropy: the models' own loss_function would shift the labels a second time.
-        sums = {
-            "talker_loss": F.cross_entropy(talker_logits.float(), talker_labels, reduction="sum"),
-            "sub_talker_loss": F.cross_entropy(
-                sub_talker_logits.float().flatten(0, 1), sub_talker_labels.flatten(), reduction="sum"
-            ),
-        }
-        if not self.training:
-            sums["talker_correct"] = (talker_logits.argmax(-1) == talker_labels).sum().float()
-            sums["sub_talker_correct"] = (sub_talker_logits.argmax(-1) == sub_talker_labels).sum(0).float()
-        return sums
+        embedded = None if "prefix" in batch else self.code_embeddings(batch["codes"])
+        hidden = self.hidden_states(batch, embedded)
+        return self.talker_sums(hidden, batch) | self.sub_talker_sums(hidden, batch, embedded)
 
-    def input_embeddings(self, batch: Batch) -> torch.Tensor:
-        """(B, L, H): both channels, added. Padding positions hold values that the attention mask hides."""
+    # --------------------------------------------------------------------------------------------------- the talker
+
+    def hidden_states(self, batch: Batch, embedded: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, H) after the final norm: what generation hands to both heads (``past_hidden``)."""
+        layers, num_frozen = self.talker.model.layers, self.num_frozen_layers()
+        states = batch["prefix"].float() if "prefix" in batch else self._prefix(batch, embedded)
+        return self.talker.model.norm(self._through(layers[num_frozen:], states, batch))
+
+    @torch.no_grad()
+    def prefix(self, batch: Batch) -> torch.Tensor:
+        """(N, H) float32, what goes into the first layer that trains: the same for a row in every epoch."""
+        return self._prefix(batch, None)
+
+    def _prefix(self, batch: Batch, embedded: torch.Tensor | None) -> torch.Tensor:
+        frozen = self.talker.model.layers[: self.num_frozen_layers()]
+        return self._through(frozen, self.input_embeddings(batch, embedded), batch)
+
+    def num_frozen_layers(self) -> int:
+        """So many layers from the bottom are frozen, with all that they read; 0 where an embedding trains."""
+        talker = self.talker
+        tables = (
+            talker.model.text_embedding,
+            talker.model.codec_embedding,
+            talker.code_predictor.model.codec_embedding,
+        )
+        if trains((*tables, talker.text_projection)):
+            return 0
+        return sum(1 for _ in takewhile(lambda layer: not trains([layer]), talker.model.layers))
+
+    def _through(self, layers: nn.ModuleList, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(N, H) in and out."""
+        if not len(layers):
+            return states
+        rows, states = rows_of(batch), states.unsqueeze(0)
+        rotary = self.talker.model.rotary_emb(states, rows.positions.expand(3, 1, -1))
+        options = {"position_embeddings": rotary, "attention_mask": None, **rows_for(layers, rows)}
+        for layer in layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled() and trains([layer]):
+                states = checkpoint(layer, states, use_reentrant=False, **options)[0]
+            else:
+                states = layer(states, **options)[0]
+        return states.squeeze(0)
+
+    def input_embeddings(self, batch: Batch, embedded: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, H) float32: both channels, added.
+
+        Args:
+            embedded: ``code_embeddings`` of the batch's frames, where they are there already.
+        """
         model = self.talker.model
-        text = self.talker.text_projection(model.text_embedding(batch["text_ids"]))
-        codec_ids = batch["codec_ids"]
-        codec = model.codec_embedding(codec_ids.clamp(min=0)) * (codec_ids != NO_CODEC).unsqueeze(-1)
-        embeddings = text + codec
-        rows = (batch["speaker_positions"] >= 0).nonzero().squeeze(1)
-        positions = batch["speaker_positions"][rows]
-        vectors = self.speaker_vectors[batch["speaker_index"][rows]].to(embeddings.dtype)
-        embeddings = embeddings.index_put((rows, positions), vectors, accumulate=True)
-        other_codebooks = self.code_embeddings(batch["codes"])[:, 1:].sum(1).to(embeddings.dtype)
-        return embeddings.index_put(batch["frame_mask"].nonzero(as_tuple=True), other_codebooks, accumulate=True)
+        embedded = self.code_embeddings(batch["codes"]) if embedded is None else embedded
+        distinct = self.talker.text_projection(model.text_embedding(batch["distinct_text_ids"]))
+        text = F.embedding(batch["text_places"], distinct).float()
+        codec_ids = batch["codec_ids"].flatten().index_select(0, batch["real"])
+        codec = model.codec_embedding(codec_ids.clamp(min=0)).float() * (codec_ids != NO_CODEC).unsqueeze(-1)
+        places = batch["speaker_places"]
+        vectors = self.speaker_vectors[batch["speaker_index"]] * (places >= 0).unsqueeze(-1)
+        embeddings = (text + codec).index_add(0, places.clamp(min=0), vectors)
+        return embeddings.index_add(0, batch["frame_places"], embedded[:, 1:].sum(1))
 
     def code_embeddings(self, codes: torch.Tensor) -> torch.Tensor:
-        """(F, C) codes to (F, C, H): codebook 0 from the talker's table, the others from the sub-talker's."""
+        """(F, C) codes to (F, C, H) float32, in one lookup: codebook 0 from the talker's table, the others from the
+        sub-talker's."""
         tables = [self.talker.model.codec_embedding, *self.talker.code_predictor.model.codec_embedding]
-        return torch.stack([table(codes[:, index]) for index, table in enumerate(tables)], dim=1)
+        return F.embedding(codes + self.first_rows, torch.cat([table.weight for table in tables])).float()
 
-    def hidden_states(self, embeddings: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(B, L, H) after the final norm: what generation hands to both heads (``past_hidden``)."""
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        output = self.talker.model(
-            inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=positions, use_cache=False
-        )
-        return output.last_hidden_state
+    def talker_sums(self, hidden: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        """``talker_loss`` and, in eval mode, ``talker_correct``."""
+        labels = batch["labels"].flatten().index_select(0, batch["real"]).index_select(0, batch["label_places"])
+        inputs = [hidden.index_select(0, batch["label_places"])]
+        sums = _Sums(self, self.talker_logits, [self.talker.codec_head], TALKER_CHUNK_POSITIONS)
+        return {f"talker_{name}": value for name, value in sums(inputs, labels).items()}
 
     def talker_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, H) to (N, codec table size)."""
         return self.talker.codec_head(hidden)
 
-    def sub_talker_logits(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Logits of codebooks 1 … 15 of each frame, (F, 15, codebook size).
+    # ----------------------------------------------------------------------------------------------- the sub-talker
+
+    def sub_talker_sums(
+        self, hidden: torch.Tensor, batch: Batch, embedded: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """``sub_talker_loss`` and, in eval mode, ``sub_talker_correct``.
 
         Args:
-            hidden: (F, H), the hidden state one position before each frame.
-            codes: (F, C); the sub-talker reads ``[hidden, code 0, … code 14]`` and its output i predicts code i.
+            embedded: ``code_embeddings`` of all frames, where they are there already.
+        """
+        codes, places, weights = batch["codes"], before_frames(batch), batch.get("sub_talker_weights")
+        if (chosen := batch.get("sub_talker_frames")) is not None:
+            codes, places = codes.index_select(0, chosen), places.index_select(0, chosen)
+            embedded = None if embedded is None else embedded.index_select(0, chosen)
+        embedded = self.code_embeddings(codes) if embedded is None else embedded
+        inputs = [hidden.index_select(0, places), embedded[:, :-1]]
+        predictor = self.talker.code_predictor
+        parts = [predictor.small_to_mtp_projection, predictor.model.layers, predictor.model.norm, predictor.lm_head]
+        sums = _Sums(self, self.sub_talker_logits, parts, SUB_TALKER_CHUNK_FRAMES)
+        return {f"sub_talker_{name}": value for name, value in sums(inputs, codes[:, 1:], weights).items()}
+
+    def sub_talker_logits(self, hidden: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """Logits of codebooks 1 … 15 of some frames, (M, 15, codebook size).
+
+        Args:
+            hidden: (M, H), the hidden state one position before each frame.
+            embedded: (M, 15, H), the embeddings of codes 0 … 14; the sub-talker reads ``[hidden, code 0, … code 14]``
+                and its output i predicts code i.
         """
         predictor = self.talker.code_predictor
-        inputs = torch.cat([hidden.unsqueeze(1), self.code_embeddings(codes)[:, :-1].to(hidden.dtype)], dim=1)
-        inputs = predictor.small_to_mtp_projection(inputs)
+        inputs = predictor.small_to_mtp_projection(torch.cat([hidden.unsqueeze(1), embedded], dim=1))
         outputs = predictor.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
         return torch.stack([head(outputs[:, index + 1]) for index, head in enumerate(predictor.lm_head)], dim=1)
 
 
+class _Sums:
+    """Summed losses of logits that never stand in memory all at once.
+
+    Args:
+        logits_of: pieces of the inputs in, (n, …, V) logits out.
+        parts: the modules with all weights that it reads.
+        chunk_size: length of a piece.
+    """
+
+    def __init__(
+        self,
+        objective: TrainingObjective,
+        logits_of: Callable[..., torch.Tensor],
+        parts: Iterable[nn.Module],
+        chunk_size: int,
+    ) -> None:
+        self.objective, self.logits_of, self.chunk_size = objective, logits_of, chunk_size
+        self.parameters = [parameter for part in parts for parameter in part.parameters()]
+        if isinstance(objective, FSDPModule):
+            # Sharded layers gather their weights in every call, and all processes must make as many calls.
+            self.chunk_size = sys.maxsize
+
+    def __call__(
+        self, inputs: list[torch.Tensor], labels: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """``loss`` () float32 and, in eval mode, ``correct`` (…) float32, the numbers of right top-1 predictions.
+
+        Args:
+            labels: (n, …) int64.
+            weights: (n,) float32, what each position counts; None for 1.
+        """
+        tensors = [*inputs, labels, *([] if weights is None else [weights])]
+        if self.objective.training:
+            return {"loss": self._loss(tensors, len(inputs))}
+        losses, correct = [], []
+        for *piece, piece_labels in pieces([*inputs, labels], self.chunk_size):
+            logits = self.logits_of(*piece)
+            losses.append(summed_loss(logits, piece_labels))
+            correct.append((logits.argmax(-1) == piece_labels).sum(0).float())
+        return {"loss": torch.stack(losses).sum(), "correct": torch.stack(correct).sum(0)}
+
+    def _loss(self, tensors: list[torch.Tensor], num_inputs: int) -> torch.Tensor:
+        def compute(*piece: torch.Tensor) -> torch.Tensor:
+            return summed_loss(self.logits_of(*piece[:num_inputs]), *piece[num_inputs:])
+
+        if torch.is_grad_enabled() and self._takes_gradients_early():
+            return sum_over_chunks(compute, tensors, self.parameters, self.chunk_size)
+        if torch.is_grad_enabled() and self.objective.gradient_checkpointing:
+            compute = partial(checkpoint, compute, use_reentrant=False)
+        return torch.stack([compute(*piece) for piece in pieces(tensors, self.chunk_size)]).sum()
+
+    def _takes_gradients_early(self) -> bool:
+        """Not where FSDP collects them, nor in fp16, whose scale they would be taken without."""
+        device = self.objective.speaker_vectors.device.type
+        is_fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        return not is_fp16 and not isinstance(self.objective, FSDPModule)
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """() float32, in float32 whatever the logits' precision.
+
+    Explicit cross-entropy: the models' own loss_function would shift the labels a second time.
+
+    Args:
+        logits: (n, …, V).
+        labels: (n, …).
+        weights: (n,), what each position counts; None for 1.
+    """
+    logits = logits.float().flatten(0, -2)
+    if weights is None:
+        return F.cross_entropy(logits, labels.flatten(), reduction="sum")
+    losses = F.cross_entropy(logits, labels.flatten(), reduction="none").view_as(labels)
+    return (losses.flatten(1).sum(1) * weights).sum()
+
+
+def rows_of(batch: Batch) -> Rows:
+    """Where the batch's rows lie among its real positions."""
+    num_rows, max_length = batch["text_ids"].shape
+    places = batch["real"] // max_length * max_length + batch["positions"]
+    return Rows(batch["row_starts"], batch["positions"], places, num_rows, max_length)
+
+
 def before_frames(batch: Batch) -> torch.Tensor:
-    """(B, L) bool: positions whose next position is a frame. No row starts with a frame, so rolling is safe."""
-    return batch["frame_mask"].roll(-1, dims=1)
+    """(F,) places among the real positions whose next position is a frame. No row starts with a frame."""
+    return batch["frame_places"] - 1
+
+
+def trains(modules: Iterable[nn.Module]) -> bool:
+    """Whether any weight of these modules trains."""
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 
 def step_loss(

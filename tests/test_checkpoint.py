@@ -70,7 +70,7 @@ def bf16_run(
     embeddings = run.objective.input_embeddings(batch)
     without = run.objective.speaker_vectors.clone()
     run.objective.speaker_vectors.zero_()
-    inserted = (embeddings - run.objective.input_embeddings(batch))[0, batch["speaker_positions"][0]]
+    inserted = (embeddings - run.objective.input_embeddings(batch))[batch["speaker_places"][0]]
     run.objective.speaker_vectors.copy_(without)
     make_trainer(run).run()
     return run, folder / "output" / "last", inserted.detach()

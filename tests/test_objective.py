@@ -95,7 +95,7 @@ def shifted_sub_talker_labels(monkeypatch: pytest.MonkeyPatch, case: Any) -> Non
 
 
 def own_frame_hidden(monkeypatch: pytest.MonkeyPatch, case: Any) -> None:
-    monkeypatch.setattr(objective_module, "before_frames", lambda batch: batch["frame_mask"])
+    monkeypatch.setattr(objective_module, "before_frames", lambda batch: batch["frame_places"])
 
 
 def no_text_projection(monkeypatch: pytest.MonkeyPatch, case: Any) -> None:
@@ -103,11 +103,11 @@ def no_text_projection(monkeypatch: pytest.MonkeyPatch, case: Any) -> None:
     width = case.model.config.talker_config.hidden_size
     original = TrainingObjective.input_embeddings
 
-    def without(self: Any, batch: Any) -> torch.Tensor:
-        projected = self.talker.text_projection(self.talker.model.text_embedding(batch["text_ids"]))
-        plain = self.talker.model.text_embedding(batch["text_ids"])
+    def without(self: Any, batch: Any, embedded: Any = None) -> torch.Tensor:
+        plain = self.talker.model.text_embedding(batch["text_ids"].flatten()[batch["real"]])
+        projected = self.talker.text_projection(plain)
         plain = torch.nn.functional.pad(plain, (0, max(0, width - plain.shape[-1])))[..., :width]
-        return original(self, batch) - projected + plain
+        return original(self, batch, embedded) - projected + plain
 
     monkeypatch.setattr(TrainingObjective, "input_embeddings", without)
 

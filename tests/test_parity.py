@@ -18,7 +18,6 @@ from finetuning.base_model import load_tokenizer
 from finetuning.dataset import collate
 from finetuning.objective import TrainingObjective, before_frames
 from finetuning.prompt import (
-    IGNORE,
     AlignedIds,
     LayoutIds,
     append_frames,
@@ -97,7 +96,7 @@ def test_prompt_embeddings_equal_stock(
     for index, prompt in enumerate(prompts):
         length = int(want["attention_mask"][index].sum())
         assert length == len(prompt.text)
-        ours = got[index][batch["attention_mask"][index].bool()]
+        ours = got[batch["row_starts"][index] : batch["row_starts"][index + 1]]
         torch.testing.assert_close(ours, want["inputs_embeds"][index, -length:], atol=1e-6, rtol=0)
     if padding_side == "left":
         assert torch.equal(batch["attention_mask"], want["attention_mask"])
@@ -124,9 +123,10 @@ def test_logits_equal_stepwise_decoding(case: Any, language: str | None, instruc
     batch = collate([row, *others], [0] * (1 + len(others)))
     with torch.no_grad():
         objective = case.objective
-        hidden = objective.hidden_states(objective.input_embeddings(batch), batch["attention_mask"])
-        talker = objective.talker_logits(hidden[batch["labels"] != IGNORE])[: len(codes) + 1]
-        sub_talker = objective.sub_talker_logits(hidden[before_frames(batch)], batch["codes"])[: len(codes)]
+        hidden = objective.hidden_states(batch)
+        talker = objective.talker_logits(hidden[batch["label_places"]])[: len(codes) + 1]
+        embedded = objective.code_embeddings(batch["codes"])[:, :-1]
+        sub_talker = objective.sub_talker_logits(hidden[before_frames(batch)], embedded)[: len(codes)]
     torch.testing.assert_close(talker, want_talker, atol=1e-4, rtol=0)
     torch.testing.assert_close(sub_talker, want_sub_talker, atol=1e-4, rtol=0)
 

@@ -18,7 +18,6 @@ from training import train
 
 from finetuning.dataset import collate
 from finetuning.objective import TrainingObjective, before_frames
-from finetuning.prompt import IGNORE
 from finetuning.settings import load_settings
 
 #: The first two transcripts begin alike.
@@ -128,9 +127,10 @@ def test_cached_and_uncached_agree_after_layers_were_added(runs: dict, shape: st
     objective = TrainingObjective(stock.model.talker, run.speakers.vectors).eval()
     batch = collate([run.train.encoder.encode(run.train.dataset.manifest[1])], [0])
     with torch.no_grad():
-        hidden = objective.hidden_states(objective.input_embeddings(batch), batch["attention_mask"])
-        talker = objective.talker_logits(hidden[batch["labels"] != IGNORE])
-        sub_talker = objective.sub_talker_logits(hidden[before_frames(batch)], batch["codes"])
+        hidden = objective.hidden_states(batch)
+        talker = objective.talker_logits(hidden[batch["label_places"]])
+        embedded = objective.code_embeddings(batch["codes"])[:, :-1]
+        sub_talker = objective.sub_talker_logits(hidden[before_frames(batch)], embedded)
     # Logits of an overfitted model reach some tens, so the tolerance is relative to them.
     scale = want_talker.abs().max().item()
     torch.testing.assert_close(talker, want_talker, atol=1e-5 * scale, rtol=0)
