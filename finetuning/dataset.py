@@ -142,16 +142,16 @@ class RowEncoder:
 
 
 class StepDataset(Dataset):
-    """Indexed by a ``StepPlan``: gives the ``Step``, its micro-batches collated."""
+    """Indexed by a ``StepPlan``: gives the ``Step``, its micro-batches collated; see ``make_step`` for ``share``."""
 
-    def __init__(self, manifest: Manifest, encoder: RowEncoder) -> None:
-        self.manifest, self.encoder = manifest, encoder
+    def __init__(self, manifest: Manifest, encoder: RowEncoder, share: FrameShare | None = None) -> None:
+        self.manifest, self.encoder, self.share = manifest, encoder, share
 
     def __len__(self) -> int:
         return len(self.manifest)
 
     def __getitem__(self, plan: StepPlan) -> Step:
-        return make_step([[self.read(index) for index in indices] for indices in plan], self.encoder)
+        return make_step([[self.read(index) for index in indices] for indices in plan], self.encoder, self.share)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """One micro-batch.
@@ -353,8 +353,13 @@ def _chosen_between(batch: Batch, first: int, last: int) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device; ``lines`` stay, they are for messages only."""
-    return {name: tensor if name == "lines" else tensor.to(device) for name, tensor in batch.items()}
+    """The batch on the device; ``lines`` stay, they are for messages only. The host does not wait for the copies."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+        return tensor.to(device, non_blocking=True)
+
+    return {name: tensor if name == "lines" else moved(tensor) for name, tensor in batch.items()}
 
 
 def count_tokens(batches: Sequence[Batch]) -> tuple[int, int]:

@@ -20,6 +20,7 @@ def replace_and_add_layers(
     freeze_original_layers: bool = True,
     verbose: bool = True,
     layer_init: str = "preserve",
+    train_text_embedding: bool = False,
 ) -> Any:
     """Replaces the talker's last N layers, adds M on top, and sets what trains; returns the same model.
 
@@ -29,6 +30,7 @@ def replace_and_add_layers(
         verbose: print the summary.
         layer_init: "preserve" (the model computes what it did before: replaced layers keep the weights that they
             replace, added layers have Xavier weights and zero output projections) or "xavier" (all of them Xavier).
+        train_text_embedding: see ``set_trainable``.
 
     Raises:
         UserError: more layers to replace than there are.
@@ -41,7 +43,7 @@ def replace_and_add_layers(
         layers.append(_new_layer(model, len(layers), like=layers[-1], layer_init=layer_init, replaces=False))
     model.talker.config.num_hidden_layers = len(layers)
     model.talker.model.config.num_hidden_layers = len(layers)
-    set_trainable(model, freeze_original_layers)
+    set_trainable(model, freeze_original_layers, train_text_embedding)
     if verbose:
         print_model_summary(model)
     return model
@@ -54,10 +56,9 @@ def check_layer_count(replace_last_n: int, num_layers: int) -> None:
 
 
 def _new_layer(model: Any, index: int, like: nn.Module, layer_init: str, replaces: bool) -> nn.Module:
-    """A layer of the same class, dtype, device and mode as ``like``, for place ``index`` of the stack."""
-    layer = type(like)(model.talker.model.config, layer_idx=index)
-    weight = like.mlp.down_proj.weight
-    layer.to(device=weight.device, dtype=weight.dtype).train(like.training)
+    """An fp32 layer (it trains) of the same class, device and mode as ``like``, for place ``index`` of the stack."""
+    with like.mlp.down_proj.weight.device:
+        layer = type(like)(model.talker.model.config, layer_idx=index).train(like.training)
     initialize_decoder_layer(layer)
     if layer_init == "preserve" and replaces:
         layer.load_state_dict(like.state_dict())
@@ -80,23 +81,27 @@ def initialize_decoder_layer(layer: nn.Module) -> None:
             nn.init.ones_(module.weight)
 
 
-def set_trainable(model: Any, freeze_original_layers: bool) -> None:
+def set_trainable(model: Any, freeze_original_layers: bool, train_text_embedding: bool = False) -> None:
     """Sets ``requires_grad`` of every parameter.
 
     Not frozen: everything but the text embedding table and the speaker encoder. Frozen: the new layers, the final norm,
     ``codec_head``, and the sub-talker's layers, norm, heads and ``small_to_mtp_projection``. Then all embeddings and
     ``text_projection`` are frozen too, so nothing below the first new layer needs a gradient.
+
+    Args:
+        train_text_embedding: the text embedding table as well, in either case.
     """
     talker, predictor = model.talker, model.talker.code_predictor
     model.requires_grad_(False)
     if not freeze_original_layers:
         talker.requires_grad_(True)
-        talker.model.text_embedding.requires_grad_(False)
+        talker.model.text_embedding.requires_grad_(train_text_embedding)
         return
     new_layers = [layer for layer in talker.model.layers if is_new_layer(layer)]
     sub_talker = [predictor.model.layers, predictor.model.norm, predictor.lm_head, predictor.small_to_mtp_projection]
     for module in (*new_layers, talker.model.norm, talker.codec_head, *sub_talker):
         module.requires_grad_(True)
+    talker.model.text_embedding.requires_grad_(train_text_embedding)
 
 
 def is_new_layer(layer: nn.Module) -> bool:

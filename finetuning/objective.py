@@ -46,8 +46,8 @@ class TrainingObjective(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.register_buffer("speaker_vectors", speaker_vectors.clone(), persistent=False)
         tables = [talker.model.codec_embedding, *talker.code_predictor.model.codec_embedding]
-        sizes = [0, *(table.num_embeddings for table in tables[:-1])]
-        self.register_buffer("first_rows", torch.tensor(sizes, device=speaker_vectors.device).cumsum(0), persistent=False)
+        sizes = torch.tensor([0, *(table.num_embeddings for table in tables[:-1])], device=speaker_vectors.device)
+        self.register_buffer("first_rows", sizes.cumsum(0), persistent=False)
         pack_attention(talker.model.layers)
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -246,6 +246,17 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tenso
         return F.cross_entropy(logits, labels.flatten(), reduction="sum")
     losses = F.cross_entropy(logits, labels.flatten(), reduction="none").view_as(labels)
     return (losses.flatten(1).sum(1) * weights).sum()
+
+
+def compile_layers(objective: TrainingObjective) -> None:
+    """Compiles each decoder layer of both models, for any number of positions, when it is first called.
+
+    All layers of a model share what is compiled. Dynamo compiles a layer again for other conditions than lengths (with
+    and without gradients, padded attention or none) and stops at its ``recompile_limit`` of 8.
+    """
+    talker = objective.talker
+    for layer in (*talker.model.layers, *talker.code_predictor.model.layers):
+        layer.compile(dynamic=True)
 
 
 def rows_of(batch: Batch) -> Rows:
