@@ -123,8 +123,10 @@ class Preflight:
         import torch
 
         from finetuning.base_model import choose_attention, choose_device
+        from finetuning.optimizers import check_optimizer
 
         self.device = choose_device(self.settings)
+        check_optimizer(self.settings)
         attention = choose_attention(self.settings, self.device)
         name = torch.cuda.get_device_name() if self.device == "cuda" else f"{os.cpu_count()} cores"
         return f"{self.device} ({name}), precision {self.settings.mixed_precision}, attention {attention}"
@@ -201,10 +203,13 @@ class Preflight:
     def memory(self) -> str:
         """Weights, gradients and Adam states of the whole run, from the base's headers, before anything is loaded."""
         from finetuning.base_model import free_memory_bytes
+        from finetuning.session import keeps_bf16
         from finetuning.sharding import asks_for_fsdp
 
         trained, frozen = parameter_counts(self.base, self.settings)
-        needed = trained * BYTES_PER_TRAINED_WEIGHT + frozen * BYTES_PER_FROZEN_WEIGHT
+        stored = self.base.weight_dtypes()["talker.model.text_embedding.weight"]
+        bytes_per_frozen = stored.itemsize if keeps_bf16(self.settings) else BYTES_PER_FROZEN_WEIGHT
+        needed = trained * BYTES_PER_TRAINED_WEIGHT + frozen * bytes_per_frozen
         count = int(os.environ.get("WORLD_SIZE") or 1)
         if count > 1 and asks_for_fsdp():
             needed //= count

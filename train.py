@@ -11,6 +11,7 @@ import argparse
 from finetuning.console import say
 from finetuning.errors import UserError, run_main
 from finetuning.settings import Settings, load_settings
+from finetuning.stock import quick_imports
 
 
 def main() -> None:
@@ -28,7 +29,8 @@ def train(settings: Settings) -> None:
     from finetuning.training_rows import check_files
 
     check_files(settings)
-    from finetuning import session
+    with quick_imports():
+        from finetuning import session
 
     base, device = session.check_inputs(settings)
     accelerator = session.start(settings, device)

@@ -22,7 +22,7 @@ if [[ -z ${ENV_FILE:-} && ! -f .env && $# -eq 0 ]]; then
   fail "there is no .env here; copy .env.training.example to .env and edit it, or try ./uv_train.sh .env.demo"
 fi
 
-install_project
+install_project $(extras_for_settings)
 if ((NUM_PROCESSES > 1)); then
   show_gpus
 fi

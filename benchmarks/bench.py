@@ -1,11 +1,12 @@
-"""What the GPU checks share: the report, the model and the rows that they work on."""
+"""What the GPU checks and the speed comparison share: report, settings, model, and the rows that they work on."""
 
 from __future__ import annotations
 
 import argparse
 import gc
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from benchmarks.random_base import base_config, build_model, random_reference_me
 from finetuning.codec import FRAMES_PER_SECOND
 from finetuning.layer_utils import replace_and_add_layers
 from finetuning.objective import TrainingObjective
+from finetuning.settings import Settings, load_settings
 
 #: Recipe -> (REPLACE_LAST_N_LAYERS, ADD_NEW_LAYERS, FREEZE_ORIGINAL_LAYERS).
 RECIPES = {"full": (0, 0, False), "layers": (2, 4, True)}
@@ -84,13 +86,17 @@ def free_unused_memory() -> None:
 
 
 class Bench:
-    """The size, the device and the rows that all checks share."""
+    """The size, the device and the rows that all checks share.
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    Args:
+        seconds: the lengths of the rows; default uniform, see ``random_rows``.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, seconds: Sequence[float] | None = None) -> None:
         self.size, self.batch_size = arguments.size, arguments.batch_size
         self.device = torch.device(arguments.device)
         self.config = base_config(self.size)
-        self.rows = random_rows(self.config, arguments.steps * self.batch_size)
+        self.rows = random_rows(self.config, arguments.steps * self.batch_size, seconds=seconds)
         if self.is_cuda and self.device.index is not None:
             torch.cuda.set_device(self.device)  # where Accelerate trains
         starts = range(0, len(self.rows), self.batch_size)
@@ -141,6 +147,21 @@ class Bench:
     def synchronize(self) -> None:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
+
+
+def own_settings(bench: Bench, **fields: Any) -> Settings:
+    """Settings of a step on the bench's rows; nothing of the user's own."""
+    own = {
+        "device": bench.device.type,
+        "mixed_precision": "bf16",
+        "gradient_accumulation_steps": 1,
+        "learning_rate": LEARNING_RATE,
+        "warmup_steps": 0,
+    }
+    if "max_frames_per_batch" not in fields:
+        own["batch_size"] = bench.batch_size
+    with tempfile.NamedTemporaryFile(suffix=".env") as empty:
+        return load_settings(own | fields, environment={"ENV_FILE": empty.name})
 
 
 def set_attention(model: Any, name: str) -> None:

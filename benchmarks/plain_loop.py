@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from finetuning.objective import Batch, before_frames
+from finetuning.dataset import Batch
+from finetuning.layer_utils import is_new_layer
 from finetuning.prompt import IGNORE, NO_CODEC
 
 
@@ -44,7 +45,8 @@ class PlainLoop(nn.Module):
         labels, codes = batch["labels"], batch["codes"]
         talker_loss = F.cross_entropy(output.logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
         last_hidden = output.hidden_states[0][-1]
-        logits, _ = talker.forward_sub_talker_finetune(codes, last_hidden[before_frames(batch)])
+        before_frames = batch["frame_mask"].roll(-1, dims=1)  # no row starts with a frame
+        logits, _ = talker.forward_sub_talker_finetune(codes, last_hidden[before_frames])
         sub_talker_loss = F.cross_entropy(logits.float().flatten(0, 1), codes[:, 1:].flatten())
         return talker_loss + self.sub_talker_weight * sub_talker_loss
 
@@ -61,3 +63,12 @@ class PlainLoop(nn.Module):
             codec = codec + table(codes[..., index]) * frame_mask.unsqueeze(-1)
         text = talker.text_projection(talker.model.text_embedding(batch["text_ids"]))
         return text * batch["attention_mask"].unsqueeze(-1) + codec
+
+
+def freeze_original_layers(model: Any) -> None:
+    """Freezing as scripts do it: the weights of the base's own talker layers no longer train, everything else does.
+
+    Since the embeddings below them still train, back-propagation goes through the frozen layers.
+    """
+    for layer in model.talker.model.layers:
+        layer.requires_grad_(is_new_layer(layer))

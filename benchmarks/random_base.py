@@ -1,5 +1,5 @@
-"""A base of the true size with random weights, and random rows of realistic lengths; nothing is read or written but
-the configuration beside this file.
+"""A base of the true size, or a smaller one, with random weights, and random rows of realistic lengths; nothing is read
+or written but the configurations beside this file.
 
 Random weights cost the same time and memory as trained ones and obey the same mathematics; they do not speak.
 """
@@ -30,12 +30,18 @@ from finetuning.prompt import (
 from finetuning.stock import import_qwen_tts
 from finetuning.tiny_model import SHAPES, SPECIAL_TOKENS, model_config
 
-SIZES = ("1.7b", "0.6b", "tiny")
-CONFIG_FILE = Path(__file__).parent / "configs" / "qwen3-tts-12hz-1.7b.json"
+#: ``small`` is the 1.7B with every width divided by 6.4 (all 28 and 5 layers, a smaller text table), for CPUs: its
+#: parts cost the same shares of a step.
+SIZES = ("1.7b", "0.6b", "small", "tiny")
+CONFIGS = Path(__file__).parent / "configs"
+CONFIG_FILE = CONFIGS / "qwen3-tts-12hz-1.7b.json"
+SMALL_CONFIG_FILE = CONFIGS / "small.json"
 
 #: Range of utterance lengths in seconds, and how much text goes with a second of speech.
 UTTERANCE_SECONDS = (2.0, 12.0)
 TEXT_TOKENS_PER_SECOND = 3.5
+#: Clips of speech datasets: log-normal with this mean and spread, cut off at the range.
+CLIP_MEAN_SECONDS, CLIP_SIGMA, CLIP_RANGE_SECONDS = 6.0, 0.6, (1.0, 20.0)
 #: The reference that the speaker encoder hears: 5 s of log-mel frames (24 kHz, hop 256).
 REFERENCE_MEL_FRAMES, MEL_BANDS = 5 * 24_000 // 256, 128
 
@@ -47,6 +53,8 @@ def base_config(size: str) -> dict[str, Any]:
     if size == "tiny":
         special_ids = {token: 1000 + index for index, token in enumerate(SPECIAL_TOKENS)}
         return model_config(SHAPES["tiny-random"], special_ids)
+    if size == "small":
+        return json.loads(SMALL_CONFIG_FILE.read_text(encoding="utf-8"))
     config = json.loads(CONFIG_FILE.read_text(encoding="utf-8"))
     if size == "0.6b":  # the text table stays 2048 wide
         config["tts_model_size"] = "0b6"
@@ -89,16 +97,29 @@ def random_reference_mel(device: torch.device, seed: int = 0) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------ rows
 
 
-def random_rows(config: Mapping[str, Any], num_rows: int, seed: int = 0) -> list[AlignedIds]:
-    """Rows laid out as in training (language Auto, one speaker), with random text tokens and codes."""
+def random_rows(
+    config: Mapping[str, Any], num_rows: int, seed: int = 0, seconds: Sequence[float] | None = None
+) -> list[AlignedIds]:
+    """Rows laid out as in training (language Auto, one speaker), with random text tokens and codes.
+
+    Args:
+        seconds: the length of each; default uniform in UTTERANCE_SECONDS.
+    """
     generator = np.random.default_rng(seed)
     ids = LayoutIds.from_config(config)
-    return [_random_row(generator, ids, config["im_start_token_id"]) for _ in range(num_rows)]
+    lengths = generator.uniform(*UTTERANCE_SECONDS, num_rows) if seconds is None else seconds
+    return [_random_row(generator, ids, config["im_start_token_id"], length) for length in lengths]
 
 
-def _random_row(generator: np.random.Generator, ids: LayoutIds, num_text_ids: int) -> AlignedIds:
+def clip_seconds(num_rows: int, seed: int = 0) -> np.ndarray:
+    """(num_rows,) lengths as speech datasets have them: many short ones, few long ones."""
+    mean_of_log = math.log(CLIP_MEAN_SECONDS) - CLIP_SIGMA**2 / 2
+    seconds = np.random.default_rng(seed).lognormal(mean_of_log, CLIP_SIGMA, num_rows)
+    return seconds.clip(*CLIP_RANGE_SECONDS)
+
+
+def _random_row(generator: np.random.Generator, ids: LayoutIds, num_text_ids: int, seconds: float) -> AlignedIds:
     """``num_text_ids``: ordinary text ids are below it."""
-    seconds = generator.uniform(*UTTERANCE_SECONDS)
     num_text_tokens = round(TEXT_TOKENS_PER_SECOND * seconds)
     # There is no tokenizer, so the role is random too; to random weights any ids are as good.
     turn = generator.integers(num_text_ids, size=NUM_ROLE_TOKENS + num_text_tokens + NUM_CLOSING_TOKENS)

@@ -31,12 +31,12 @@ import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks.bench import (
-    LEARNING_RATE,
     Bench,
     CheckFailed,
     Report,
     Skipped,
     free_unused_memory,
+    own_settings,
     relative,
     within_limits,
 )
@@ -46,7 +46,7 @@ from finetuning.checkpoint import CODEC_TABLE, Exporter
 from finetuning.dataset import Batch, count_tokens
 from finetuning.disk import bytes_of, damage, free_bytes
 from finetuning.saving import Saver, state_bytes
-from finetuning.settings import Settings, canonical_names, load_settings
+from finetuning.settings import canonical_names
 from finetuning.speakers import Speakers
 from finetuning.state import State, state_folder, training_tensors
 from finetuning.stepping import Stepper, Sums
@@ -97,23 +97,9 @@ def check_recovery(report: Report, bench: Bench, recipe: str, parent: Path | Non
 # ------------------------------------------------------------------------------------------------------------- steps
 
 
-def make_settings(bench: Bench, **fields: Any) -> Settings:
-    """Settings of a step on the bench's rows; nothing of the user's own."""
-    own = {
-        "device": bench.device.type,
-        "mixed_precision": "bf16",
-        "batch_size": bench.batch_size,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": LEARNING_RATE,
-        "warmup_steps": 0,
-    }
-    with tempfile.NamedTemporaryFile(suffix=".env") as empty:
-        return load_settings(own | fields, environment={"ENV_FILE": empty.name})
-
-
 def make_stepper(bench: Bench, recipe: str, **fields: Any) -> tuple[Any, Stepper]:
     """A new model and what trains it."""
-    settings = make_settings(bench, **fields)
+    settings = own_settings(bench, **fields)
     # Accelerate keeps its precision for the life of a process.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = make_accelerator(settings, bench.device.type)

@@ -9,20 +9,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
-from finetuning.audio import SAMPLE_RATE_HZ
 from finetuning.codec import check_codec_folder
 from finetuning.disk import check_is_whole
 from finetuning.errors import UserError
 from finetuning.prompt import NUM_CLOSING_TOKENS, NUM_ROLE_TOKENS, LayoutIds, assistant_turn
 from finetuning.settings import Settings
+from finetuning.speakers import voice_vector
 from finetuning.stock import import_qwen_tts
 from finetuning.tiny_model import NAMES as EMBEDDED_NAMES
 from finetuning.tiny_model import embedded_model_folder
@@ -243,8 +243,12 @@ def load_tokenizer(folder: Path) -> Any:
     return processor.tokenizer
 
 
-def load_model(base: Base, attention: str, device: str = "cpu") -> Any:
-    """The model with fp32 weights (the masters of training), without its codec."""
+def load_model(base: Base, attention: str, device: str = "cpu", keep_bf16: bool = False) -> Any:
+    """The model without its codec; fp32 weights, the masters of training.
+
+    Args:
+        keep_bf16: leave the talker as it is stored, where all of it is stored in bf16; see ``set_precision``.
+    """
     import_qwen_tts()
     from qwen_tts.core.models import Qwen3TTSConfig, Qwen3TTSForConditionalGeneration
     from transformers import AutoConfig, PreTrainedModel
@@ -252,13 +256,35 @@ def load_model(base: Base, attention: str, device: str = "cpu") -> Any:
     AutoConfig.register("qwen3_tts", Qwen3TTSConfig, exist_ok=True)
     # The class's own from_pretrained would load the codec as well, which training does not need.
     load = PreTrainedModel.from_pretrained.__func__
-    return load(
+    is_bf16 = set(base.weight_dtypes().values()) == {torch.bfloat16}
+    model = load(
         Qwen3TTSForConditionalGeneration,
         str(base.folder),
-        dtype=torch.float32,
+        dtype=torch.bfloat16 if keep_bf16 and is_bf16 else torch.float32,
         attn_implementation=attention,
         device_map=device,
     )
+    if model.speaker_encoder is not None:
+        model.speaker_encoder.float()
+    return model
+
+
+def set_precision(model: Any, base: Base, train_in_bf16: bool = False) -> None:
+    """In place, for training under bf16 autocast: matrices that do not train stay as the base stores them, in bf16 or
+    fp32; all else of the talker becomes fp32. Nothing is rounded.
+
+    Autocast would round those matrices to bf16 in every step, to the same values. Norms and biases would give products
+    of another dtype, so they are fp32.
+
+    Args:
+        train_in_bf16: WEIGHTS_PRECISION=bf16; matrices that train stay as they are stored, too.
+    """
+    stored = base.weight_dtypes()
+    matrices = {id(part.weight) for part in model.talker.modules() if isinstance(part, (nn.Linear, nn.Embedding))}
+    for name, parameter in model.named_parameters():
+        stays = id(parameter) in matrices and (train_in_bf16 or not parameter.requires_grad)
+        is_bf16 = stays and stored.get(name) == torch.bfloat16  # new layers are not stored
+        parameter.data = parameter.data.to(torch.bfloat16 if is_bf16 else torch.float32)
 
 
 def load_speaker_encoder(base: Base, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
@@ -267,22 +293,15 @@ def load_speaker_encoder(base: Base, device: str = "cpu") -> Callable[[np.ndarra
     The same figures as ``extract_speaker_embedding`` of the whole model, which need not be loaded for it.
     """
     import_qwen_tts()
-    from qwen_tts.core.models import Qwen3TTSConfig, Qwen3TTSForConditionalGeneration
+    from qwen_tts.core.models import Qwen3TTSConfig
     from qwen_tts.core.models.modeling_qwen3_tts import Qwen3TTSSpeakerEncoder
 
     prefix = "speaker_encoder."
     encoder = Qwen3TTSSpeakerEncoder(Qwen3TTSConfig.from_pretrained(str(base.folder)).speaker_encoder_config)
     stored = base.stored_weights()
     encoder.load_state_dict({name.removeprefix(prefix): part[:] for name, part in stored if name.startswith(prefix)})
-    model = SimpleNamespace(
-        speaker_encoder=encoder.float().eval().to(device), device=torch.device(device), dtype=torch.float32
-    )
-    extract = Qwen3TTSForConditionalGeneration.extract_speaker_embedding
-
-    def encode(waveform: np.ndarray) -> np.ndarray:
-        return extract(model, waveform, SAMPLE_RATE_HZ).float().cpu().numpy()
-
-    return encode
+    encoder.float().eval().to(device)
+    return lambda waveform: voice_vector(encoder, waveform).numpy()
 
 
 # -------------------------------------------------------------------------------------------------------- hardware

@@ -153,6 +153,10 @@ class StepDataset(Dataset):
     def __getitem__(self, plan: StepPlan) -> Step:
         return make_step([[self.read(index) for index in indices] for indices in plan], self.encoder, self.share)
 
+    def with_share(self, share: FrameShare | None) -> StepDataset:
+        """The same rows, with the sub-talker's frames of another epoch."""
+        return self if share == self.share else StepDataset(self.manifest, self.encoder, share)
+
     def batch(self, indices: Sequence[int]) -> Batch:
         """One micro-batch.
 

@@ -112,7 +112,7 @@ class TrainingObjective(nn.Module):
         """
         model = self.talker.model
         embedded = self.code_embeddings(batch["codes"]) if embedded is None else embedded
-        distinct = self.talker.text_projection(model.text_embedding(batch["distinct_text_ids"]))
+        distinct = self.talker.text_projection(model.text_embedding(batch["distinct_text_ids"]).float())
         text = F.embedding(batch["text_places"], distinct).float()
         codec_ids = batch["codec_ids"].flatten().index_select(0, batch["real"])
         codec = model.codec_embedding(codec_ids.clamp(min=0)).float() * (codec_ids != NO_CODEC).unsqueeze(-1)
@@ -248,15 +248,15 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tenso
     return (losses.flatten(1).sum(1) * weights).sum()
 
 
-def compile_layers(objective: TrainingObjective) -> None:
-    """Compiles each decoder layer of both models, for any number of positions, when it is first called.
+def compile_layers(objective: TrainingObjective, backend: str = "inductor") -> None:
+    """Compiles each decoder layer of both models when it is first called, for any number of positions.
 
-    All layers of a model share what is compiled. Dynamo compiles a layer again for other conditions than lengths (with
-    and without gradients, padded attention or none) and stops at its ``recompile_limit`` of 8.
+    All layers of a model share what is compiled. They are compiled again for other conditions than lengths (with and
+    without gradients, with rows of one length), which Dynamo bounds by its ``recompile_limit`` of 8.
     """
     talker = objective.talker
     for layer in (*talker.model.layers, *talker.code_predictor.model.layers):
-        layer.compile(dynamic=True)
+        layer.compile(backend=backend, dynamic=True)
 
 
 def rows_of(batch: Batch) -> Rows:

@@ -55,8 +55,10 @@ class Progress:
 def total_steps(settings: Settings, train: TrainingSteps, progress: Progress | None = None) -> int:
     """Optimizer steps of the whole run, with those that are behind."""
     progress = progress or Progress()
-    ahead = 0
-    if (later := settings.num_epochs - progress.epoch) > 0:
-        ahead = train.num_steps(progress.done) + (later - 1) * train.num_steps()
-    steps = progress.num_fetched + ahead
-    return min(steps, settings.max_steps) if settings.max_steps else steps
+    num_steps, done = progress.num_fetched, progress.done
+    for epoch in range(progress.epoch, settings.num_epochs):
+        if settings.max_steps and num_steps >= settings.max_steps:
+            break
+        num_steps += train.num_steps(epoch, done)
+        done = ()
+    return min(num_steps, settings.max_steps) if settings.max_steps else num_steps

@@ -30,8 +30,8 @@ MAY_CHANGE = frozenset({
 })  # fmt: skip
 #: Settings that name what is compared by its content instead: files may move.
 COMPARED_BY_CONTENT = frozenset({"INIT_MODEL_PATH", "TRAIN_JSONL", "VALIDATION_JSONL", "DATASET_NAME"})
-#: Settings that may change as long as their product with the number of processes stays.
-MICRO_BATCHES = ("BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS")
+#: Settings that may change as long as what a step holds, over all processes, stays.
+MICRO_BATCHES = ("BATCH_SIZE", "MAX_FRAMES_PER_BATCH", "GRADIENT_ACCUMULATION_STEPS")
 #: Bytes of each weight file, evenly spread, that stand for all of it in a fingerprint.
 _SAMPLES, _SAMPLE_BYTES = 64, 65536
 
@@ -201,17 +201,28 @@ def differences_of(state: State, settings: Settings, base: Base, num_processes: 
     """What keeps a state from being resumed, each by name; the rows are compared later, once they are open."""
     record = state.record
     differences = differing_settings(record["settings"], settings)
-    micro_batches = {name: record["settings"].get(name) for name in MICRO_BATCHES}
-    if tuple(micro_batches.values()) != (settings.batch_size, settings.gradient_accumulation_steps):
-        before = record["processes"] * micro_batches["BATCH_SIZE"] * micro_batches["GRADIENT_ACCUMULATION_STEPS"]
-        now = settings.rows_per_step(num_processes)
-        if before != now:
-            differences.append(
-                f"BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS x processes was {before}, is {now} (rows of a step)"
-            )
+    if difference := _difference_of_steps(record, settings, num_processes):
+        differences.append(difference)
     if record["base"] != fingerprint_of_base(base):
         differences.append(f"INIT_MODEL_PATH: {base.name} has other weights than the base of that run")
     return differences
+
+
+def _difference_of_steps(record: Mapping[str, Any], settings: Settings, num_processes: int) -> str | None:
+    """How a step of the state and one of these settings differ in what they hold. Other processes alone are allowed."""
+    public = settings.public()
+    saved, now = ({name: values.get(name) for name in MICRO_BATCHES} for values in (record["settings"], public))
+    if saved == now:
+        return None
+    budgets = saved["MAX_FRAMES_PER_BATCH"], now["MAX_FRAMES_PER_BATCH"]
+    if (budgets[0] is None) != (budgets[1] is None):
+        return f"MAX_FRAMES_PER_BATCH was {_shown(budgets[0])}, is {_shown(budgets[1])}"
+    name, unit = ("BATCH_SIZE", "rows") if budgets[1] is None else ("MAX_FRAMES_PER_BATCH", "frames")
+    before = record["processes"] * saved[name] * saved["GRADIENT_ACCUMULATION_STEPS"]
+    after = num_processes * now[name] * now["GRADIENT_ACCUMULATION_STEPS"]
+    if before == after:
+        return None
+    return f"{name} x GRADIENT_ACCUMULATION_STEPS x processes was {before}, is {after} ({unit} of a step)"
 
 
 def differing_settings(saved: Mapping[str, Any], settings: Settings) -> list[str]:

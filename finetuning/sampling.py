@@ -6,8 +6,10 @@ next. It says which rows are left, and in which order they come.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,22 +22,38 @@ StepPlan = list[list[int]]
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the rows of a step are dealt: rows of a micro-batch, micro-batches of a step, processes."""
+    """How the rows of a step are dealt: to micro-batches, and to processes.
+
+    Attributes:
+        batch_size: rows of one process's micro-batch; 0 where frames decide.
+        accumulation: micro-batches of a step.
+        max_frames: codec frames of one process's micro-batch, at most; None where rows decide.
+    """
 
     batch_size: int
     accumulation: int
     num_processes: int
+    max_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        assert bool(self.batch_size) != bool(self.max_frames), "rows or frames"
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Of a micro-batch over all processes, where rows decide."""
+        assert self.max_frames is None, "it varies"
+        return self.batch_size * self.num_processes
 
     @property
     def rows_per_step(self) -> int:
-        """Over all processes."""
-        return self.batch_size * self.accumulation * self.num_processes
+        """Over all processes, where rows decide."""
+        return self.rows_per_batch * self.accumulation
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, int | None]:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, int]) -> Geometry:
+    def from_json(cls, value: Mapping[str, int | None]) -> Geometry:
         return cls(**value)
 
 
@@ -81,11 +99,14 @@ class StepSampler:
     """The plan of every epoch: a pure function of its fields, the epoch's number, and the position inside it.
 
     Rows are shuffled, then grouped by length inside windows of many steps, so that a micro-batch pads little and the
-    order stays random; each row is visited once an epoch. The steps hold ``batch_size x accumulation x processes``
-    rows, the last one what is left. One process with batch size 2b and two with b see the same rows in the same steps.
+    order stays random; each row is visited once an epoch. A micro-batch is cut from such rows for all processes
+    together and then dealt to them: ``batch_size x processes`` rows, or as many as keep every process within
+    ``max_frames``. A step takes the next ``accumulation`` of them, the last one what is left. One process with batch
+    size 2b and two with b see the same rows in the same steps.
 
     Attributes:
         lengths: (num_rows,) int, codec frames of every row.
+        batch_size, max_frames: see ``Geometry``.
     """
 
     lengths: np.ndarray
@@ -94,23 +115,31 @@ class StepSampler:
     num_processes: int = 1
     seed: int = 0
     window_steps: int = 32
+    max_frames: int | None = None
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(self.batch_size, self.accumulation, self.num_processes)
+        return Geometry(self.batch_size, self.accumulation, self.num_processes, self.max_frames)
 
     @property
     def rows_per_step(self) -> int:
-        return self.geometry.rows_per_step
+        """Over all processes; where frames decide, on average."""
+        if self.max_frames is None:
+            return self.geometry.rows_per_step
+        return round(len(self.lengths) / max(1, self.steps_per_epoch))
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.num_steps()
+        """Where frames decide, epochs differ a little; that of the first."""
+        return self.num_steps(0)
 
-    def num_steps(self, done: Iterable[Part] = ()) -> int:
-        """Steps that are left in an epoch of which ``done`` is over."""
+    def num_steps(self, epoch: int, done: Iterable[Part] = ()) -> int:
+        """Steps that are left in an epoch of which ``done`` is over. Where frames decide, the epoch must be planned."""
+        parts = merged(done)
+        if any(geometry.max_frames for geometry in (self.geometry, *(part.geometry for part in parts))):
+            return len(self.epoch_plan(epoch, done=parts))
         num_rows = len(self.lengths)
-        for part in merged(done):
+        for part in parts:
             num_rows -= min(num_rows, part.num_steps * part.geometry.rows_per_step)
         return -(-num_rows // self.rows_per_step)
 
@@ -124,14 +153,14 @@ class StepSampler:
         gone, num_steps = split_position(done, self.geometry)
         rows = np.arange(len(self.lengths), dtype=np.int32)
         for stage, part in enumerate(gone):
-            order = self._order(rows, part.geometry, epoch, stage)
-            rows = np.sort(order[part.num_steps * part.geometry.rows_per_step :])
-        order = self._order(rows, self.geometry, epoch, len(gone))
-        plans = StepPlans(order, self.batch_size * self.num_processes, self.accumulation, process, self.num_processes)
-        return plans[num_steps:]
+            order, bounds = self._order(rows, part.geometry, epoch, stage)
+            num_batches = min(part.num_steps * part.geometry.accumulation, len(bounds) - 1)
+            rows = np.sort(order[bounds[num_batches] :])
+        order, bounds = self._order(rows, self.geometry, epoch, len(gone))
+        return StepPlans(order, bounds, self.accumulation, process, self.num_processes)[num_steps:]
 
-    def _order(self, rows: np.ndarray, geometry: Geometry, epoch: int, stage: int) -> np.ndarray:
-        """(num_rows,) the rows in the order in which a plan visits them.
+    def _order(self, rows: np.ndarray, geometry: Geometry, epoch: int, stage: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows in the order in which a plan visits them, and the bounds of its micro-batches; see ``StepPlans``.
 
         Args:
             rows: sorted.
@@ -139,19 +168,72 @@ class StepSampler:
         """
         generator = np.random.default_rng([self.seed, epoch, stage])
         order = rows[generator.permutation(len(rows))]
-        window, size = geometry.rows_per_step * self.window_steps, geometry.batch_size * geometry.num_processes
+        window, sizes = self._rows_per_window(geometry), [np.zeros(0, dtype=np.int32)]
         for start in range(0, len(order), window):
             part = order[start : start + window]
             part = part[np.argsort(self.lengths[part], kind="stable")]
-            order[start : start + window] = shuffled_batches(part, size, generator)
-        return order
+            order[start : start + window], sizes_of_part = shuffled_batches(part, *self._cut(part, geometry), generator)
+            sizes.append(sizes_of_part)
+        return order, _bounds_of(np.concatenate(sizes))
+
+    def _cut(self, rows: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, int]:
+        """The bounds of the micro-batches of length-sorted rows, and how many of them are full."""
+        if geometry.max_frames is None:
+            return bounds_by_rows(len(rows), geometry.rows_per_batch), len(rows) // geometry.rows_per_batch
+        bounds = bounds_by_frames(self.lengths[rows], geometry.max_frames, geometry.num_processes)
+        return bounds, len(bounds) - 1
+
+    def _rows_per_window(self, geometry: Geometry) -> int:
+        """Rows of about ``window_steps`` steps, as many for each process."""
+        if geometry.max_frames is None:
+            return geometry.rows_per_step * self.window_steps
+        rows_per_batch = max(1, geometry.max_frames * len(self.lengths) // max(1, int(self.lengths.sum())))
+        return rows_per_batch * geometry.num_processes * geometry.accumulation * self.window_steps
 
 
-def shuffled_batches(rows: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """Length-sorted rows with their micro-batches (over all processes) in random order, an incomplete one last."""
-    num_full = len(rows) // size
-    batches = rows[: num_full * size].reshape(num_full, size)[generator.permutation(num_full)]
-    return np.concatenate([batches.reshape(-1), rows[num_full * size :]])
+def shuffled_batches(
+    rows: np.ndarray, bounds: np.ndarray, num_full: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with their micro-batches (over all processes) in random order, and the sizes of these in that order.
+
+    Args:
+        bounds: of the micro-batches; see ``StepPlans``.
+        num_full: so many are shuffled; what is behind them stays last.
+    """
+    batches = np.concatenate([generator.permutation(num_full), np.arange(num_full, len(bounds) - 1)])
+    sizes = np.diff(bounds)[batches]
+    shifts = bounds[batches] - _bounds_of(sizes)[:-1]  # of each micro-batch: where it was minus where it goes
+    return rows[np.arange(len(rows)) + np.repeat(shifts, sizes)], sizes
+
+
+def bounds_by_rows(num_rows: int, size: int) -> np.ndarray:
+    """(num_batches + 1,) int32, the bounds of micro-batches of so many rows, the last one what is left."""
+    return np.append(np.arange(0, num_rows, size, dtype=np.int32), np.int32(num_rows))
+
+
+def bounds_by_frames(lengths: np.ndarray, max_frames: int, num_processes: int = 1) -> np.ndarray:
+    """(num_batches + 1,) int32, the bounds of micro-batches that are as large as they may be.
+
+    A micro-batch grows by tuples of rows, one for each process, that count as the longest of them: so no process gets
+    more than ``max_frames``, unless it gets a single row that is longer.
+
+    Args:
+        lengths: (num_rows,) codec frames, in the order in which the rows are dealt.
+    """
+    tuples = np.arange(0, len(lengths), num_processes)
+    longest = np.maximum.reduceat(lengths, tuples) if len(tuples) else np.zeros(0)
+    frames = np.cumsum(longest, dtype=np.int64).tolist()  # up to the end of each tuple
+    stops, taken = [0], 0
+    while stops[-1] < len(frames):
+        stop = bisect_right(frames, taken + max_frames, lo=stops[-1])
+        stops.append(max(stop, stops[-1] + 1))
+        taken = frames[stops[-1] - 1]
+    return np.minimum(np.array(stops, dtype=np.int32) * num_processes, len(lengths)).astype(np.int32)
+
+
+def _bounds_of(sizes: np.ndarray) -> np.ndarray:
+    """(num_batches + 1,) int32, the bounds of micro-batches of these sizes."""
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,20 +242,21 @@ class StepPlans(Sequence[StepPlan]):
 
     Attributes:
         order: (num_rows,) row indices, micro-batch after micro-batch, each over all processes.
-        batch_size: rows of a micro-batch over all processes.
+        bounds: (num_batches + 1,) where in ``order`` each micro-batch begins, and where the last one ends.
         accumulation: micro-batches of a step.
         least_steps: as many there are at least; those behind the last row hold one empty micro-batch.
     """
 
     order: np.ndarray
-    batch_size: int
+    bounds: np.ndarray
     accumulation: int = 1
     process: int = 0
     num_processes: int = 1
     least_steps: int = 0
 
     def __len__(self) -> int:
-        return max(-(-len(self.order) // self._rows_per_step), self.least_steps)
+        num_batches = max(len(self.bounds) - 1, 0)
+        return max(-(-num_batches // self.accumulation), self.least_steps)
 
     def __getitem__(self, index: int | slice) -> Any:
         """A step's plan, or the plans of consecutive steps."""
@@ -181,28 +264,45 @@ class StepPlans(Sequence[StepPlan]):
         if isinstance(index, slice):
             if steps.step != 1:
                 raise ValueError("steps in another order")
-            order = self.order[steps.start * self._rows_per_step : steps.stop * self._rows_per_step]
-            return replace(self, order=order, least_steps=len(steps))
-        rows = self.order[steps * self._rows_per_step : (steps + 1) * self._rows_per_step]
-        batches = [rows[at : at + self.batch_size] for at in range(0, max(len(rows), 1), self.batch_size)]
+            return replace(self, bounds=self._bounds(steps.start, steps.stop), least_steps=len(steps))
+        bounds = self._bounds(steps, steps + 1).tolist()
+        batches = [self.order[start:stop] for start, stop in pairwise(bounds)] or [self.order[:0]]
         return [batch[self.process :: self.num_processes].tolist() for batch in batches]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    @property
-    def _rows_per_step(self) -> int:
-        return self.batch_size * self.accumulation
+    def _bounds(self, start: int, stop: int) -> np.ndarray:
+        """The bounds of some steps' micro-batches."""
+        return self.bounds[start * self.accumulation : stop * self.accumulation + 1]
 
 
 def sequential_plan(
     num_rows: int, batch_size: int, process: int = 0, num_processes: int = 1, equal: bool = False
 ) -> StepPlans:
-    """Every row once, in file order, one micro-batch a step, for validation.
+    """Every row once, in file order, one micro-batch of so many rows a step, for validation.
 
     Args:
         equal: all processes get as many steps, the last of some without a row; else their numbers may differ.
     """
-    rows = np.arange(num_rows, dtype=np.int32)
-    least_steps = -(-num_rows // (batch_size * num_processes)) if equal else 0
-    return StepPlans(rows[rows // batch_size % num_processes == process], batch_size, least_steps=least_steps)
+    return _dealt_in_turn(bounds_by_rows(num_rows, batch_size), process, num_processes, equal)
+
+
+def sequential_plan_by_frames(
+    lengths: np.ndarray, max_frames: int, process: int = 0, num_processes: int = 1, equal: bool = False
+) -> StepPlans:
+    """The same with micro-batches of at most so many codec frames, or a single row.
+
+    Args:
+        lengths: (num_rows,) codec frames of every row.
+    """
+    return _dealt_in_turn(bounds_by_frames(lengths, max_frames), process, num_processes, equal)
+
+
+def _dealt_in_turn(bounds: np.ndarray, process: int, num_processes: int, equal: bool) -> StepPlans:
+    """Micro-batch after micro-batch to one process after the other."""
+    sizes = np.diff(bounds)
+    rows = np.arange(bounds[-1], dtype=np.int32)
+    rows = rows[np.repeat(np.arange(len(sizes)) % num_processes == process, sizes)]
+    least_steps = -(-len(sizes) // num_processes) if equal else 0
+    return StepPlans(rows, _bounds_of(sizes[process::num_processes]), least_steps=least_steps)

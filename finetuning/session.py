@@ -21,6 +21,7 @@ from finetuning.base_model import (
     load_model,
     load_tokenizer,
     resolve_base,
+    set_precision,
 )
 from finetuning.check_rows import check_at_start
 from finetuning.checkpoint import (
@@ -41,7 +42,9 @@ from finetuning.disk import bytes_of
 from finetuning.errors import UserError
 from finetuning.layer_utils import check_layer_count, replace_and_add_layers
 from finetuning.manifest import RowFormat, remove_empty_folders
-from finetuning.objective import TrainingObjective
+from finetuning.objective import TrainingObjective, compile_layers
+from finetuning.optimizers import check_optimizer, keep_matrices_in_bf16
+from finetuning.prefix_cache import make_prefix_cache
 from finetuning.preparer import prepare_missing_rows
 from finetuning.processes import Processes
 from finetuning.progress import Progress, total_steps
@@ -59,7 +62,7 @@ from finetuning.row_index import Manifest
 from finetuning.sampling import StepSampler
 from finetuning.saving import Saver, state_bytes
 from finetuning.settings import Settings
-from finetuning.sharding import is_sharded
+from finetuning.sharding import asks_for_fsdp, is_sharded
 from finetuning.speakers import Speakers, make_speakers, prepare_speakers
 from finetuning.state import State, damage_of_state, find_states, step_of
 from finetuning.stepping import Stepper
@@ -96,8 +99,9 @@ class Run:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    @property
+    @cached_property
     def num_steps(self) -> int:
+        """Of the whole run; where frames decide, every epoch must be planned for it."""
         return total_steps(self.settings, self.train, self.progress)
 
     @property
@@ -122,6 +126,7 @@ class Run:
 def check_inputs(settings: Settings) -> tuple[Base, str]:
     """What can be checked in seconds: hardware, base, output folder. Returns the base and the device."""
     device = choose_device(settings)
+    check_optimizer(settings)
     base = resolve_base(settings)
     if not settings.prepare_only:
         check_output_folder(settings, base)
@@ -209,7 +214,7 @@ def build_run(
     verbose = verbose and accelerator.is_main_process
     state = resume.state() if resume else None
     attention = choose_attention(settings, accelerator.device.type)
-    model = load_model(base, attention, device=device_name(accelerator))
+    model = load_model(base, attention, device_name(accelerator), keeps_bf16(settings))
     speakers = find_speakers(settings, base, rows, model, state)
     replace_and_add_layers(
         model,
@@ -218,9 +223,17 @@ def build_run(
         settings.freeze_original_layers,
         verbose=verbose,
         layer_init=settings.layer_init,
+        train_text_embedding=settings.train_text_embedding,
     )
+    if keeps_bf16(settings):
+        set_precision(model, base, train_in_bf16=settings.weights_precision == "bf16")
+    if settings.weights_precision == "bf16":
+        keep_matrices_in_bf16(model)
     encoder = make_row_encoder(base, speakers)
-    objective = TrainingObjective(model.talker, speakers.vectors).to(accelerator.device)
+    objective = TrainingObjective(model.talker, speakers.vectors, settings.gradient_checkpointing)
+    objective.to(accelerator.device)
+    if settings.compile:
+        compile_layers(objective)
     train = make_steps(settings, rows, encoder, accelerator)
     validation = StepDataset(rows.validation, encoder) if rows.validation else None
     exporter = Exporter(settings, base, model, speakers, accelerator)
@@ -232,8 +245,14 @@ def build_run(
     if verbose:
         if isinstance(rows, TrainingRows):
             say_row_notes(rows.train, base)
+            say_long_rows(rows.train, settings)
         say(describe_run(run, attention))
     return run
+
+
+def keeps_bf16(settings: Settings) -> bool:
+    """Whether frozen matrices that are stored in bf16 stay so; FSDP gathers the weights of a layer in one dtype."""
+    return settings.mixed_precision == "bf16" and not asks_for_fsdp()
 
 
 def find_speakers(
@@ -251,12 +270,15 @@ def make_steps(
     settings: Settings, rows: TrainingRows | DirectRows, encoder: RowEncoder, accelerator: Accelerator
 ) -> TrainingSteps:
     """This process's steps over the rows."""
-    batch_size, accumulation = settings.batch_size, settings.gradient_accumulation_steps
+    accumulation, max_frames = settings.gradient_accumulation_steps, settings.max_frames_per_batch
+    fraction = settings.sub_talker_frame_fraction
     if isinstance(rows, DirectRows):
-        return StreamedSteps(rows.stream, encoder, rows.row_format, batch_size, accumulation)
-    lengths = rows.train.column("num_codec_frames")
-    sampler = StepSampler(lengths, batch_size, accumulation, accelerator.num_processes, settings.seed)
-    return MappedSteps(StepDataset(rows.train, encoder), sampler, accelerator.process_index, settings.num_workers)
+        return StreamedSteps(rows.stream, encoder, rows.row_format, settings.batch_size, accumulation, fraction)
+    lengths, batch_size = rows.train.column("num_codec_frames"), 0 if max_frames else settings.batch_size
+    processes, seed = accelerator.num_processes, settings.seed
+    sampler = StepSampler(lengths, batch_size, accumulation, processes, seed, max_frames=max_frames)
+    dataset = StepDataset(rows.train, encoder)
+    return MappedSteps(dataset, sampler, accelerator.process_index, settings.num_workers, fraction)
 
 
 def make_row_encoder(base: Base, speakers: Speakers) -> RowEncoder:
@@ -281,10 +303,22 @@ def say_row_notes(rows: Manifest, base: Base) -> None:
         say("instructions are ignored: stock qwen-tts drops them for 0.6B models")
 
 
+def say_long_rows(rows: Manifest, settings: Settings) -> None:
+    """Says how many rows do not fit into MAX_FRAMES_PER_BATCH."""
+    max_frames = settings.max_frames_per_batch
+    lengths = rows.column("num_codec_frames")
+    if max_frames and (num_long := int((lengths > max_frames).sum())):
+        say(
+            f"{num_long} training rows are longer than MAX_FRAMES_PER_BATCH={max_frames} (the longest has "
+            f"{lengths.max()} frames): each is a micro-batch alone"
+        )
+
+
 def describe_run(run: Run, attention: str) -> str:
     """Rows, speakers, steps and hardware in a few lines."""
     accelerator, settings = run.accelerator, run.settings
     num_validation = len(run.validation) if run.validation else 0
+    in_frames = settings.max_frames_per_batch is not None
     speakers = ", ".join(
         f"{name} (codec row {row})" for name, row in zip(run.speakers.names, run.speakers.codec_rows, strict=True)
     )
@@ -294,7 +328,8 @@ def describe_run(run: Run, attention: str) -> str:
             f"Speakers: {speakers}",
             f"Device: {accelerator.device} x {accelerator.num_processes}, precision {settings.mixed_precision}, "
             f"attention {attention}",
-            f"Steps: {run.num_steps} ({run.train.steps_per_epoch} an epoch, {run.train.rows_per_step} rows each)",
+            f"Steps: {run.num_steps} ({run.train.steps_per_epoch} an epoch, "
+            f"{'about ' * in_frames}{run.train.rows_per_step} rows each)",
             describe_batch(settings, accelerator.num_processes),
         ]
         + ([f"Resuming {run.state.folder} after step {run.state.step}"] if run.state else [])
@@ -303,11 +338,14 @@ def describe_run(run: Run, attention: str) -> str:
 
 
 def describe_batch(settings: Settings, num_processes: int) -> str:
-    """The rows of a step and the learning rate, for the whole job."""
-    rows, rate = settings.rows_per_step(num_processes), settings.scaled_learning_rate(num_processes)
+    """The rows or frames of a step and the learning rate, for the whole job."""
+    rate, micro_batches = settings.scaled_learning_rate(num_processes), settings.gradient_accumulation_steps
+    total, size = f"{settings.rows_per_step(num_processes)} rows", settings.batch_size
+    if max_frames := settings.max_frames_per_batch:
+        total, size = f"up to {max_frames * micro_batches * num_processes} frames", max_frames
     text = (
-        f"Batch: {rows} rows a step = {settings.batch_size} x {settings.gradient_accumulation_steps} micro-batches x "
-        f"{num_processes} process(es); learning rate {rate:g}"
+        f"Batch: {total} a step = {size} x {micro_batches} micro-batches x {num_processes} process(es); "
+        f"learning rate {rate:g}"
     )
     if settings.lr_scaling == "none":
         return text
@@ -412,6 +450,7 @@ def make_trainer(run: Run, tracker: Tracker) -> Trainer:
     settings = run.settings
     validator = Validator(settings, run.accelerator, run.validation) if run.validation else None
     stepper = Stepper(settings, run.accelerator, run.objective, run.num_steps)
+    stepper.prefixes = make_prefix_cache(settings, run.objective, run.accelerator, run.train)
     saver = make_saver(run)
     trainer = Trainer(settings, stepper, run.train, validator, saver, tracker, run.num_steps)
     if run.state:

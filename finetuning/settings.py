@@ -66,7 +66,9 @@ class Settings(BaseSettings):
         "auto", "attention: auto (FlashAttention 2 where it works, else sdpa), flash_attention_2, sdpa, eager"
     )
     weights_precision: Literal["fp32", "bf16"] = _setting(
-        "fp32", "in which the weights that train are kept: fp32, or bf16 with stochastic rounding (half the memory)"
+        "fp32",
+        "in which the weights that train are kept: fp32, or bf16 with stochastic rounding (half the memory, with "
+        "gradients that lose bits over many micro-batches; needs torchao)",
     )
     gradient_checkpointing: bool = _setting(
         False, "keep little for the backward pass and compute the rest again: much less memory, a third slower"
@@ -408,12 +410,25 @@ def _validate(
 
 def _check_effective_batch(settings: Settings, num_processes: int) -> str | None:
     product = settings.rows_per_step(num_processes)
-    if settings.effective_batch_size in (None, product):
+    if settings.effective_batch_size in (None, product) or settings.max_frames_per_batch:
         return None
     return (
         f"is {settings.effective_batch_size}, but BATCH_SIZE {settings.batch_size} x GRADIENT_ACCUMULATION_STEPS "
         f"{settings.gradient_accumulation_steps} x {num_processes} process(es) = {product}; change one of them"
     )
+
+
+def _check_max_frames(settings: Settings, _: int) -> str | None:
+    if settings.max_frames_per_batch is None:
+        return None
+    if settings.is_set("batch_size"):
+        return "takes the place of BATCH_SIZE; unset one of them"
+    if settings.effective_batch_size or settings.lr_scaling != "none":
+        name = "EFFECTIVE_BATCH_SIZE" if settings.effective_batch_size else "LR_SCALING"
+        return f"leaves the number of rows of a step open, and {name} needs it; unset one of them"
+    if settings.data_mode == "direct":
+        return "needs the lengths of all rows ahead, which DATA_MODE=direct does not know; set BATCH_SIZE instead"
+    return None
 
 
 def _check_scheduler(settings: Settings, _: int) -> str | None:
@@ -471,6 +486,14 @@ def _check_resume(settings: Settings, _: int) -> str | None:
     return f"{settings.resume} is no folder; set auto, never, or the folder of a state or of a run"
 
 
+def _check_weights_precision(settings: Settings, _: int) -> str | None:
+    if settings.weights_precision == "bf16" and settings.mixed_precision != "bf16":
+        return "bf16 is for MIXED_PRECISION=bf16 only; set both, or fp32 here"
+    if settings.weights_precision == "bf16" and settings.optimizer == "adafactor":
+        return "bf16 is not for OPTIMIZER=adafactor, under which most of them would not move; set adamw_8bit"
+    return None
+
+
 def _check_direct(settings: Settings, _: int) -> str | None:
     if settings.data_mode == "direct" and not settings.is_set("dataset_name"):
         return "direct streams a dataset; name it in DATASET_NAME"
@@ -480,6 +503,7 @@ def _check_direct(settings: Settings, _: int) -> str | None:
 #: (fields that the check reads, the blamed one first; check). A check is skipped when one of its fields is bad itself.
 _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None]], ...] = (
     (("effective_batch_size", "batch_size", "gradient_accumulation_steps"), _check_effective_batch),
+    (("max_frames_per_batch", "batch_size", "effective_batch_size", "lr_scaling", "data_mode"), _check_max_frames),
     (("lr_scheduler",), _check_scheduler),
     (("lr_min", "lr_scheduler", "learning_rate"), _check_lr_min),
     (("lr_num_cycles", "lr_scheduler", "lr_min"), _check_cycles),
@@ -487,6 +511,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("output_dir",), _check_output),
     (("speaker_name",), _check_speaker),
     (("upload_to_hub",), _check_unbuilt_upload),
+    (("weights_precision", "mixed_precision", "optimizer"), _check_weights_precision),
     (("data_mode", "dataset_name"), _check_direct),
     (("resume",), _check_resume),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from finetuning.objective import TrainingObjective
+from finetuning.processes import MAX_WAIT
 
 #: ``accelerate launch`` sets it from a configuration file whose distributed_type is FSDP.
 FSDP_VARIABLE = "ACCELERATE_USE_FSDP"
@@ -110,6 +111,22 @@ def _autocast_forward(objective: nn.Module, accelerator: Accelerator) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- in every step
+
+
+class HostSums:
+    """Sums over the processes of numbers that their hosts know. They travel over gloo, so no GPU is waited for."""
+
+    def __init__(self) -> None:
+        is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self._group = None if is_alone else dist.new_group(backend="gloo", timeout=MAX_WAIT)
+
+    def of(self, values: Sequence[int]) -> list[int]:
+        """All processes must ask."""
+        if self._group is None:
+            return list(values)
+        summed = torch.tensor(values)
+        dist.all_reduce(summed, group=self._group)
+        return summed.tolist()
 
 
 @contextlib.contextmanager

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from finetuning.audio import SAMPLE_RATE_HZ, AudioError, load_audio
@@ -25,6 +27,7 @@ from finetuning.errors import UserError
 from finetuning.quality import BEST_REFERENCE_SECONDS, REFERENCE_SECONDS, cleanliness_db
 from finetuning.row_index import Manifest
 from finetuning.settings import Settings
+from finetuning.stock import import_qwen_tts
 
 if TYPE_CHECKING:
     from finetuning.base_model import Base
@@ -225,5 +228,17 @@ def speaker_vector(model: Any, reference: str | Path) -> torch.Tensor:
         waveform = load_audio(reference)
     except AudioError as error:
         raise UserError(f"reference {reference}: {error}") from None
-    vector = model.extract_speaker_embedding(waveform, SAMPLE_RATE_HZ)
-    return vector.detach().float().cpu().clone()
+    return voice_vector(model.speaker_encoder, waveform)
+
+
+@torch.no_grad()
+def voice_vector(encoder: nn.Module, waveform: np.ndarray) -> torch.Tensor:
+    """(num_samples,) float32 at 24 kHz -> (H,) float32 on the CPU: stock's ``extract_speaker_embedding`` in the
+    encoder's own precision, whatever the talker's is."""
+    import_qwen_tts()
+    from qwen_tts.core.models import Qwen3TTSForConditionalGeneration
+
+    weight = next(encoder.parameters())
+    model = SimpleNamespace(speaker_encoder=encoder, device=weight.device, dtype=weight.dtype)
+    vector = Qwen3TTSForConditionalGeneration.extract_speaker_embedding(model, waveform, SAMPLE_RATE_HZ)
+    return vector.float().cpu().clone()

@@ -4,8 +4,9 @@
 
 ===============================  ======================================================================================
 ``state.json``                   the record: progress, schedule, scaler, settings, fingerprints of data and base
-``process-I-of-N.part-K.…``      safetensors: ``weights.*`` (all that trains, fp32), ``optimizer.<key>.*``,
-                                 ``speakers.vectors``, ``process.<I>.*`` (random states and sums of that process)
+``process-I-of-N.part-K.…``      safetensors: ``weights.*`` (all that trains, as it is kept), ``optimizer.<key>.*`` (of
+                                 a tensor in 8 bits its parts: ``optimizer.<key>:<part>.*``), ``speakers.vectors``,
+                                 ``process.<I>.*`` (random states and sums of that process)
 ``checksums.json``               see ``disk``
 ===============================  ======================================================================================
 
@@ -31,6 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from finetuning.checkpoint import attempt
 from finetuning.disk import begin_folder, damage, finish_folder, library_errors, remove_folder, write_json
@@ -195,25 +197,47 @@ def training_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> 
     """(name, tensor) of everything that trains, and of what the optimizer keeps for it."""
     for name, parameter in _trainable(objective):
         yield f"weights.{name}", parameter
-        for key, value in optimizer.state[parameter].items():
-            yield f"optimizer.{key}.{name}", torch.as_tensor(value)
+        for key, value in optimizer.state.get(parameter, {}).items():
+            for suffix, tensor in _plain_tensors(value):
+                yield f"optimizer.{key}{suffix}.{name}", tensor
+
+
+def _plain_tensors(value: torch.Tensor | int) -> Iterator[tuple[str, torch.Tensor]]:
+    """(suffix of its key, tensor) of what an optimizer keeps: a number, a tensor, or one that is made of several."""
+    if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
+        yield from ((f":{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0])
+    else:
+        assert not isinstance(value, float), "it would lose bits"
+        yield "", torch.as_tensor(value)
 
 
 @torch.no_grad()
 def restore_training(state: State, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts back what ``training_tensors`` gave; parameters and optimizer may be sharded otherwise than before."""
-    places = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     keys = sorted({name.split(".")[1] for name in state.names("optimizer.")})
     for name, parameter in _trainable(objective):
         parameter.copy_(local_part(state[f"weights.{name}"].to(parameter.dtype), parameter))
-        stored = [key for key in keys if f"optimizer.{key}.{name}" in state]
-        for key in stored:
+        for key in [key for key in keys if f"optimizer.{key}.{name}" in state]:
             value = state[f"optimizer.{key}.{name}"]
-            if value.shape == parameter.shape:
-                value = local_part(value, parameter)
-            # A fused or capturable optimizer keeps its step counts beside the parameters, another one on the host.
-            stays = value.ndim == 0 and not (places[parameter].get("fused") or places[parameter].get("capturable"))
-            optimizer.state[parameter][key] = value if stays else value.to(parameter.device)
+            whole, _, part = key.partition(":")
+            kept = optimizer.state[parameter]
+            if part:
+                if whole not in kept:
+                    kept[whole] = optimizer.new_moment(parameter, whole)
+                getattr(kept[whole], part).copy_(value)
+            else:
+                kept[key] = _placed(value, parameter, groups[parameter])
+
+
+def _placed(value: torch.Tensor, parameter: nn.Parameter, group: Mapping[str, Any]) -> torch.Tensor | int:
+    """What an optimizer kept for a parameter, as and where it keeps it."""
+    if value.ndim:
+        return (local_part(value, parameter) if value.shape == parameter.shape else value).to(parameter.device)
+    if not value.is_floating_point():
+        return value.item()
+    # A fused or capturable optimizer keeps its step counts beside the parameters, another one on the host.
+    return value.to(parameter.device) if group.get("fused") or group.get("capturable") else value
 
 
 def _trainable(objective: nn.Module) -> list[tuple[str, nn.Parameter]]:

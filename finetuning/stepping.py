@@ -19,10 +19,11 @@ from finetuning.codec import NUM_CODEBOOKS
 from finetuning.console import say
 from finetuning.dataset import Batch, count_tokens, split_batch, to_device
 from finetuning.errors import UserError
-from finetuning.layer_utils import optimizer_groups
 from finetuning.objective import TrainingObjective, step_loss
+from finetuning.optimizers import leaves_out_bad_steps, make_optimizer
+from finetuning.prefix_cache import PrefixCache
 from finetuning.settings import Settings
-from finetuning.sharding import accumulating, averaging, clip_gradients, is_sharded, prepare
+from finetuning.sharding import HostSums, accumulating, averaging, clip_gradients, is_sharded, prepare
 
 #: So often the micro-batch is halved when the GPU's memory does not suffice.
 MAX_HALVINGS = 3
@@ -58,7 +59,9 @@ class Stepper:
 
     Attributes:
         objective, optimizer, scheduler: as they are used; the optimizer is torch's own.
+        prefixes: gives the batches what the frozen layers compute.
         num_parts: every micro-batch is cut in so many, because the GPU's memory did not suffice.
+        host_sums: what the processes agree by.
         skips: steps whose gradients were not finite.
         learning_rate: of the last step.
     """
@@ -70,9 +73,11 @@ class Stepper:
         self.objective, self._prepared_optimizer = prepare(accelerator, objective, self._make_optimizer)
         self.optimizer = self._prepared_optimizer.optimizer
         self.scheduler = make_scheduler(settings, self.optimizer, num_steps)
+        self.prefixes: PrefixCache | None = None
         self.num_parts = 1
         self.learning_rate = 0.0
         self.skips = Skips(accelerator.device)
+        self.host_sums = HostSums()
         self._scale: float | None = None  # of the fp16 scaler after the last step; reading it makes the host wait
 
     @property
@@ -81,9 +86,8 @@ class Stepper:
         return self.accelerator.unwrap_model(self.objective)
 
     def _make_optimizer(self, objective: torch.nn.Module) -> torch.optim.Optimizer:
-        """Fused, because its kernel can leave a step out without the host knowing; see ``Skips``."""
         rate = self.settings.scaled_learning_rate(self.accelerator.num_processes)
-        return torch.optim.AdamW(optimizer_groups(objective, self.settings.weight_decay), lr=rate, fused=True)
+        return make_optimizer(self.settings, objective, rate)
 
     def take(self, batches: Sequence[Batch], num_talker: int, num_sub_talker: int) -> Sums:
         """One step: forward and backward of all micro-batches, clipping, update.
@@ -110,10 +114,7 @@ class Stepper:
 
     def any_process(self, is_so: bool) -> bool:
         """Whether it is so in one of the processes; all of them must ask."""
-        if self.accelerator.num_processes == 1:
-            return is_so
-        flag = torch.tensor([int(is_so)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+        return bool(self.host_sums.of([is_so])[0])
 
     # ------------------------------------------------------------------------------------------ forward and backward
 
@@ -156,19 +157,23 @@ class Stepper:
         self.optimizer.zero_grad()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.num_parts == 2**MAX_HALVINGS or self.settings.batch_size <= self.num_parts:
+        in_frames = self.settings.max_frames_per_batch is not None  # of how many rows, only the batches know
+        if self.num_parts == 2**MAX_HALVINGS or (not in_frames and self.settings.batch_size <= self.num_parts):
             raise self.out_of_memory()
         self.num_parts *= 2
-        rows, micro_batches = self._micro_batches()
+        size, micro_batches = self._micro_batches()
+        limit, name, alike = f"at most {size} rows", "BATCH_SIZE", "the same"
+        if in_frames:
+            limit, name, alike = f"about {size} frames", "MAX_FRAMES_PER_BATCH", "about the same"
         say(
-            f"out of GPU memory: {what} is repeated with at most {rows} rows at a time, and the next steps are taken "
-            f"in {micro_batches} micro-batches. BATCH_SIZE={rows} GRADIENT_ACCUMULATION_STEPS={micro_batches} gives "
-            "the same"
+            f"out of GPU memory: {what} is repeated with {limit} at a time, and the next steps are taken in "
+            f"{micro_batches} micro-batches. {name}={size} GRADIENT_ACCUMULATION_STEPS={micro_batches} gives {alike}"
         )
 
     def _micro_batches(self) -> tuple[int, int]:
-        rows = math.ceil(self.settings.batch_size / self.num_parts)
-        return rows, self.settings.gradient_accumulation_steps * self.num_parts
+        """Rows of a micro-batch, or its frames where MAX_FRAMES_PER_BATCH decides, and micro-batches of a step."""
+        size = self.settings.max_frames_per_batch or self.settings.batch_size
+        return math.ceil(size / self.num_parts), self.settings.gradient_accumulation_steps * self.num_parts
 
     def _check_can_agree(self) -> None:
         if is_sharded(self.objective):  # the others are waiting for this one inside their forward
@@ -176,10 +181,15 @@ class Stepper:
 
     def out_of_memory(self) -> UserError:
         """What to say, and what can be set, when nothing helps."""
-        rows, micro_batches = self._micro_batches()
-        smaller = "" if rows == 1 else f"BATCH_SIZE=1 with GRADIENT_ACCUMULATION_STEPS={micro_batches * rows}; "
+        size, micro_batches = self._micro_batches()
+        if self.settings.max_frames_per_batch:
+            unit, half = "frames", math.ceil(size / 2)
+            smaller = f"MAX_FRAMES_PER_BATCH={half} with GRADIENT_ACCUMULATION_STEPS={2 * micro_batches}; "
+        else:
+            unit = "rows"
+            smaller = "" if size == 1 else f"BATCH_SIZE=1 with GRADIENT_ACCUMULATION_STEPS={micro_batches * size}; "
         return UserError(
-            f"the GPU's memory does not suffice for micro-batches of {rows} rows ({micro_batches} a step). Set "
+            f"the GPU's memory does not suffice for micro-batches of {size} {unit} ({micro_batches} a step). Set "
             f"{smaller}MIXED_PRECISION=bf16; new layers instead of full fine-tuning (REPLACE_LAST_N_LAYERS=2 "
             "ADD_NEW_LAYERS=4 FREEZE_ORIGINAL_LAYERS=true); leave out the longest clips; or take "
             "a larger GPU, or several with FSDP"
@@ -188,11 +198,17 @@ class Stepper:
     # ---------------------------------------------------------------------------------------------------- the update
 
     def _update(self, is_bad: torch.Tensor) -> bool:
-        """Whether the schedule goes on. A step with a bad gradient changes nothing, on the device's own decision."""
+        """Whether the schedule goes on. A step with a bad gradient changes nothing.
+
+        Where the optimizer can, the device decides that by itself; else the host waits for the flag in every step.
+        """
         scaler = self.accelerator.scaler
         if scaler is None:
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, is_bad.float()
-            self._step_optimizer()
+            if leaves_out_bad_steps(self.optimizer):
+                self.optimizer.grad_scale, self.optimizer.found_inf = None, is_bad.float()
+                self._step_optimizer()
+            elif not is_bad.item():
+                self._step_optimizer()
             return True
         before = scaler.get_scale() if self._scale is None else self._scale
         self._step_optimizer()  # which takes the scaler's step and updates it
@@ -219,6 +235,8 @@ class _Shares:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         accelerator, weight = self.stepper.accelerator, self.stepper.settings.sub_talker_loss_weight
+        if self.stepper.prefixes:
+            batch = self.stepper.prefixes.attach(batch)
         batch = to_device(batch, accelerator.device)
         sums = self.stepper.objective(batch)
         losses = torch.stack([sums["talker_loss"], sums["sub_talker_loss"]]).detach() * batch["weight"]

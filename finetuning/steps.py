@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from finetuning.codec import FRAMES_PER_SECOND
-from finetuning.dataset import RowEncoder, SkippedRow, Step, StepDataset, make_step, reason_of, step_loader
+from finetuning.dataset import FrameShare, RowEncoder, SkippedRow, Step, StepDataset, make_step, reason_of, step_loader
 from finetuning.manifest import RowError, RowFormat, check_fields
-from finetuning.sampling import Geometry, Part, StepSampler, merged, shuffled_batches, split_position
+from finetuning.sampling import Geometry, Part, StepSampler, bounds_by_rows, merged, shuffled_batches, split_position
 from finetuning.stream import SplitStream, StreamedRow, prefetched
 from finetuning.workspace import Digest
 
@@ -34,7 +34,8 @@ class TrainingSteps(Protocol):
     Attributes:
         encoder: rows to ids.
         num_rows: rows of an epoch, over all processes.
-        rows_per_step: over all processes.
+        rows_per_step: over all processes; where frames decide, on average.
+        steps_per_epoch: of the first; where frames decide, epochs differ a little.
     """
 
     encoder: RowEncoder
@@ -47,7 +48,7 @@ class TrainingSteps(Protocol):
     @property
     def steps_per_epoch(self) -> int: ...
 
-    def num_steps(self, done: Iterable[Part] = ()) -> int:
+    def num_steps(self, epoch: int, done: Iterable[Part] = ()) -> int:
         """Steps that are left in an epoch of which ``done`` is over."""
 
     def steps(self, epoch: int, done: Iterable[Part] = ()) -> Iterator[Step]:
@@ -74,6 +75,7 @@ class MappedSteps:
     sampler: StepSampler
     process: int = 0
     num_workers: int = 0
+    sub_talker_frame_fraction: float = 1.0
 
     @property
     def encoder(self) -> RowEncoder:
@@ -93,14 +95,16 @@ class MappedSteps:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.num_steps()
+        return self.sampler.steps_per_epoch
 
-    def num_steps(self, done: Iterable[Part] = ()) -> int:
-        return self.sampler.num_steps(done)
+    def num_steps(self, epoch: int, done: Iterable[Part] = ()) -> int:
+        return self.sampler.num_steps(epoch, done)
 
     def steps(self, epoch: int, done: Iterable[Part] = ()) -> Iterator[Step]:
         plan = self.sampler.epoch_plan(epoch, self.process, done)
-        return iter(step_loader(self.dataset, plan, self.num_workers))
+        share = frame_share(self.sub_talker_frame_fraction, self.sampler.seed, epoch)
+        steps = step_loader(self.dataset.with_share(share), plan, self.num_workers)
+        return iter(steps) if self.num_workers else prefetched(steps, STEPS_AHEAD)
 
     def fingerprint(self) -> str:
         return self.dataset.manifest.content_hash()
@@ -135,6 +139,7 @@ class StreamedSteps:
     row_format: RowFormat
     batch_size: int
     accumulation: int = 1
+    sub_talker_frame_fraction: float = 1.0
     _recent: deque[dict[int, str]] = field(default_factory=lambda: deque(maxlen=2 + STEPS_AHEAD))
 
     @property
@@ -151,9 +156,9 @@ class StreamedSteps:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.num_steps()
+        return self.num_steps(0)
 
-    def num_steps(self, done: Iterable[Part] = ()) -> int:
+    def num_steps(self, epoch: int, done: Iterable[Part] = ()) -> int:
         num_rows = self.num_rows
         for part in merged(done):  # the shares are always equal to within a row
             num_taken = part.num_steps * _places_per_step(part.geometry)
@@ -187,6 +192,7 @@ class StreamedSteps:
         return f"{self.num_rows} training rows, streamed from {split.dataset_name} ({split.name})"
 
     def _steps(self, epoch: int, done: Iterable[Part]) -> Iterator[Step]:
+        share = frame_share(self.sub_talker_frame_fraction, self.stream.seed, epoch)
         gone, num_steps = split_position(done, self.geometry)
         first_window, num_skipped = divmod(num_steps, WINDOW_STEPS)
         for batches in _windows(self._after(gone, epoch), self.geometry, epoch, first_window):
@@ -194,7 +200,7 @@ class StreamedSteps:
             rows = [row for batch in usable for row in batch if not isinstance(row, SkippedRow)]
             self._recent.append({row["line"]: row["text"] for row in rows})
             for at in range(num_skipped * self.accumulation, len(usable), self.accumulation):
-                yield make_step(usable[at : at + self.accumulation], self.encoder)
+                yield make_step(usable[at : at + self.accumulation], self.encoder, share)
             num_skipped = 0
 
     def _after(self, gone: Iterable[Part], epoch: int) -> SplitStream:
@@ -219,6 +225,11 @@ class StreamedSteps:
         except RowError as error:
             return SkippedRow(row.index + 1, reason_of(error))
         return fields | {"codes": row.codes, "line": row.index + 1, "audio": None, "ref_audio": None}
+
+
+def frame_share(fraction: float, seed: int, epoch: int) -> FrameShare | None:
+    """What SUB_TALKER_FRAME_FRACTION says of an epoch; None for all frames."""
+    return FrameShare(fraction, seed, epoch) if fraction < 1 else None
 
 
 #: A position of a share's order: the row's index in the split, and the row where it can be used.
@@ -250,7 +261,9 @@ def _grouped(
     lengths = [0]
     for _, row in places:
         lengths.append(lengths[-1] if row is None else len(row.codes))
-    order = shuffled_batches(np.argsort(lengths[1:], kind="stable"), batch_size, generator)
+    order = np.argsort(lengths[1:], kind="stable")
+    bounds = bounds_by_rows(len(places), batch_size)
+    order, _ = shuffled_batches(order, bounds, len(places) // batch_size, generator)
     starts = range(0, num_batches * batch_size, batch_size)
     return [[places[index] for index in order[at : at + batch_size]] for at in starts]
 

@@ -153,10 +153,7 @@ class Trainer:
         )
         is_save_due = is_late and self.accelerator.is_main_process
         counts = [*count_tokens(fetched.batches), len(fetched.skipped)]
-        values = [*counts, int(self._stop_request.is_made), int(is_save_due)]
-        if self.accelerator.num_processes > 1:
-            summed = torch.tensor(values, device=self.accelerator.device)
-            values = self.accelerator.reduce(summed, reduction="sum").tolist()
+        values = self.stepper.host_sums.of([*counts, self._stop_request.is_made, is_save_due])
         num_talker, num_sub_talker, num_skipped, num_stopped, self._is_save_due = values
         if num_stopped:
             self._save_and_stop()
@@ -192,7 +189,7 @@ class Trainer:
         loss = self._log_validation(self._evaluate()) if self.validator else mean_loss
         names = ["last"] + [f"epoch-{progress.epoch}"] * self.settings.save_epochs + self._best(loss)
         epoch, progress.ended_at = progress.epoch, progress.step
-        if not self.train_steps.num_steps(progress.done):
+        if not self.train_steps.num_steps(epoch, progress.done):
             progress.epoch, progress.done = epoch + 1, ()
             self.epoch_window = Window(self.accelerator)
             self._unreadable.begin_epoch()

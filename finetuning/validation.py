@@ -12,7 +12,7 @@ from finetuning.console import say
 from finetuning.dataset import Batch, SkippedRow, Step, StepDataset, count_tokens, split_batch, step_loader, to_device
 from finetuning.errors import UserError
 from finetuning.objective import TrainingObjective
-from finetuning.sampling import sequential_plan
+from finetuning.sampling import sequential_plan, sequential_plan_by_frames
 from finetuning.settings import Settings
 from finetuning.sharding import is_sharded
 from finetuning.stepping import sum_dtype
@@ -68,8 +68,12 @@ class Validator:
 
     def _steps(self, equal: bool) -> Any:
         """Sharded processes gather parameters in every forward, so they need equal numbers of batches."""
-        processes, batch_size = self.accelerator.num_processes, self.settings.batch_size
-        plan = sequential_plan(len(self.dataset), batch_size, self.accelerator.process_index, processes, equal)
+        shares = (self.accelerator.process_index, self.accelerator.num_processes, equal)
+        if max_frames := self.settings.max_frames_per_batch:
+            lengths = self.dataset.manifest.column("num_codec_frames")
+            plan = sequential_plan_by_frames(lengths, max_frames, *shares)
+        else:
+            plan = sequential_plan(len(self.dataset), self.settings.batch_size, *shares)
         return step_loader(self.dataset, plan, self.settings.num_workers)
 
     def _sums(self, objective: TrainingObjective, batch: Batch) -> torch.Tensor:

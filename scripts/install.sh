@@ -34,6 +34,15 @@ install_project() {
   "${UV[@]}" sync --quiet --inexact "$@" || fail "the packages could not be installed; the lines above say why (network? disk space?)"
 }
 
+# extras_for_settings: the uv sync options for what the settings file or the environment asks for beyond the usual.
+extras_for_settings() {
+  local value=' *= *["'\'']?' given
+  given=$(env; cat "${ENV_FILE:-.env}" 2>/dev/null || true)
+  if grep -qE "^ *(export +)?(OPTIMIZER${value}adamw_8bit|WEIGHTS_PRECISION${value}bf16|MEMORY_PROFILE${value}[a-z0-9])" <<<"$given"; then
+    echo "--extra 8bit"
+  fi
+}
+
 # take_env_file CALLED_FROM [arguments]: exports ENV_FILE when the first argument is a settings file, looked up where the
 # user stands, then in the project. Sets TAKEN to the number of arguments that it used.
 take_env_file() {

@@ -184,6 +184,80 @@ def test_gpu_check_of_states(bench: Any, tmp_path: Path, monkeypatch: pytest.Mon
             saved("a full disk")
 
 
+# --------------------------------------------------------------------------------------------------- throughput.py
+
+
+@pytest.fixture(scope="module")
+def two_batches(bench: Any) -> Any:
+    """The toy on CPU: clips of realistic lengths, the most different ones beside each other."""
+    from benchmarks.bench import Bench
+
+    return Bench(argparse.Namespace(size="tiny", device="cpu", batch_size=2, steps=2), [3.0, 1.0, 2.9, 1.1])
+
+
+def test_throughput_runs_at_toy_size_on_cpu() -> None:
+    small = ("--size", "tiny", "--device", "cpu", "--steps", "1", "--batch-size", "2", "--rounds", "1")
+    printed = run("benchmarks/throughput.py", *small, "--recipe", "layers", "--set", "SUB_TALKER_FRAME_FRACTION=0.5")
+    assert re.search(r"layers: \d+\.\d\d x as fast", printed)
+    assert len(re.findall(r"frames/s, .* s of speech/s, .*% padding, .*% MFU", printed)) == 2
+
+
+@pytest.mark.parametrize("recipe", ["full", "layers", "lora"])
+def test_both_ways_train_the_same_loss(two_batches: Any, recipe: str) -> None:
+    """Over the same rows; the plain loop's mean against the sums of ours, before any step."""
+    from benchmarks.bench import SUB_TALKER_WEIGHT
+    from benchmarks.loops import OurWay, PlainWay, Variant
+    from benchmarks.random_base import to_batch
+    from finetuning.dataset import count_tokens
+    from finetuning.objective import step_loss
+
+    batch = to_batch(two_batches.rows)
+    plain, ours = PlainWay(two_batches, recipe, "fp32"), OurWay(two_batches, recipe, "fp32", Variant())
+    sums = ours.stepper.module(batch)
+    loss = step_loss(sums, *count_tokens([batch]), SUB_TALKER_WEIGHT)
+    torch.testing.assert_close(loss, plain.loop(batch), rtol=1e-5, atol=0)
+    assert plain.epoch(0).num_real == ours.epoch(0).num_real
+    assert plain.flops == ours.flops > 0
+
+
+@pytest.mark.parametrize("name", ["PaddedRows", "AllLogitsAtOnce", "ManyLookups"])
+def test_plain_parts_change_no_loss(two_batches: Any, name: str) -> None:
+    from benchmarks import plain_parts
+    from benchmarks.loops import recipe_model
+    from benchmarks.random_base import to_batch
+    from finetuning.objective import TrainingObjective
+
+    model, batch = recipe_model(two_batches, "full"), to_batch(two_batches.rows)
+    vectors = two_batches.speaker_vectors(model)
+    sums, others = (
+        make(model.talker, vectors).train()(batch) for make in (TrainingObjective, getattr(plain_parts, name))
+    )
+    for loss in ("talker_loss", "sub_talker_loss"):
+        torch.testing.assert_close(others[loss], sums[loss], rtol=1e-5, atol=0)
+
+
+def test_operations_of_an_epoch(two_batches: Any) -> None:
+    """Against PyTorch's own count of the matrix products, without attention; padding makes none of it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.flops import epoch_flops
+    from benchmarks.loops import recipe_model
+    from benchmarks.random_base import to_batch
+    from finetuning.objective import TrainingObjective
+
+    for recipe in ("full", "layers"):
+        model = recipe_model(two_batches, recipe)
+        objective = TrainingObjective(model.talker, two_batches.speaker_vectors(model)).train()
+        with FlopCounterMode(display=False) as counter:
+            sum(objective(to_batch(two_batches.rows)).values()).backward()
+        products = sum(counter.get_flop_counts()["Global"].get(kind, 0) for kind in PRODUCTS)
+        expected = epoch_flops(model.talker, two_batches.rows)
+        assert products < expected < 1.1 * products, recipe
+
+
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+
+
 # -------------------------------------------------------------------------------------------------- other benchmarks
 
 

@@ -88,11 +88,15 @@ def test_initialisation_is_xavier_with_unit_norms_and_zero_biases(model: Any) ->
 
 def test_indices_dtype_and_configuration(model: Any) -> None:
     model.to(torch.bfloat16)
+    old = [layer.state_dict() for layer in model.talker.model.layers[2:]]
     returned = replace_and_add_layers(model, 2, 3, verbose=False)
     assert returned is model
     layers = model.talker.model.layers
     assert [layer.self_attn.layer_idx for layer in layers] == list(range(7))
-    assert {parameter.dtype for parameter in layers.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in layers[:2].parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in layers[2:].parameters()} == {torch.float32}
+    for layer, weights in zip(layers[2:4], old, strict=True):
+        assert all(torch.equal(tensor, weights[name].float()) for name, tensor in layer.state_dict().items())
     assert model.config.talker_config.num_hidden_layers == 7
     assert model.talker.model.config.num_hidden_layers == 7
 

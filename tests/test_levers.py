@@ -20,7 +20,7 @@ from finetuning.attention import PREFIX
 from finetuning.base_model import load_tokenizer
 from finetuning.dataset import FrameShare, collate, count_tokens, split_batch
 from finetuning.layer_utils import replace_and_add_layers
-from finetuning.objective import TrainingObjective, step_loss
+from finetuning.objective import TrainingObjective, compile_layers, step_loss
 from finetuning.prompt import IGNORE, NO_CODEC, LayoutIds, append_frames, assistant_turn, build_prompt
 from finetuning.tiny_model import embedded_model_folder
 
@@ -242,6 +242,33 @@ def test_training_starts_from_a_kept_prefix_as_well(case: Any) -> None:
             layer._forward_pre_hooks.clear()
     assert counts[: objective.num_frozen_layers()] == [0] * objective.num_frozen_layers()
     check_equal(case, sums, gradients_of(case.talker, sums, case.batch))
+
+
+# ------------------------------------------------------------------------------------------------- compiled layers
+
+
+def test_compiled_layers_give_the_same_and_are_compiled_a_few_times(case: Any) -> None:
+    """Traced and differentiated as for a GPU, but run operation by operation: this machine may lack a compiler."""
+    from torch._dynamo.utils import counters
+
+    if case.recipe == "layers":  # the same layers, only fewer of them with a graph
+        return
+    counters.clear()
+    objective = TrainingObjective(case.talker, case.vectors)
+    layers = [*case.talker.model.layers, *case.talker.code_predictor.model.layers]
+    torch.compiler.reset()
+    try:
+        compile_layers(objective, backend="aot_eager")
+        sums = objective(case.batch)
+        check_equal(case, sums, gradients_of(case.talker, sums, case.batch))
+        for rows in ([0, 1], [1, 2, 3], [1]):
+            batch = collate([case.rows[row] for row in rows], [case.speakers[row] for row in rows])
+            gradients_of(case.talker, objective(batch), batch)
+        assert 0 < counters["stats"]["unique_graphs"] <= 8
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+        torch.compiler.reset()
 
 
 # --------------------------------------------------------------------------------------------- a share of the frames

@@ -16,10 +16,12 @@ from accelerate import Accelerator
 from conftest import PROJECT
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.optimization import Adafactor
 
 from finetuning import state as state_room
 from finetuning.disk import CHECKSUMS_FILE, damage
 from finetuning.settings import LR_SCHEDULERS
+from finetuning.small_adamw import SmallAdamW
 from finetuning.state import (
     STATE_FORMAT,
     State,
@@ -104,6 +106,77 @@ def test_weights_and_moments_come_back_bit_for_bit(tmp_path: Path, accelerator: 
         assert all(
             torch.equal(value, other_optimizer.state[others][key]) for key, value in optimizer.state[mine].items()
         )
+
+
+def make_small(net: nn.Module) -> SmallAdamW:
+    return SmallAdamW([{"params": [*net.parameters()]}], 0.1, net.parameters(), seed=0)
+
+
+def make_adafactor(net: nn.Module) -> Adafactor:
+    return Adafactor(net.parameters(), lr=0.1, scale_parameter=False, relative_step=False)
+
+
+@pytest.mark.parametrize("make", [make_small, make_adafactor])
+def test_what_other_optimizers_keep_comes_back_bit_for_bit(
+    tmp_path: Path, accelerator: Accelerator, make: Callable
+) -> None:
+    """Moments in 8 bits part by part, numbers as numbers; weights in the precision in which they are kept."""
+
+    def linear(value: float) -> nn.Linear:
+        net = nn.Linear(64, 64)
+        for parameter in net.parameters():
+            nn.init.constant_(parameter, value)
+        net.weight.data = net.weight.data.bfloat16() if make is make_small else net.weight.data
+        return net
+
+    def step(net: nn.Linear, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        torch.manual_seed(seed)
+        for parameter in net.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+    net, other = linear(1.0), linear(2.0)
+    optimizer, other_optimizer = make(net), make(other)
+    for seed in range(3):
+        step(net, optimizer, seed)
+    state = saved(tmp_path / "step-3", accelerator, training_tensors(net, optimizer))
+    assert state["weights.weight"].dtype is net.weight.dtype
+    restore_training(state, other, other_optimizer)
+    for seed in (3, 4):
+        step(net, optimizer, seed)
+        step(other, other_optimizer, seed)
+    found = dict(training_tensors(other, other_optimizer))
+    for name, tensor in training_tensors(net, optimizer):
+        assert torch.equal(found.pop(name), tensor), name
+    assert not found
+    for mine, others in zip(net.parameters(), other.parameters(), strict=True):
+        kept, restored = optimizer.state[mine], other_optimizer.state[others]
+        assert [(key, type(value)) for key, value in sorted(kept.items())] == [
+            (key, type(value)) for key, value in sorted(restored.items())
+        ]
+
+
+def test_the_parts_of_a_moment_in_8_bits_are_plain_tensors(tmp_path: Path, accelerator: Accelerator) -> None:
+    net = nn.Linear(64, 64)
+    optimizer = make_small(net)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = saved(tmp_path / "step-3", accelerator, training_tensors(net, optimizer))
+    parts = [
+        f"optimizer.{key}:{part}.weight" for key in ("exp_avg", "exp_avg_sq") for part in ("codes", "qmap", "scale")
+    ]
+    assert sorted(state.names("optimizer.exp")) == sorted(
+        [*parts, "optimizer.exp_avg.bias", "optimizer.exp_avg_sq.bias"]
+    )
+    assert state[parts[0]].dtype is torch.uint8 and state[parts[0]].nbytes == net.weight.numel()
+
+
+def test_saving_leaves_the_optimizer_alone() -> None:
+    """Before the first step, too: an empty entry would pass for one that is filled."""
+    net = Net(0)
+    optimizer = make_optimizer(net)
+    assert len(list(training_tensors(net, optimizer))) == 3 and not optimizer.state
 
 
 def test_what_does_not_train_is_not_in_a_state(tmp_path: Path, accelerator: Accelerator) -> None:

@@ -252,11 +252,12 @@ class FakeScaler:
         return self.scale
 
 
-def stepper_with(scaler: FakeScaler | None) -> Any:
+def stepper_with(scaler: FakeScaler | None, is_fused: bool = True) -> Any:
     """What ``_update`` and ``_counts_as_bad`` need of a stepper."""
     stepper = types.SimpleNamespace(
-        accelerator=types.SimpleNamespace(scaler=scaler), optimizer=types.SimpleNamespace(), num_steps=0, _scale=None
-    )
+        accelerator=types.SimpleNamespace(scaler=scaler), num_steps=0, _scale=None,
+        optimizer=types.SimpleNamespace(_step_supports_amp_scaling=is_fused),
+    )  # fmt: skip
 
     def step() -> None:
         stepper.num_steps += 1
@@ -302,7 +303,15 @@ def test_without_a_scaler_the_optimizer_is_told(is_bad: bool) -> None:
     stepper = stepper_with(None)
     assert Stepper._update(stepper, torch.tensor(is_bad)) is True
     assert (stepper.optimizer.grad_scale, stepper.optimizer.found_inf.item()) == (None, float(is_bad))
-    assert Stepper._counts_as_bad(stepper)
+    assert stepper.num_steps == 1 and Stepper._counts_as_bad(stepper)
+
+
+@pytest.mark.parametrize("is_bad", [False, True])
+def test_an_optimizer_that_cannot_be_told_is_left_alone(is_bad: bool) -> None:
+    """The schedule goes on all the same, as it does with the one that can."""
+    stepper = stepper_with(None, is_fused=False)
+    assert Stepper._update(stepper, torch.tensor(is_bad)) is True
+    assert stepper.num_steps == (0 if is_bad else 1) and not hasattr(stepper.optimizer, "found_inf")
 
 
 def test_skips_count_in_a_row_over_several_readings() -> None:

@@ -21,6 +21,7 @@ from finetuning.dataset import Batch, RowEncoder, SkippedRow, Step, StepDataset,
 from finetuning.encoding import ClipEncoder
 from finetuning.manifest import MIN_CODEC_FRAMES, RowFormat
 from finetuning.prepare import DatasetRows
+from finetuning.progress import Progress, total_steps
 from finetuning.prompt import LayoutIds
 from finetuning.row_index import Manifest, open_rows
 from finetuning.sampling import Geometry, Part, StepSampler
@@ -250,11 +251,11 @@ def test_an_epoch_goes_on_with_exactly_the_steps_that_are_left(
     for process in range(num_processes):
         steps = make_steps(process, num_processes, 2, accumulation, bad_dataset)
         untouched = list(steps.steps(1))
-        assert len(untouched) == steps.steps_per_epoch == steps.num_steps()
+        assert len(untouched) == steps.steps_per_epoch == steps.num_steps(1)
         for num_steps in (1, 3, 4, len(untouched) - 1, len(untouched)):
             done = (Part(steps.geometry, 1), Part(steps.geometry, num_steps - 1))
             assert_same(list(steps.steps(1, done)), untouched[num_steps:])
-            assert steps.num_steps(done) == len(untouched) - num_steps
+            assert steps.num_steps(1, done) == len(untouched) - num_steps
 
 
 GEOMETRIES = [Geometry(1, 2, 1), Geometry(2, 1, 2), Geometry(1, 1, 3)]
@@ -281,7 +282,7 @@ def test_no_row_twice_and_none_lost_when_the_geometry_changes(
         shape = (geometry.num_processes, geometry.batch_size, geometry.accumulation)
         runs = [make_steps(process, *shape, bad_dataset, 22) for process in range(geometry.num_processes)]
         steps = [list(islice(run.steps(1, done), num_steps)) for run in runs]
-        assert {len(part) for part in steps} == {min(num_steps, run.num_steps(done)) for run in runs}
+        assert {len(part) for part in steps} == {min(num_steps, run.num_steps(1, done)) for run in runs}
         lines += [line for part in steps for line in all_lines(part)]
         done.append(Part(geometry, num_steps))
     assert sorted(lines) == sorted(set(range(1, 23)) - {4, 12})
@@ -365,7 +366,27 @@ def test_mapped_steps_are_those_of_sampler_and_loader(
     assert steps.fingerprint() == manifest.content_hash()
     done = (Part(steps.geometry, 1),)
     assert_same(list(steps.steps(1, done)), list(steps.steps(1))[1:])
-    assert steps.num_steps(done) == 1
+    assert steps.num_steps(1, done) == 1
+
+
+def test_mapped_steps_by_frames(encoder: RowEncoder, write_jsonl: Callable[..., Path]) -> None:
+    """Two processes; the rows have 4 to 16 frames, 110 altogether."""
+    codes = [[[number] * 16] * (4 + number * 5 % 13) for number in range(11)]
+    jsonl = write_jsonl([{"text": f"Sentence {number}.", "audio_codes": rows} for number, rows in enumerate(codes)])
+    manifest = open_rows(jsonl, RowFormat(), "TRAIN_JSONL")
+    sampler = StepSampler(manifest.column("num_codec_frames"), 0, 2, 2, seed=5, max_frames=20)
+    parts = [MappedSteps(StepDataset(manifest, encoder), sampler, process) for process in (0, 1)]
+    assert parts[0].geometry == Geometry(0, 2, 2, 20)
+    for epoch in (0, 1):
+        steps = [list(part.steps(epoch)) for part in parts]
+        assert {len(part) for part in steps} == {part.num_steps(epoch) for part in parts}
+        assert sorted(line for part in steps for line in all_lines(part)) == list(range(1, 12))
+        assert all(len(batch["codes"]) <= 20 for part in steps for step in part for batch in step.batches)
+        done = (Part(parts[0].geometry, 1),)
+        assert_same(list(parts[1].steps(epoch, done)), steps[1][1:])
+        assert parts[1].num_steps(epoch, done) == len(steps[1]) - 1
+    assert parts[0].steps_per_epoch == parts[0].num_steps(0)
+    assert parts[0].rows_per_step == round(11 / parts[0].steps_per_epoch)
 
 
 def test_messages_pass_over_damaged_rows(encoder: RowEncoder, write_jsonl: Callable[..., Path]) -> None:
@@ -381,3 +402,36 @@ def test_messages_pass_over_damaged_rows(encoder: RowEncoder, write_jsonl: Calla
     assert [row["line"] for row in steps.rows(2)] == [1, 3]
     (step,) = steps.steps(0)
     assert sorted(lines_of(step.batches)) == [1, 3] and isinstance(step.skipped[0], SkippedRow)
+
+
+# --------------------------------------------------------------------------------------------------------- progress
+
+
+@pytest.mark.parametrize("max_frames", [None, 600])
+def test_total_steps_are_those_that_the_epochs_take(make_settings: Callable, max_frames: int | None) -> None:
+    """From the beginning and from any position, also where the epochs have different numbers of steps."""
+    lengths = np.random.default_rng(0).integers(10, 300, 97)
+    sampler = StepSampler(lengths, 0 if max_frames else 3, 2, window_steps=2, max_frames=max_frames)
+    settings = make_settings(num_epochs=6)
+    sizes = [len(list(sampler.epoch_plan(epoch))) for epoch in range(6)]
+    assert total_steps(settings, sampler) == sum(sizes)
+    assert (len(set(sizes)) > 1) == bool(max_frames)
+    for epoch, num_steps in ((0, 3), (2, 0), (4, sizes[4]), (5, 1)):
+        done = (Part(sampler.geometry, num_steps),)
+        progress = Progress(epoch=epoch, done=done, num_fetched=sum(sizes[:epoch]) + num_steps)
+        assert total_steps(settings, sampler, progress) == sum(sizes)
+        assert total_steps(make_settings(num_epochs=6, max_steps=5), sampler, progress) == 5
+    assert total_steps(settings, sampler, Progress(epoch=6, num_fetched=70)) == 70
+
+
+def test_epochs_that_are_never_reached_are_not_planned(make_settings: Callable) -> None:
+    planned = []
+
+    class Noted(StepSampler):
+        def num_steps(self, epoch: int, done: Iterable[Part] = ()) -> int:
+            planned.append(epoch)
+            return super().num_steps(epoch, done)
+
+    sampler = Noted(np.full(10, 50), 0, max_frames=100)
+    assert total_steps(make_settings(num_epochs=100_000, max_steps=12), sampler) == 12
+    assert planned == [0, 1, 2]

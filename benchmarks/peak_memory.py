@@ -1,0 +1,304 @@
+"""How much GPU memory a training step takes at its peak, at the true size, computed on a machine without a GPU.
+
+    python benchmarks/peak_memory.py                                             # full, 8,000 frames a micro-batch
+    python benchmarks/peak_memory.py --recipe layers --frames 2000 --micro-batches 4
+    python benchmarks/peak_memory.py --optimizer adamw_8bit --weights bf16 --checkpointing --frames 2000
+    python benchmarks/peak_memory.py --size tiny --real                          # fake and real tensors, side by side
+    python benchmarks/peak_memory.py --table                                     # the README's, minutes
+
+The project's own objective, its backward pass, clipping and the optimizer's step run on tensors that have shapes and
+dtypes but no content (torch's FakeTensorMode). Every operation reports what it allocates, and the sum over all that is
+alive is followed through two steps; the peak is that of the second, when the optimizer's states are there.
+
+What it leaves out: the CUDA context (about 0.5 GB), the allocator's rounding and fragmentation, cuBLAS workspaces, and
+what a kernel allocates for itself. What differs from a GPU: the sequence of operations is the CPU's (bf16 autocast
+treats the same matrix products there; PyTorch's attention keeps the same tensors for the backward pass), and
+the optimizer of ``--optimizer adamw_8bit``, which a GPU compiles, holds some matrices in fp32 for a moment here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.bench import MAX_GRAD_NORM, RECIPES, SUB_TALKER_WEIGHT, set_attention
+from benchmarks.loops import (
+    ADAPTED,
+    ADAPTER_ALPHA,
+    ADAPTER_RANK,
+    keep_frozen_matrices_in_bf16,
+)
+from benchmarks.random_base import SIZES, base_config, build_model, random_rows, to_batch
+from finetuning.codec import FRAMES_PER_SECOND
+from finetuning.dataset import Batch, count_tokens
+from finetuning.layer_utils import replace_and_add_layers
+from finetuning.objective import TrainingObjective, step_loss
+from finetuning.optimizers import keep_matrices_in_bf16, make_optimizer, needs_torchao
+from finetuning.settings import Settings, load_settings
+
+KINDS = ("weights", "gradients", "optimizer", "other")
+OTHER = KINDS[-1]
+CPU = torch.device("cpu")
+
+
+# -------------------------------------------------------------------------------------------------------- counting
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows how many bytes of tensors are alive; tensors from before it are counted once they are given a kind.
+
+    Attributes:
+        bytes: kind -> alive now.
+        peak: kind -> alive when the sum was highest.
+        largest: the largest tensors alive then, as (bytes, shape, dtype, kind), if ``lists_largest``.
+    """
+
+    def __init__(self, lists_largest: bool = False) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.largest: list[tuple[int, str]] = []
+        self._lists_largest = lists_largest
+        self._kinds: dict[int, str] = {}
+        self._sizes: dict[int, int] = {}
+        self._names: dict[int, str] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._see(value, OTHER)
+        return result
+
+    def label(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
+        """Says what these tensors are."""
+        for tensor in tensors:
+            for part in inner_tensors(tensor):
+                self._see(part, OTHER)
+                key = id(part.untyped_storage())
+                self.bytes[self._kinds[key]] -= self._sizes[key]
+                self.bytes[kind] += self._sizes[key]
+                self._kinds[key] = kind
+
+    def begin(self) -> None:
+        """Forgets the peak so far."""
+        self.peak, self.largest = Counter(self.bytes), []
+
+    def _see(self, tensor: torch.Tensor, kind: str) -> None:
+        if type(tensor) is not torch.Tensor and hasattr(tensor, "__tensor_flatten__"):
+            return  # a tensor made of tensors, which were seen themselves
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._sizes:
+            return
+        self._sizes[key], self._kinds[key] = storage.nbytes(), kind
+        self._names[key] = f"{tuple(tensor.shape)} {tensor.dtype}"
+        self.bytes[kind] += storage.nbytes()
+        weakref.finalize(storage, self._forget, key)
+        if self.bytes.total() > self.peak.total():
+            self.peak = Counter(self.bytes)
+            if self._lists_largest:
+                self.largest = [(size, f"{self._names[at]} {self._kinds[at]}") for at, size in self._sizes.items()]
+
+    def _forget(self, key: int) -> None:
+        self.bytes[self._kinds.pop(key)] -= self._sizes.pop(key)
+        del self._names[key]
+
+
+def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a tensor with 8-bit values is made of, or the tensor itself."""
+    if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in inner_tensors(getattr(tensor, name))]
+
+
+# ------------------------------------------------------------------------------------------------------- the steps
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained on what.
+
+    Attributes:
+        recipe: full, layers or lora; the frozen matrices of the last two are bf16, as the release stores them.
+        settings: of the run; what matters here are precision, optimizer, checkpointing and the loss's weight.
+        seconds: the rows of a micro-batch.
+        micro_batches: of a step.
+    """
+
+    config: Mapping[str, Any]
+    recipe: str
+    settings: Settings
+    seconds: tuple[float, ...]
+    micro_batches: int = 1
+
+    def batch(self) -> Batch:
+        return to_batch(random_rows(self.config, len(self.seconds), seconds=self.seconds))
+
+
+def count_peak(case: Case, is_real: bool = False, lists_largest: bool = False) -> LiveBytes:
+    """The counter after two optimizer steps, its peak being that of the second.
+
+    Args:
+        is_real: compute with real tensors.
+    """
+    batch = case.batch()
+    num_talker, num_sub_talker = (case.micro_batches * count for count in count_tokens([batch]))
+    mode = nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True)
+    with no_host_values(case.settings), mode, LiveBytes(lists_largest) as live:
+        objective = make_objective(case)
+        live.label(objective.parameters(), "weights")
+        label_gradients(objective, live)
+        optimizer = make_optimizer(case.settings, objective, case.settings.learning_rate)
+        batch = {name: tensor.clone() for name, tensor in batch.items()}
+        for _ in range(2):
+            live.begin()
+            for _ in range(case.micro_batches):
+                with autocast(case.settings):
+                    sums = objective(batch)
+                step_loss(sums, num_talker, num_sub_talker, case.settings.sub_talker_loss_weight).backward()
+                del sums
+            torch.nn.utils.clip_grad_norm_(objective.parameters(), case.settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            live.label(tensors_of(optimizer), "optimizer")
+    return live
+
+
+def make_objective(case: Case) -> TrainingObjective:
+    """As ``session.build_run`` makes it of a base that is stored in bf16."""
+    model, settings = build_model(case.config, CPU), case.settings
+    set_attention(model, "sdpa")
+    if case.recipe == "lora":  # by peft; training adapters is a later part of the project
+        from peft import LoraConfig, inject_adapter_in_model
+
+        model.requires_grad_(False)
+        adapters = LoraConfig(r=ADAPTER_RANK, lora_alpha=ADAPTER_ALPHA, target_modules=list(ADAPTED))
+        # They are made where they belong; a module of fake tensors cannot be moved.
+        with patch.object(nn.Module, "to", lambda module, *_, **__: module):
+            inject_adapter_in_model(adapters, model.talker)
+    else:
+        replace_and_add_layers(model, *RECIPES[case.recipe], verbose=False)
+    if settings.mixed_precision == "bf16":
+        keep_frozen_matrices_in_bf16(model)
+    if settings.weights_precision == "bf16":
+        keep_matrices_in_bf16(model)
+    vectors = torch.zeros(1, case.config["talker_config"]["hidden_size"])
+    return TrainingObjective(model.talker, vectors, settings.gradient_checkpointing).train()
+
+
+def label_gradients(objective: nn.Module, live: LiveBytes) -> None:
+    """Has every gradient counted as such as soon as it is there."""
+    for parameter in objective.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda one: live.label([one.grad], "gradients"))
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """All tensors that the optimizer keeps."""
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def autocast(settings: Settings) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=settings.mixed_precision == "bf16")
+
+
+@contextmanager
+def no_host_values(settings: Settings) -> Iterator[None]:
+    """Inside, torchao's optimizer reads no number from a tensor, for there may be none in it."""
+    if not needs_torchao(settings):
+        yield
+        return
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    from finetuning import small_adamw
+
+    for signed in (True, False):  # it keeps the values of its 8 bits once it has computed them
+        OptimState8bit.zeros((256,), signed, 256, "cpu")
+    with patch.object(small_adamw.SmallAdamW, "num_steps", 1):
+        yield
+
+
+class BaseOnPaper:
+    """What ``finetuning.memory`` reads of a base, from a configuration alone: all weights stored in bf16."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.talker_config = config["talker_config"]
+        model = build_model(config, torch.device("meta"))
+        self._sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+
+    def weight_sizes(self) -> dict[str, int]:
+        return self._sizes
+
+    def weight_dtypes(self) -> dict[str, torch.dtype]:
+        return dict.fromkeys(self._sizes, torch.bfloat16)
+
+
+def case_settings(**fields: Any) -> Settings:
+    """Settings with these fields; nothing of the user's own."""
+    return load_settings({"use_wandb": False} | fields, environment={})
+
+
+# ------------------------------------------------------------------------------------------------------ the script
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="1.7b")
+    parser.add_argument("--recipe", choices=(*RECIPES, "lora"), default="full")
+    parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="MIXED_PRECISION")
+    parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32", help="WEIGHTS_PRECISION")
+    parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit", "adafactor"), default="adamw")
+    parser.add_argument("--checkpointing", action="store_true", help="GRADIENT_CHECKPOINTING")
+    parser.add_argument("--frames", type=int, default=8000, help="codec frames of a micro-batch")
+    parser.add_argument("--rows", type=int, help="rows that they are shared out to; default rows of 6 s")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
+    parser.add_argument("--real", action="store_true", help="count real tensors as well, on this CPU")
+    parser.add_argument("--largest", type=int, default=0, help="list so many of the largest tensors at the peak")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    num_rows = arguments.rows or max(1, round(arguments.frames / (6 * FRAMES_PER_SECOND)))
+    seconds = (arguments.frames / num_rows / FRAMES_PER_SECOND,) * num_rows
+    settings = case_settings(
+        mixed_precision=arguments.precision,
+        weights_precision=arguments.weights,
+        optimizer=arguments.optimizer,
+        gradient_checkpointing=arguments.checkpointing,
+    )
+    case = Case(base_config(arguments.size), arguments.recipe, settings, seconds, arguments.micro_batches)
+    for is_real in (False, True)[: 1 + arguments.real]:
+        live = count_peak(case, is_real, lists_largest=arguments.largest > 0)
+        print(f"{'real' if is_real else 'fake'}: {describe(live)}", flush=True)
+        for size, name in sorted(live.largest, reverse=True)[: arguments.largest]:
+            print(f"  {size / 1e6:10.1f} MB  {name}")
+
+
+def describe(live: LiveBytes) -> str:
+    """The peak in GB, and its parts."""
+    parts = ", ".join(f"{kind} {live.peak[kind] / 1e9:.3f}" for kind in KINDS)
+    return f"{live.peak.total() / 1e9:.3f} GB at the peak ({parts})"
+
+
+if __name__ == "__main__":
+    main()

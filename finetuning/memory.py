@@ -1,0 +1,406 @@
+"""How much memory a run needs at its peak, and MEMORY_PROFILE: settings that fit into a GPU.
+
+Everything here is computed from the sizes in the base's files, before anything is loaded. ``benchmarks/peak_memory.py``
+counts what the same steps really keep alive, tensor by tensor, and a test holds the two together. Nobody has measured
+either on a GPU yet.
+
+A step's memory has three high points:
+
+- the end of the forward pass, while the sub-talker's last frames are computed: weights, optimizer states, what
+  autocast rounded to bf16, what the layers keep for the backward pass, and the frames' embeddings and their gradients;
+- a checkpointed layer that is computed again in the backward pass;
+- the end of the backward pass: weights, optimizer states, all gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from finetuning.base_model import Base
+from finetuning.codec import FRAMES_PER_SECOND, NUM_CODEBOOKS
+from finetuning.errors import UserError
+from finetuning.objective import SUB_TALKER_CHUNK_FRAMES
+from finetuning.optimizers import check_optimizer
+from finetuning.settings import Settings
+
+#: A row of 15 s, which few clips exceed: its frames, and its positions with the text (3.5 tokens a second) and the
+#: prompt around it.
+ROW_SECONDS = 15
+ROW_FRAMES = round(ROW_SECONDS * FRAMES_PER_SECOND)
+ROW_POSITIONS = ROW_FRAMES + 67
+#: Profile -> bytes of the GPU.
+PROFILES = {"16gb": 16 * 10**9, "24gb": 24 * 10**9, "40gb": 40 * 10**9, "80gb": 80 * 10**9}
+#: Not for tensors: the CUDA context and libraries' workspaces; and the allocator's gaps, as a share of the GPU.
+CONTEXT_BYTES, GAPS_SHARE = 1.5e9, 0.05
+#: Bytes of both moments of a weight: in 8 bits, one scale for 256 values of each.
+BYTES_OF_MOMENTS, BYTES_OF_8_BIT_MOMENTS = 8, 2 + 2 * 4 / 256
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the model as it is trained.
+
+    Attributes:
+        size: number of weights.
+        itemsize: bytes of each, where it does not train.
+    """
+
+    name: str
+    size: int
+    itemsize: int
+    trains: bool
+
+    @property
+    def is_vector(self) -> bool:
+        """A norm or a bias: always fp32."""
+        return self.name.endswith(".bias") or "norm" in self.name
+
+    @property
+    def is_table(self) -> bool:
+        """An embedding: looked up in its own precision, its moments never in 8 bits."""
+        return "embedding" in self.name
+
+
+def weights_of(base: Base, settings: Settings, lora_rank: int = 0) -> list[Weight]:
+    """The weights of the run on ``base``, from the files' headers.
+
+    Args:
+        lora_rank: nothing but adapters of this rank trains, on all matrices of both models' layers; 0 for none.
+    """
+    dtypes, num_layers = base.weight_dtypes(), base.talker_config["num_hidden_layers"]
+    sizes = {name: size for name, size in base.weight_sizes().items() if not name.startswith("speaker_encoder.")}
+    keeps_dtype = settings.mixed_precision == "bf16"
+    itemsizes = {name: dtypes[name].itemsize if keeps_dtype else 4 for name in sizes}
+    if lora_rank:
+        frozen = [Weight(name, size, itemsizes[name], False) for name, size in sizes.items()]
+        return [*frozen, *_adapters(base.talker_config, lora_rank)]
+    first_new = num_layers - settings.replace_last_n_layers
+    weights = [Weight(name, size, itemsizes[name], _trains(name, settings, first_new)) for name, size in sizes.items()]
+    one_layer = {name: size for name, size in sizes.items() if layer_of(name) == 0}
+    for index in range(num_layers, num_layers + settings.add_new_layers):
+        for name, size in one_layer.items():
+            weights.append(Weight(name.replace(".0.", f".{index}.", 1), size, 4, True))
+    return weights
+
+
+def layer_of(name: str) -> int | None:
+    """The talker layer that a weight belongs to."""
+    prefix = "talker.model.layers."
+    return int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else None
+
+
+def _trains(name: str, settings: Settings, first_new: int) -> bool:
+    """As ``layer_utils.set_trainable`` decides."""
+    if name == "talker.model.text_embedding.weight":
+        return settings.train_text_embedding
+    if not settings.freeze_original_layers:
+        return True
+    if (layer := layer_of(name)) is not None:
+        return layer >= first_new
+    is_sub_talker = name.startswith("talker.code_predictor.") and "embedding" not in name
+    return is_sub_talker or name.startswith(("talker.model.norm.", "talker.codec_head."))
+
+
+def _adapters(talker: Mapping[str, Any], rank: int) -> Iterator[Weight]:
+    """LoRA's matrices on every linear map of every layer."""
+    predictor = talker["code_predictor_config"]
+    for prefix, config in (("talker.model", talker), ("talker.code_predictor.model", predictor)):
+        width, inner, queries, keys = _widths(config)
+        ends = 2 * (width + queries) + 2 * (width + keys) + 3 * (width + inner)
+        for index in range(config["num_hidden_layers"]):
+            yield Weight(f"{prefix}.layers.{index}.lora", rank * ends, 4, True)
+
+
+def parameter_counts(base: Base, settings: Settings) -> tuple[int, int]:
+    """(trained, frozen) weights of the run."""
+    weights = weights_of(base, settings)
+    trained = sum(weight.size for weight in weights if weight.trains)
+    return trained, sum(weight.size for weight in weights) - trained
+
+
+def _widths(config: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """(hidden, MLP, queries, keys) of a layer."""
+    heads, keys, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    return config["hidden_size"], config["intermediate_size"], heads * size, keys * size
+
+
+# ------------------------------------------------------------------------------------------------------- the needs
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a run needs, on each GPU that holds the whole model.
+
+    Attributes:
+        talker: ``talker_config`` of the base.
+        weights: see ``weights_of``.
+    """
+
+    talker: Mapping[str, Any]
+    weights: list[Weight]
+    settings: Settings
+
+    @classmethod
+    def of(cls, base: Base, settings: Settings, lora_rank: int = 0) -> Needs:
+        return cls(base.talker_config, weights_of(base, settings, lora_rank), settings)
+
+    def peak_bytes(self) -> float:
+        """The highest point of a step, with rows of 15 s."""
+        frames = self.settings.max_frames_per_batch or self.settings.batch_size * ROW_FRAMES
+        return self.bytes_for(frames, frames * ROW_POSITIONS / ROW_FRAMES, self.settings.gradient_accumulation_steps)
+
+    def bytes_for(self, num_frames: float, num_positions: float, num_micro_batches: int) -> float:
+        """The highest point of a step of micro-batches of so many frames and positions."""
+        before = self.standing_bytes + (self.gradient_bytes if num_micro_batches > 1 else 0)
+        frame_bytes = num_frames * 4 * NUM_CODEBOOKS * self.talker["hidden_size"]  # all embeddings of the frames, fp32
+        forward = before + self._kept(num_positions) + self.cast_bytes + self._sub_talker(num_frames) + frame_bytes
+        again = before + self._kept(num_positions) + frame_bytes + self._layer_again(num_positions)
+        backward = self.standing_bytes + self.gradient_bytes + 2 * frame_bytes + self._looked_up
+        return max(forward, again, backward)
+
+    @property
+    def standing_bytes(self) -> float:
+        """Weights and the optimizer's states: there from the first step to the last."""
+        return sum(map(self._weight_bytes, self.weights)) + sum(map(self._state_bytes, self._trained()))
+
+    @cached_property
+    def gradient_bytes(self) -> float:
+        """Of all that trains, in the weights' precision."""
+        return sum(map(self._weight_bytes, self._trained()))
+
+    @property
+    def cast_bytes(self) -> float:
+        """bf16 copies of fp32 matrices that train; autocast keeps each from its first use to the end of the forward."""
+        return sum(2 * weight.size for weight in self._trained() if self._is_cast(weight))
+
+    # --------------------------------------------------------------------------------------------------- of a weight
+
+    def _trained(self) -> Iterator[Weight]:
+        return (weight for weight in self.weights if weight.trains)
+
+    def _weight_bytes(self, weight: Weight) -> float:
+        if weight.is_vector:
+            return 4 * weight.size
+        if not weight.trains:
+            return weight.itemsize * weight.size
+        return (2 if self.settings.weights_precision == "bf16" else 4) * weight.size
+
+    def _state_bytes(self, weight: Weight) -> float:
+        if self.settings.optimizer == "adafactor":  # a number for each row and column, next to nothing
+            return 4 * weight.size if weight.is_vector else 0
+        is_small = self.settings.optimizer == "adamw_8bit" and not (weight.is_vector or weight.is_table)
+        return weight.size * (BYTES_OF_8_BIT_MOMENTS if is_small else BYTES_OF_MOMENTS)
+
+    def _is_cast(self, weight: Weight) -> bool:
+        is_fp32 = self.settings.weights_precision == "fp32" and not weight.is_vector and not weight.is_table
+        return is_fp32 and self._is_mixed
+
+    @property
+    def _is_mixed(self) -> bool:
+        return self.settings.mixed_precision != "no"
+
+    # ---------------------------------------------------------------------------------------------- of the positions
+
+    def _kept(self, num_positions: float) -> float:
+        """What the talker keeps for the backward pass."""
+        layers = [layer for weight in self._trained() if (layer := layer_of(weight.name)) is not None]
+        num_trained, num_layers = len(set(layers)), self._num_layers
+        is_below = any(weight.is_table or "text_projection" in weight.name for weight in self._trained())
+        num_with_graph = num_layers if is_below else num_layers - min(layers, default=num_layers)
+        num_whole = num_with_graph - (num_trained if self.settings.gradient_checkpointing else 0)
+        width = self.talker["hidden_size"]
+        inputs = (num_with_graph - num_whole) * 4 * width
+        return num_positions * (inputs + num_whole * self._layer_bytes(self.talker) + 5 * 4 * width)
+
+    @property
+    def _num_layers(self) -> int:
+        """Of the talker as it is trained."""
+        return 1 + max(layer for weight in self.weights if (layer := layer_of(weight.name)) is not None)
+
+    def _layer_bytes(self, config: Mapping[str, Any]) -> float:
+        """What a decoder layer keeps of a position.
+
+        Read off the layer's operations: the residual stream and the norms are fp32, and under autocast each matrix
+        keeps its own bf16 copy of its input.
+        """
+        width, inner, queries, keys = _widths(config)
+        if self._is_mixed:
+            return 26 * width + 8 * inner + 10 * (queries + keys)
+        return 24 * width + 16 * inner + 16 * (queries + keys)
+
+    def _layer_again(self, num_positions: float) -> float:
+        """A layer in the backward pass: computed again where it is checkpointed, and gradients of its widest parts."""
+        width, inner, *_ = _widths(self.talker)
+        again = self._layer_bytes(self.talker) if self.settings.gradient_checkpointing else 0
+        return num_positions * (again + 8 * width + (6 if self._is_mixed else 12) * inner)
+
+    def _sub_talker(self, num_frames: float) -> float:
+        """A chunk of frames through the sub-talker and its heads, and the gradients of the chunks before it."""
+        predictor = self.talker["code_predictor_config"]
+        num_chunk = min(num_frames, SUB_TALKER_CHUNK_FRAMES)
+        logits = (NUM_CODEBOOKS - 1) * predictor["vocab_size"] * (12 if self._is_mixed else 16)
+        layers = NUM_CODEBOOKS * predictor["num_hidden_layers"] * self._layer_bytes(predictor)
+        inputs = NUM_CODEBOOKS * 6 * self.talker["hidden_size"]
+        before = (num_frames - num_chunk) * 4 * NUM_CODEBOOKS * self.talker["hidden_size"]
+        is_own = num_frames > num_chunk
+        of_weights = sum(self._weight_bytes(weight) for weight in self._trained() if "code_predictor" in weight.name)
+        return num_chunk * (logits + layers + inputs) + before + is_own * of_weights
+
+    @property
+    def _looked_up(self) -> float:
+        """The codec tables joined for one lookup, and their gradient, where they train."""
+        tables = [weight for weight in self.weights if weight.is_table and "codec" in weight.name]
+        return sum(2 * 4 * weight.size for weight in tables if weight.trains)
+
+
+# ---------------------------------------------------------------------------------------------------- the profiles
+
+
+@dataclass(frozen=True)
+class Picks:
+    """Settings for a GPU.
+
+    Attributes:
+        settings: with what was picked.
+        peak_bytes: that they need.
+        message: what was picked, in one line.
+    """
+
+    settings: Settings
+    peak_bytes: float
+    message: str
+
+
+def pick_for_memory(
+    settings: Settings, base: Base, gpu_bytes: int | None, num_processes: int = 1, lora_rank: int = 0
+) -> Picks | None:
+    """What MEMORY_PROFILE picks: the first combination that fits, of those that learn best first.
+
+    Given up, in this order: large micro-batches (a step keeps its rows), no checkpointing, AdamW's moments in fp32, and
+    last fp32 weights. What the user set stays. The same settings, base and GPU give the same picks, so a run can be
+    resumed.
+
+    Args:
+        gpu_bytes: memory of the GPU, the smallest of all processes; None where there is none.
+        num_processes: for messages and what depends on the rows of a step.
+        lora_rank: see ``weights_of``.
+
+    Returns:
+        None where nothing is to be picked.
+
+    Raises:
+        UserError: nothing fits, or what fits needs a package that is missing.
+    """
+    profile = settings.memory_profile
+    if profile is None or (profile == "auto" and gpu_bytes is None):
+        return None
+    profile = largest_profile(gpu_bytes) if profile == "auto" else profile
+    room = usable_bytes(PROFILES[profile])
+    needs = [
+        Needs(base.talker_config, weights_of(base, candidate, lora_rank), candidate)
+        for candidate in _candidates(settings)
+    ]
+    fitting = next((need for need in needs if need.peak_bytes() <= room), None)
+    if fitting is None:
+        raise UserError(_nothing_fits(profile, settings, min(need.peak_bytes() for need in needs)))
+    check_optimizer(fitting.settings)
+    return Picks(fitting.settings, fitting.peak_bytes(), _message(profile, settings, fitting))
+
+
+def largest_profile(gpu_bytes: int) -> str:
+    """
+    Raises:
+        UserError: the GPU is smaller than the smallest.
+    """
+    fitting = [name for name, size in PROFILES.items() if size <= gpu_bytes]
+    if not fitting:
+        raise UserError(
+            f"MEMORY_PROFILE: auto found a GPU of {gpu_bytes / 1e9:.1f} GB, and the smallest profile is for 16 GB. Unset "
+            "it and set BATCH_SIZE=1, GRADIENT_CHECKPOINTING=true, OPTIMIZER=adamw_8bit, or take a 0.6B base"
+        )
+    return fitting[-1]
+
+
+def usable_bytes(gpu_bytes: float) -> float:
+    """What is left for tensors."""
+    return gpu_bytes * (1 - GAPS_SHARE) - CONTEXT_BYTES
+
+
+#: Field -> what may be picked for it, the best first.
+_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "weights_precision": ("fp32", "bf16"),
+    "optimizer": ("adamw", "adamw_8bit"),
+    "gradient_checkpointing": (False, True),
+}
+
+
+def _candidates(settings: Settings) -> Iterator[Settings]:
+    """All combinations that may be picked, the best first."""
+    choices = {field: (getattr(settings, field),) if settings.is_set(field) else _CHOICES[field] for field in _CHOICES}
+    if settings.mixed_precision != "bf16" or settings.optimizer == "adafactor":
+        choices["weights_precision"] = (settings.weights_precision,)  # see the settings' checks
+    for *values, batch in itertools.product(*choices.values(), _micro_batches(settings)):
+        yield settings.model_copy(update=dict(zip(choices, values, strict=True)) | batch)
+
+
+def _micro_batches(settings: Settings) -> list[dict[str, int]]:
+    """Micro-batches and accumulation for the same rows or frames of a step, the largest micro-batch first."""
+    accumulation, max_frames = settings.gradient_accumulation_steps, settings.max_frames_per_batch
+    if settings.is_set("gradient_accumulation_steps") or settings.is_set("batch_size"):
+        return [{}]
+    if max_frames is None:
+        total = settings.batch_size * accumulation
+        sizes = [size for size in range(total, 0, -1) if total % size == 0]
+        return [{"batch_size": size, "gradient_accumulation_steps": total // size} for size in sizes]
+    halvings = [2**times for times in range(8) if max_frames % 2**times == 0 and max_frames // 2**times >= ROW_FRAMES]
+    return [
+        {"max_frames_per_batch": max_frames // parts, "gradient_accumulation_steps": accumulation * parts}
+        for parts in halvings or [1]
+    ]
+
+
+def _message(profile: str, settings: Settings, needs: Needs) -> str:
+    shown = (*_batch_fields(settings), *_CHOICES)
+    picked = [field for field in shown if not settings.is_set(field) or _differs(field, settings, needs.settings)]
+    kept = [field for field in shown if field not in picked]
+    kept_note = f" (set by you: {_assignments(kept, needs.settings)})" if kept else ""
+    return (
+        f"Memory profile {profile}: {_assignments(picked, needs.settings) or 'nothing left to pick'}{kept_note}; about "
+        f"{needs.peak_bytes() / 1e9:.1f} of {PROFILES[profile] / 1e9:.0f} GB with clips of {ROW_SECONDS} s (computed, "
+        "not measured)"
+    )
+
+
+def _batch_fields(settings: Settings) -> tuple[str, str]:
+    return "max_frames_per_batch" if settings.max_frames_per_batch else "batch_size", "gradient_accumulation_steps"
+
+
+def _differs(field: str, one: Settings, other: Settings) -> bool:
+    return getattr(one, field) != getattr(other, field)
+
+
+def _assignments(fields: Iterable[str], settings: Settings) -> str:
+    return " ".join(f"{field.upper()}={str(getattr(settings, field)).lower()}" for field in fields)
+
+
+def _nothing_fits(profile: str, settings: Settings, smallest: float) -> str:
+    """What to say, and what would fit."""
+    kept = [field for field in (*_batch_fields(settings), *_CHOICES) if settings.is_set(field)]
+    ways = [f"unset {', '.join(field.upper() for field in kept)}"] if kept else []
+    if not settings.freeze_original_layers:
+        ways.append(
+            "train new layers instead of the whole model (REPLACE_LAST_N_LAYERS=2 ADD_NEW_LAYERS=4 "
+            "FREEZE_ORIGINAL_LAYERS=true)"
+        )
+    ways += ["take a 0.6B base", "take a larger GPU, or several with FSDP"]
+    return (
+        f"MEMORY_PROFILE: nothing fits into {PROFILES[profile] / 1e9:.0f} GB; the least is about {smallest / 1e9:.1f} GB "
+        f"and {usable_bytes(PROFILES[profile]) / 1e9:.1f} GB are left for it. One of these helps: {'; '.join(ways)}"
+    )
