@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from finetuning.base_model import Base
 
 PROJECT = Path(__file__).parent
-#: fp32 master, gradient and two Adam moments.
-BYTES_PER_TRAINED_WEIGHT, BYTES_PER_FROZEN_WEIGHT = 16, 4
 
 
 class Preflight:
@@ -151,6 +149,13 @@ class Preflight:
             f"type {self.base.config['tts_model_type']}"
         )
 
+    def memory_profile(self) -> str:
+        from finetuning.session import apply_memory_profile
+
+        asked = self.settings.memory_profile
+        self.settings = apply_memory_profile(self.settings, self.base, self.accelerator)
+        return f"MEMORY_PROFILE={asked}"
+
     def output_folder(self) -> str:
         from finetuning.checkpoint import check_output_folder
         from finetuning.session import choose_start
@@ -201,29 +206,28 @@ class Preflight:
         return f"{len(distinct)} named" if distinct else "none named; a clip of each speaker will be chosen"
 
     def memory(self) -> str:
-        """Weights, gradients and Adam states of the whole run, from the base's headers, before anything is loaded."""
+        """The peak of a step with rows of 15 s, from the base's headers, before anything is loaded."""
         from finetuning.base_model import free_memory_bytes
-        from finetuning.session import keeps_bf16
+        from finetuning.memory import Needs
         from finetuning.sharding import asks_for_fsdp
 
-        trained, frozen = parameter_counts(self.base, self.settings)
-        stored = self.base.weight_dtypes()["talker.model.text_embedding.weight"]
-        bytes_per_frozen = stored.itemsize if keeps_bf16(self.settings) else BYTES_PER_FROZEN_WEIGHT
-        needed = trained * BYTES_PER_TRAINED_WEIGHT + frozen * bytes_per_frozen
-        count = int(os.environ.get("WORLD_SIZE") or 1)
-        if count > 1 and asks_for_fsdp():
-            needed //= count
+        needs, count = Needs.of(self.base, self.settings), int(os.environ.get("WORLD_SIZE") or 1)
+        needed = needs.sharded_peak_bytes(count) if asks_for_fsdp() else needs.peak_bytes()
         if self.device == "cpu":  # the processes of a machine share its memory
             needed *= int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         free = free_memory_bytes(self.device)
-        line = f"weights, gradients and Adam states take {needed / 1e9:.2f} GB, activations come on top"
+        line = f"a step takes about {needed / 1e9:.2f} GB with clips of 15 s (computed, not measured)"
         if needed > free:
-            raise UserError(f"{line}; only {free / 1e9:.2f} GB are free. Train fewer layers or use a larger card")
+            raise UserError(
+                f"{line}; only {free / 1e9:.2f} GB are free. MEMORY_PROFILE picks settings that need less; or train "
+                "fewer layers, or use a larger card"
+            )
         return f"{line}; {free / 1e9:.1f} GB are free"
 
     def disk(self) -> str:
         """One checkpoint and one state against the free space of OUTPUT_DIR's disk."""
         from finetuning.checkpoint import check_disk_space
+        from finetuning.memory import parameter_counts
         from finetuning.saving import STATE_BYTES_PER_WEIGHT
         from finetuning.session import spare_bytes
 
@@ -262,21 +266,6 @@ class Preflight:
         return f"{run.train.num_rows} rows, forward and backward"
 
 
-def parameter_counts(base: Base, settings: Settings) -> tuple[int, int]:
-    """(trained, frozen) weights of the run on ``base`` with these layer settings, read from the files' headers."""
-    sizes = {name: size for name, size in base.weight_sizes().items() if not name.startswith("speaker_encoder.")}
-    layer = sum(size for name, size in sizes.items() if name.startswith("talker.model.layers.0."))
-    total = sum(sizes.values()) + settings.add_new_layers * layer
-    if not settings.freeze_original_layers:
-        frozen = sizes["talker.model.text_embedding.weight"]
-        return total - frozen, frozen
-    trained_parts = ("talker.model.norm.", "talker.codec_head.", "talker.code_predictor.")
-    trained = sum(size for name, size in sizes.items() if name.startswith(trained_parts))
-    trained -= sum(size for name, size in sizes.items() if "code_predictor.model.codec_embedding" in name)
-    trained += (settings.replace_last_n_layers + settings.add_new_layers) * layer
-    return trained, total - trained
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()  # no arguments: it checks what the settings say
@@ -288,6 +277,8 @@ def main() -> None:
     check("hardware", preflight.hardware, needs=preflight.settings)
     check("processes", preflight.processes, needs=preflight.device)
     check("model", preflight.model, needs=preflight.device)
+    if preflight.num_failed == 0 and preflight.settings.memory_profile:
+        check("memory profile", preflight.memory_profile, together=True)
     check("output folder", preflight.output_folder, needs=preflight.base)
     check("data", preflight.data, needs=preflight.base)
     check("references", preflight.references, needs=preflight.settings)

@@ -34,6 +34,7 @@ def train(settings: Settings) -> None:
 
     base, device = session.check_inputs(settings)
     accelerator = session.start(settings, device)
+    settings = session.apply_memory_profile(settings, base, accelerator)
     try:
         resume = session.choose_start(settings, base, accelerator)
         rows = session.open_rows(settings, base, accelerator)

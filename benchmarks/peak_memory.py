@@ -37,7 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.bench import MAX_GRAD_NORM, RECIPES, SUB_TALKER_WEIGHT, set_attention
+from benchmarks.bench import RECIPES, set_attention
 from benchmarks.loops import (
     ADAPTED,
     ADAPTER_ALPHA,
@@ -48,12 +48,14 @@ from benchmarks.random_base import SIZES, base_config, build_model, random_rows,
 from finetuning.codec import FRAMES_PER_SECOND
 from finetuning.dataset import Batch, count_tokens
 from finetuning.layer_utils import replace_and_add_layers
+from finetuning.memory import PROFILES, ROW_SECONDS, pick_for_memory
 from finetuning.objective import TrainingObjective, step_loss
 from finetuning.optimizers import keep_matrices_in_bf16, make_optimizer, needs_torchao
 from finetuning.settings import Settings, load_settings
 
 KINDS = ("weights", "gradients", "optimizer", "other")
 OTHER = KINDS[-1]
+LAYER_SETTINGS = ("replace_last_n_layers", "add_new_layers", "freeze_original_layers")
 CPU = torch.device("cpu")
 
 
@@ -66,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         bytes: kind -> alive now.
         peak: kind -> alive when the sum was highest.
-        largest: the largest tensors alive then, as (bytes, shape, dtype, kind), if ``lists_largest``.
+        largest: the tensors alive then, as (bytes, text), if ``lists_largest``; that makes it many times slower.
     """
 
     def __init__(self, lists_largest: bool = False) -> None:
@@ -78,6 +80,7 @@ class LiveBytes(TorchDispatchMode):
         self._kinds: dict[int, str] = {}
         self._sizes: dict[int, int] = {}
         self._names: dict[int, str] = {}
+        self._references: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -108,9 +111,10 @@ class LiveBytes(TorchDispatchMode):
         if key in self._sizes:
             return
         self._sizes[key], self._kinds[key] = storage.nbytes(), kind
-        self._names[key] = f"{tuple(tensor.shape)} {tensor.dtype}"
+        if self._lists_largest:
+            self._names[key] = f"{tuple(tensor.shape)} {tensor.dtype}"
         self.bytes[kind] += storage.nbytes()
-        weakref.finalize(storage, self._forget, key)
+        self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
         if self.bytes.total() > self.peak.total():
             self.peak = Counter(self.bytes)
             if self._lists_largest:
@@ -118,7 +122,8 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.bytes[self._kinds.pop(key)] -= self._sizes.pop(key)
-        del self._names[key]
+        del self._references[key]
+        self._names.pop(key, None)
 
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -272,12 +277,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="rows that they are shared out to; default rows of 6 s")
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
     parser.add_argument("--real", action="store_true", help="count real tensors as well, on this CPU")
+    parser.add_argument("--table", action="store_true", help="what MEMORY_PROFILE picks for all recipes and cards")
     parser.add_argument("--largest", type=int, default=0, help="list so many of the largest tensors at the peak")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.table:
+        print_table(base_config(arguments.size))
+        return
     num_rows = arguments.rows or max(1, round(arguments.frames / (6 * FRAMES_PER_SECOND)))
     seconds = (arguments.frames / num_rows / FRAMES_PER_SECOND,) * num_rows
     settings = case_settings(
@@ -292,6 +301,34 @@ def main() -> None:
         print(f"{'real' if is_real else 'fake'}: {describe(live)}", flush=True)
         for size, name in sorted(live.largest, reverse=True)[: arguments.largest]:
             print(f"  {size / 1e6:10.1f} MB  {name}")
+
+
+def print_table(config: Mapping[str, Any]) -> None:
+    """Markdown: a line for each recipe and card, with the peak of the formula and that of the count."""
+    base, counted = BaseOnPaper(config), {}
+    print("| recipe | card | micro-batch x accumulation | weights | moments | checkpointing | formula | counted |")
+    print("|---|---|---|---|---|---|---|---|")
+    for recipe in (*RECIPES, "lora"):
+        layers = dict(zip(LAYER_SETTINGS, RECIPES.get(recipe, RECIPES["layers"]), strict=True))
+        for profile in PROFILES:
+            rank = ADAPTER_RANK if recipe == "lora" else 0
+            picks = pick_for_memory(case_settings(memory_profile=profile, **layers), base, lora_rank=rank)
+            own = picks.settings
+            size, accumulation = own.batch_size, own.gradient_accumulation_steps
+            cells = (
+                recipe,
+                f"{size} x {accumulation}",
+                own.weights_precision,
+                own.optimizer,
+                own.gradient_checkpointing,
+            )
+            if cells not in counted:
+                # Gradients are there from the second micro-batch on; more of them add nothing.
+                case = Case(config, recipe, own, (ROW_SECONDS,) * size, min(accumulation, 2))
+                counted[cells] = count_peak(case).peak.total()
+            figures = (f"{number / 1e9:.1f} GB" for number in (picks.peak_bytes, counted[cells]))
+            shown = map(str, (recipe, profile, *cells[1:], *figures))
+            print(f"| {' | '.join(shown)} |", flush=True)
 
 
 def describe(live: LiveBytes) -> str:

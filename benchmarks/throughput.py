@@ -269,7 +269,7 @@ def describe(variant: Variant) -> str:
 
 
 def levers(recipe: str, is_cuda: bool) -> list[Variant]:
-    """Each one alone, off where it is on by itself, and on where it is off; on a CPU nothing is compiled for minutes."""
+    """Each alone, off where it is on by itself, and on where it is off; a CPU compiles for minutes, so not there."""
     variants = [
         Variant("rows of any length together", window_steps=1),
         Variant("padded rows", objective_class=PaddedRows),

@@ -26,6 +26,7 @@ from finetuning.errors import UserError
 from finetuning.objective import SUB_TALKER_CHUNK_FRAMES
 from finetuning.optimizers import check_optimizer
 from finetuning.settings import Settings
+from finetuning.sharding import asks_for_fsdp
 
 #: A row of 15 s, which few clips exceed: its frames, and its positions with the text (3.5 tokens a second) and the
 #: prompt around it.
@@ -36,6 +37,8 @@ ROW_POSITIONS = ROW_FRAMES + 67
 PROFILES = {"16gb": 16 * 10**9, "24gb": 24 * 10**9, "40gb": 40 * 10**9, "80gb": 80 * 10**9}
 #: Not for tensors: the CUDA context and libraries' workspaces; and the allocator's gaps, as a share of the GPU.
 CONTEXT_BYTES, GAPS_SHARE = 1.5e9, 0.05
+#: So much less than its name says a GPU may have (an A10G has 23.8 of 24 GB); what a profile leaves free covers it.
+UNDER_NOMINAL_SHARE = 0.02
 #: Bytes of both moments of a weight: in 8 bits, one scale for 256 values of each.
 BYTES_OF_MOMENTS, BYTES_OF_8_BIT_MOMENTS = 8, 2 + 2 * 4 / 256
 
@@ -76,7 +79,7 @@ def weights_of(base: Base, settings: Settings, lora_rank: int = 0) -> list[Weigh
     """
     dtypes, num_layers = base.weight_dtypes(), base.talker_config["num_hidden_layers"]
     sizes = {name: size for name, size in base.weight_sizes().items() if not name.startswith("speaker_encoder.")}
-    keeps_dtype = settings.mixed_precision == "bf16"
+    keeps_dtype = settings.mixed_precision == "bf16" and not asks_for_fsdp()  # see session.keeps_bf16
     itemsizes = {name: dtypes[name].itemsize if keeps_dtype else 4 for name in sizes}
     if lora_rank:
         frozen = [Weight(name, size, itemsizes[name], False) for name, size in sizes.items()]
@@ -155,6 +158,11 @@ class Needs:
         """The highest point of a step, with rows of 15 s."""
         frames = self.settings.max_frames_per_batch or self.settings.batch_size * ROW_FRAMES
         return self.bytes_for(frames, frames * ROW_POSITIONS / ROW_FRAMES, self.settings.gradient_accumulation_steps)
+
+    def sharded_peak_bytes(self, num_processes: int) -> float:
+        """Of each process where weights, gradients and states are shared out among them (FSDP)."""
+        whole = self.standing_bytes + self.gradient_bytes
+        return max(self.peak_bytes() - whole, 0) + whole / num_processes
 
     def bytes_for(self, num_frames: float, num_positions: float, num_micro_batches: int) -> float:
         """The highest point of a step of micro-batches of so many frames and positions."""
@@ -278,35 +286,33 @@ class Picks:
     message: str
 
 
-def pick_for_memory(
-    settings: Settings, base: Base, gpu_bytes: int | None, num_processes: int = 1, lora_rank: int = 0
-) -> Picks | None:
+def pick_for_memory(settings: Settings, base: Base, gpu_bytes: int | None = None, lora_rank: int = 0) -> Picks | None:
     """What MEMORY_PROFILE picks: the first combination that fits, of those that learn best first.
 
-    Given up, in this order: large micro-batches (a step keeps its rows), no checkpointing, AdamW's moments in fp32, and
-    last fp32 weights. What the user set stays. The same settings, base and GPU give the same picks, so a run can be
-    resumed.
+    See ``_order`` for what is given up first; a step always keeps its rows. What the user set stays. The same settings,
+    base and GPU give the same picks, so a run can be resumed.
 
     Args:
         gpu_bytes: memory of the GPU, the smallest of all processes; None where there is none.
-        num_processes: for messages and what depends on the rows of a step.
         lora_rank: see ``weights_of``.
 
     Returns:
         None where nothing is to be picked.
 
     Raises:
-        UserError: nothing fits, or what fits needs a package that is missing.
+        UserError: nothing fits, or what fits needs a package that is missing, or the launch asks for FSDP.
     """
     profile = settings.memory_profile
     if profile is None or (profile == "auto" and gpu_bytes is None):
         return None
+    if asks_for_fsdp():
+        raise UserError(
+            "MEMORY_PROFILE: it knows what a GPU needs that holds the whole model, not a share of it as under FSDP. "
+            "Unset it, or launch without FSDP"
+        )
     profile = largest_profile(gpu_bytes) if profile == "auto" else profile
-    room = usable_bytes(PROFILES[profile])
-    needs = [
-        Needs(base.talker_config, weights_of(base, candidate, lora_rank), candidate)
-        for candidate in _candidates(settings)
-    ]
+    room, weights = usable_bytes(PROFILES[profile]), weights_of(base, settings, lora_rank)
+    needs = [Needs(base.talker_config, weights, candidate) for candidate in _candidates(settings)]
     fitting = next((need for need in needs if need.peak_bytes() <= room), None)
     if fitting is None:
         raise UserError(_nothing_fits(profile, settings, min(need.peak_bytes() for need in needs)))
@@ -315,15 +321,16 @@ def pick_for_memory(
 
 
 def largest_profile(gpu_bytes: int) -> str:
-    """
+    """The largest that fits a GPU.
+
     Raises:
         UserError: the GPU is smaller than the smallest.
     """
-    fitting = [name for name, size in PROFILES.items() if size <= gpu_bytes]
+    fitting = [name for name, size in PROFILES.items() if size * (1 - UNDER_NOMINAL_SHARE) <= gpu_bytes]
     if not fitting:
         raise UserError(
-            f"MEMORY_PROFILE: auto found a GPU of {gpu_bytes / 1e9:.1f} GB, and the smallest profile is for 16 GB. Unset "
-            "it and set BATCH_SIZE=1, GRADIENT_CHECKPOINTING=true, OPTIMIZER=adamw_8bit, or take a 0.6B base"
+            f"MEMORY_PROFILE: auto found a GPU of {gpu_bytes / 1e9:.1f} GB, and the smallest profile is for 16 GB. "
+            "Unset it and set BATCH_SIZE=1, GRADIENT_CHECKPOINTING=true, OPTIMIZER=adamw_8bit, or take a 0.6B base"
         )
     return fitting[-1]
 
@@ -341,13 +348,31 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def _candidates(settings: Settings) -> Iterator[Settings]:
+def _candidates(settings: Settings) -> list[Settings]:
     """All combinations that may be picked, the best first."""
     choices = {field: (getattr(settings, field),) if settings.is_set(field) else _CHOICES[field] for field in _CHOICES}
     if settings.mixed_precision != "bf16" or settings.optimizer == "adafactor":
         choices["weights_precision"] = (settings.weights_precision,)  # see the settings' checks
-    for *values, batch in itertools.product(*choices.values(), _micro_batches(settings)):
-        yield settings.model_copy(update=dict(zip(choices, values, strict=True)) | batch)
+    combinations = itertools.product(_micro_batches(settings), *choices.values())
+    return sorted(
+        (
+            settings.model_copy(update=batch | dict(zip(choices, values, strict=True)))
+            for batch, *values in combinations
+        ),
+        key=_order,
+    )
+
+
+def _order(settings: Settings) -> tuple[int, ...]:
+    """The smaller, the better: first large micro-batches are given up, then the speed of no checkpointing, AdamW's fp32
+    moments, and fp32 weights.
+
+    With weights in bf16 the gradients are bf16 too and lose bits when micro-batches are added up, so there large
+    micro-batches are kept longer than the speed.
+    """
+    accumulation, in_bf16 = settings.gradient_accumulation_steps, settings.weights_precision == "bf16"
+    is_small = settings.optimizer == "adamw_8bit"
+    return (in_bf16, is_small, accumulation * in_bf16, settings.gradient_checkpointing, accumulation)
 
 
 def _micro_batches(settings: Settings) -> list[dict[str, int]]:
@@ -400,7 +425,8 @@ def _nothing_fits(profile: str, settings: Settings, smallest: float) -> str:
             "FREEZE_ORIGINAL_LAYERS=true)"
         )
     ways += ["take a 0.6B base", "take a larger GPU, or several with FSDP"]
+    size = PROFILES[profile]
     return (
-        f"MEMORY_PROFILE: nothing fits into {PROFILES[profile] / 1e9:.0f} GB; the least is about {smallest / 1e9:.1f} GB "
-        f"and {usable_bytes(PROFILES[profile]) / 1e9:.1f} GB are left for it. One of these helps: {'; '.join(ways)}"
+        f"MEMORY_PROFILE: nothing fits into {size / 1e9:.0f} GB; a step takes at least about {smallest / 1e9:.1f} GB, "
+        f"and {usable_bytes(size) / 1e9:.1f} GB are left for it. One of these helps: {'; '.join(ways)}"
     )

@@ -10,6 +10,7 @@ device for a value, so the host is never kept waiting.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from finetuning.attention import Rows, pack_attention, rows_for
 from finetuning.chunked import pieces, sum_over_chunks
 from finetuning.dataset import Batch
+from finetuning.errors import UserError
 from finetuning.prompt import NO_CODEC
 
 #: Positions whose talker logits, and frames whose sub-talker activations and logits, are in memory at a time.
@@ -246,6 +248,13 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tenso
         return F.cross_entropy(logits, labels.flatten(), reduction="sum")
     losses = F.cross_entropy(logits, labels.flatten(), reduction="none").view_as(labels)
     return (losses.flatten(1).sum(1) * weights).sum()
+
+
+def check_compiler(device: str) -> None:
+    """Raises UserError where torch.compile would find no compiler: for C on a GPU, for C++ on a CPU."""
+    names = ("gcc", "clang", "cc") if device == "cuda" else ("g++", "clang++", "c++")
+    if not any(map(shutil.which, names)):
+        raise UserError(f"COMPILE: none of {', '.join(names)} is installed; install one, or set COMPILE=false")
 
 
 def compile_layers(objective: TrainingObjective, backend: str = "inductor") -> None:

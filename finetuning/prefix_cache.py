@@ -25,7 +25,7 @@ from finetuning.dataset import Batch, split_batch, to_device
 from finetuning.errors import UserError
 from finetuning.objective import TrainingObjective
 from finetuning.settings import Settings
-from finetuning.sharding import is_sharded
+from finetuning.sharding import asks_for_fsdp
 from finetuning.steps import TrainingSteps
 
 #: Rows whose length stands for that of all when the size is estimated.
@@ -188,7 +188,7 @@ def _remove(folder: Path) -> int:
 
 
 def make_prefix_cache(
-    settings: Settings, objective: torch.nn.Module, accelerator: Accelerator, train: TrainingSteps
+    settings: Settings, objective: TrainingObjective, accelerator: Accelerator, train: TrainingSteps
 ) -> PrefixCache | None:
     """The cache that PREFIX_CACHE asks for, with a line about its size; None for off.
 
@@ -196,11 +196,10 @@ def make_prefix_cache(
         objective: where its weights will stay, but not wrapped.
 
     Raises:
-        UserError: it cannot work here.
+        UserError: PREFIX_CACHE_DIR cannot be written.
     """
     if settings.prefix_cache == "off":
         return None
-    check_is_frozen(objective)
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     dtype = torch.float32 if settings.mixed_precision == "no" else torch.bfloat16
     max_bytes = int(settings.prefix_cache_gb * 1e9)
@@ -215,16 +214,10 @@ def make_prefix_cache(
     return PrefixCache(objective, accelerator, dtype, store)
 
 
-def check_is_frozen(objective: torch.nn.Module) -> None:
-    """Raises UserError where nothing, or nothing of one's own, is computed below the first layer that trains."""
-    if is_sharded(objective):  # its processes gather the layers' weights together, but miss different rows
-        raise UserError("PREFIX_CACHE: does not work with FSDP; set PREFIX_CACHE=off, or train with DDP")
-    if not objective.num_frozen_layers():
-        raise UserError(
-            "PREFIX_CACHE: with these settings the first layer trains, or an embedding below it, so nothing stays the "
-            "same from epoch to epoch; set PREFIX_CACHE=off, or FREEZE_ORIGINAL_LAYERS=true with "
-            "TRAIN_TEXT_EMBEDDING=false"
-        )
+def check_prefix_cache() -> None:
+    """Raises UserError where the launch asks for FSDP, whose processes gather a layer's weights together."""
+    if asks_for_fsdp():  # they would not all miss the same rows
+        raise UserError("PREFIX_CACHE: does not work with FSDP; set PREFIX_CACHE=off, or launch without FSDP")
 
 
 def hash_of_frozen(objective: TrainingObjective, about: str) -> str:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from finetuning.base_model import (
     Base,
@@ -42,9 +42,10 @@ from finetuning.disk import bytes_of
 from finetuning.errors import UserError
 from finetuning.layer_utils import check_layer_count, replace_and_add_layers
 from finetuning.manifest import RowFormat, remove_empty_folders
-from finetuning.objective import TrainingObjective, compile_layers
+from finetuning.memory import pick_for_memory
+from finetuning.objective import TrainingObjective, check_compiler, compile_layers
 from finetuning.optimizers import check_optimizer, keep_matrices_in_bf16
-from finetuning.prefix_cache import make_prefix_cache
+from finetuning.prefix_cache import check_prefix_cache, make_prefix_cache
 from finetuning.preparer import prepare_missing_rows
 from finetuning.processes import Processes
 from finetuning.progress import Progress, total_steps
@@ -127,6 +128,10 @@ def check_inputs(settings: Settings) -> tuple[Base, str]:
     """What can be checked in seconds: hardware, base, output folder. Returns the base and the device."""
     device = choose_device(settings)
     check_optimizer(settings)
+    if settings.prefix_cache != "off":
+        check_prefix_cache()
+    if settings.compile:
+        check_compiler(device)
     base = resolve_base(settings)
     if not settings.prepare_only:
         check_output_folder(settings, base)
@@ -141,6 +146,21 @@ def start(settings: Settings, device: str) -> Accelerator:
     if not settings.freeze_speaker_encoder and accelerator.is_main_process:
         say("FREEZE_SPEAKER_ENCODER=false: the encoder is read before training and never trained by this tool")
     return accelerator
+
+
+def apply_memory_profile(settings: Settings, base: Base, accelerator: Accelerator) -> Settings:
+    """The settings with what MEMORY_PROFILE picks, alike in all processes; unchanged where nothing is picked.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    device, gpu_bytes = accelerator.device, None
+    if device.type == "cuda":
+        gpu_bytes = min(gather_object([torch.cuda.get_device_properties(device).total_memory]))
+    picks = pick_for_memory(settings, base, gpu_bytes)
+    if accelerator.is_main_process and settings.memory_profile:
+        say(picks.message if picks else f"MEMORY_PROFILE=auto picks nothing on {device.type}: it is for GPUs")
+    return picks.settings if picks else settings
 
 
 def device_name(accelerator: Accelerator) -> str:

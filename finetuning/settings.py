@@ -475,6 +475,15 @@ def _check_unbuilt_upload(settings: Settings, _: int) -> str | None:
     )
 
 
+def _check_prefix_cache(settings: Settings, _: int) -> str | None:
+    if settings.prefix_cache == "off" or (settings.freeze_original_layers and not settings.train_text_embedding):
+        return None
+    return (
+        "there is nothing to keep, since embeddings below the first layer train; set it to off, or "
+        "FREEZE_ORIGINAL_LAYERS=true with TRAIN_TEXT_EMBEDDING=false"
+    )
+
+
 def _check_resume(settings: Settings, _: int) -> str | None:
     # A named state may have been rotated away by the run that has gone on from it, in OUTPUT_DIR.
     if (
@@ -513,6 +522,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("upload_to_hub",), _check_unbuilt_upload),
     (("weights_precision", "mixed_precision", "optimizer"), _check_weights_precision),
     (("data_mode", "dataset_name"), _check_direct),
+    (("prefix_cache", "freeze_original_layers", "train_text_embedding"), _check_prefix_cache),
     (("resume",), _check_resume),
 )
 

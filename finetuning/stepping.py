@@ -190,9 +190,9 @@ class Stepper:
             smaller = "" if size == 1 else f"BATCH_SIZE=1 with GRADIENT_ACCUMULATION_STEPS={micro_batches * size}; "
         return UserError(
             f"the GPU's memory does not suffice for micro-batches of {size} {unit} ({micro_batches} a step). Set "
-            f"{smaller}MIXED_PRECISION=bf16; new layers instead of full fine-tuning (REPLACE_LAST_N_LAYERS=2 "
-            "ADD_NEW_LAYERS=4 FREEZE_ORIGINAL_LAYERS=true); leave out the longest clips; or take "
-            "a larger GPU, or several with FSDP"
+            f"{smaller}MEMORY_PROFILE=auto, or GRADIENT_CHECKPOINTING=true; MIXED_PRECISION=bf16; new layers instead "
+            "of full fine-tuning (REPLACE_LAST_N_LAYERS=2 ADD_NEW_LAYERS=4 FREEZE_ORIGINAL_LAYERS=true); leave out the "
+            "longest clips; or take a larger GPU, or several with FSDP"
         )
 
     # ---------------------------------------------------------------------------------------------------- the update

@@ -158,7 +158,7 @@ def test_preflight_counts_the_weights_that_will_train(shape: str, recipe: tuple,
     """The estimate from file headers against the model as training builds it."""
     from finetuning.base_model import load_model, resolve_base
     from finetuning.layer_utils import replace_and_add_layers
-    from test_setup import parameter_counts
+    from finetuning.memory import parameter_counts
 
     replace, add, freeze = recipe
     settings = make_settings(

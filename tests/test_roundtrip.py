@@ -26,7 +26,17 @@ RECIPES = {
     "full": {"replace_last_n_layers": 0, "add_new_layers": 0, "freeze_original_layers": False},
     "layers": {"replace_last_n_layers": 2, "add_new_layers": 2, "freeze_original_layers": True},
 }
+#: Everything that saves time or memory, switched on.
+LEVERS = {
+    "mixed_precision": "bf16", "max_frames_per_batch": 250, "sub_talker_frame_fraction": 0.5,
+    "gradient_checkpointing": True,
+}  # fmt: skip
+RECIPES_WITH_LEVERS = {
+    "full with levers": RECIPES["full"] | LEVERS | {"optimizer": "adamw_8bit", "weights_precision": "bf16"},
+    "layers with levers": RECIPES["layers"] | LEVERS | {"prefix_cache": "ram"},
+}
 CASES = [(shape, recipe) for shape in SHAPES for recipe in RECIPES]
+CASES += [("tiny-random", recipe) for recipe in RECIPES_WITH_LEVERS]
 
 
 @pytest.fixture(scope="session")
@@ -38,30 +48,25 @@ def runs(demo_rows: list[dict], tmp_path_factory: pytest.TempPathFactory) -> dic
         folder = tmp_path_factory.mktemp(f"{shape}-{recipe}")
         jsonl = folder / "train.jsonl"
         jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        settings = load_settings(
-            {
-                "device": "cpu",
-                "mixed_precision": "no",
-                "init_model_path": shape,
-                "output_dir": folder / "output",
-                "train_jsonl": jsonl,
-                "validation_fraction": 0.0,
-                "speaker_name": "Anna_B",
-                "num_epochs": 160,
-                "batch_size": 4,
-                "gradient_accumulation_steps": 1,
-                "learning_rate": 4e-3,
-                "warmup_steps": 10,
-                "weight_decay": 0.0,
-                "sub_talker_loss_weight": 1.0,
-                "logging_steps": 50,
-                "save_steps": 1000,
-                "use_wandb": False,
-                **RECIPES[recipe],
-            },
-            environment={},
-        )
-        run, _ = train(settings)
+        fields = {
+            "device": "cpu",
+            "init_model_path": shape,
+            "output_dir": folder / "output",
+            "train_jsonl": jsonl,
+            "validation_fraction": 0.0,
+            "speaker_name": "Anna_B",
+            "num_epochs": 160,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 4e-3,
+            "warmup_steps": 10,
+            "weight_decay": 0.0,
+            "sub_talker_loss_weight": 1.0,
+            "logging_steps": 50,
+            "save_steps": 1000,
+            "use_wandb": False,
+        }
+        fields |= RECIPES_WITH_LEVERS.get(recipe) or RECIPES[recipe] | {"mixed_precision": "no", "batch_size": 4}
+        run, _ = train(load_settings(fields, environment={}))
         finished[shape, recipe] = SimpleNamespace(run=run, base=run.base, last=folder / "output" / "last", rows=rows)
     return finished
 

@@ -22,6 +22,7 @@ def build(settings: Settings) -> Any:
     AcceleratorState._reset_state(reset_partial_state=True)
     base, device = session.check_inputs(settings)
     accelerator = session.start(settings, device)
+    settings = session.apply_memory_profile(settings, base, accelerator)
     resume = session.choose_start(settings, base, accelerator)
     rows = session.open_rows(settings, base, accelerator)
     run = session.build_run(settings, base, rows, accelerator, resume, verbose=False)
