@@ -35,8 +35,9 @@ ROW_FRAMES = round(ROW_SECONDS * FRAMES_PER_SECOND)
 ROW_POSITIONS = ROW_FRAMES + 67
 #: Profile -> bytes of the GPU.
 PROFILES = {"16gb": 16 * 10**9, "24gb": 24 * 10**9, "40gb": 40 * 10**9, "80gb": 80 * 10**9}
-#: Not for tensors: the CUDA context and libraries' workspaces; and the allocator's gaps, as a share of the GPU.
-CONTEXT_BYTES, GAPS_SHARE = 1.5e9, 0.05
+#: Not for tensors: the CUDA context and libraries' workspaces; the allocator's gaps and the
+#: formula's error (up to 3 % where it was counted), as a share of the GPU.
+CONTEXT_BYTES, GAPS_SHARE = 1.5e9, 0.07
 #: So much less than its name says a GPU may have (an A10G has 23.8 of 24 GB); what a profile leaves free covers it.
 UNDER_NOMINAL_SHARE = 0.02
 #: Bytes of both moments of a weight: in 8 bits, one scale for 256 values of each.
@@ -236,12 +237,14 @@ class Needs:
         """What a decoder layer keeps of a position.
 
         Read off the layer's operations: the residual stream and the norms are fp32, and under autocast each matrix
-        keeps its own bf16 copy of its input.
+        keeps its own bf16 copy of its input. A norm that does not train (LoRA) keeps less.
         """
         width, inner, queries, keys = _widths(config)
         if self._is_mixed:
-            return 26 * width + 8 * inner + 10 * (queries + keys)
-        return 24 * width + 16 * inner + 16 * (queries + keys)
+            whole, norms = 26 * width + 8 * inner + 10 * (queries + keys), 8 * width + 2 * (queries + keys)
+        else:
+            whole, norms = 24 * width + 16 * inner + 16 * (queries + keys), 8 * width + 4 * (queries + keys)
+        return whole if any(weight.is_vector for weight in self._trained()) else whole - norms
 
     def _layer_again(self, num_positions: float) -> float:
         """A layer in the backward pass: computed again where it is checkpointed, and gradients of its widest parts."""
@@ -256,10 +259,10 @@ class Needs:
         logits = (NUM_CODEBOOKS - 1) * predictor["vocab_size"] * (12 if self._is_mixed else 16)
         layers = NUM_CODEBOOKS * predictor["num_hidden_layers"] * self._layer_bytes(predictor)
         inputs = NUM_CODEBOOKS * 6 * self.talker["hidden_size"]
-        before = (num_frames - num_chunk) * 4 * NUM_CODEBOOKS * self.talker["hidden_size"]
-        is_own = num_frames > num_chunk
+        num_before = max(num_frames // SUB_TALKER_CHUNK_FRAMES - 1, 0) * num_chunk  # the last whole chunk is the peak
+        before = num_before * 4 * NUM_CODEBOOKS * self.talker["hidden_size"]
         of_weights = sum(self._weight_bytes(weight) for weight in self._trained() if "code_predictor" in weight.name)
-        return num_chunk * (logits + layers + inputs) + before + is_own * of_weights
+        return num_chunk * (logits + layers + inputs) + before + (of_weights if num_before else 0)
 
     @property
     def _looked_up(self) -> float:

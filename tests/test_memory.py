@@ -42,25 +42,25 @@ def shallow_config() -> dict[str, Any]:
         ("full", {}, 1),
         ("full", CHECKPOINTING, 2),
         ("full", ALL_SMALL, 1),
-        ("layers", {"optimizer": "adamw_8bit"}, 2),
+        ("layers", {}, 2),
         ("lora", CHECKPOINTING, 1),
     ],
 )
 def test_formula_against_the_tensors_that_are_alive(recipe: str, fields: dict, micro_batches: int) -> None:
-    """All 1.7B widths, on tensors without content; within a tenth."""
+    """All 1.7B widths, on tensors without content."""
     if "adamw_8bit" in fields.values():
         pytest.importorskip("torchao")
-    config, seconds = shallow_config(), (8.0,) * 6
+    config, seconds = shallow_config(), (7.0,) * 6
     settings = case_settings(**FIELDS[recipe], **fields)
     counted = count_peak(Case(config, recipe, settings, seconds, micro_batches)).peak.total()
     rows = random_rows(config, len(seconds), seconds=seconds)
     positions, frames = sum(len(row.text) for row in rows), sum(len(row.codes) for row in rows)
     needs = Needs.of(BaseOnPaper(config), settings, LORA_RANK if recipe == "lora" else 0)
-    assert needs.bytes_for(frames, positions, micro_batches) == pytest.approx(counted, rel=0.1)
+    assert needs.bytes_for(frames, positions, micro_batches) == pytest.approx(counted, rel=0.05)
 
 
 def test_fake_tensors_are_counted_as_real_ones_are() -> None:
-    case = Case(base_config("tiny"), "layers", case_settings(**LAYERS), (2.0, 1.0), micro_batches=2)
+    case = Case(base_config("tiny"), "layers", case_settings(**LAYERS), (0.6, 0.4), micro_batches=2)
     fake, real = count_peak(case), count_peak(case, is_real=True)
     assert fake.peak == real.peak
     assert min(real.peak[kind] for kind in ("weights", "gradients", "optimizer", "other")) > 0

@@ -32,7 +32,7 @@ LEVERS = {
     "gradient_checkpointing": True,
 }  # fmt: skip
 RECIPES_WITH_LEVERS = {
-    "full with levers": RECIPES["full"] | LEVERS | {"optimizer": "adamw_8bit", "weights_precision": "bf16"},
+    "full with levers": RECIPES["full"] | LEVERS,
     "layers with levers": RECIPES["layers"] | LEVERS | {"prefix_cache": "ram"},
 }
 CASES = [(shape, recipe) for shape in SHAPES for recipe in RECIPES]
