@@ -44,11 +44,11 @@ from benchmarks.bench import (
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.random_base import SIZES, to_batch
 from benchmarks.resume_check import check_launches, check_recovery
+from finetuning.attention import pack_attention
 from finetuning.dataset import count_tokens
 from finetuning.errors import UserError, run_main
 from finetuning.layer_utils import optimizer_groups
 from finetuning.objective import Batch, TrainingObjective, before_frames, step_loss
-from finetuning.prompt import IGNORE
 from finetuning.validation import to_device
 
 #: Largest relative differences. With random weights the loss hardly depends on the hidden states (on the tiny model it
@@ -186,9 +186,11 @@ def check_attention(bench: Bench, model: Any, objective: TrainingObjective, atte
     try:
         for name in ("sdpa", attention):
             set_attention(model, name)
+            pack_attention(model.talker.model.layers)
             predictions[name] = predict(bench, objective, [batch], torch.bfloat16)
     finally:
         set_attention(model, bench.attention)
+        pack_attention(model.talker.model.layers)
     return compare(predictions[attention], predictions["sdpa"], ATTENTION_LOSS, ATTENTION_LOGITS)
 
 
@@ -199,9 +201,9 @@ def predict(bench: Bench, objective: TrainingObjective, batches: list[Batch], dt
     for batch in (to_device(batch, bench.device) for batch in batches):
         with bench.autocast(dtype):
             loss += step_loss(objective(batch), *count_tokens(batches), SUB_TALKER_WEIGHT).item()
-            hidden = objective.hidden_states(objective.input_embeddings(batch), batch["attention_mask"])
-            talker_logits.append(objective.talker_logits(hidden[batch["labels"] != IGNORE]))
-            sub_talker_logits.append(objective.sub_talker_logits(hidden[before_frames(batch)], batch["codes"]))
+            hidden, embedded = objective.hidden_states(batch), objective.code_embeddings(batch["codes"])[:, :-1]
+            talker_logits.append(objective.talker_logits(hidden[batch["label_places"]]))
+            sub_talker_logits.append(objective.sub_talker_logits(hidden[before_frames(batch)], embedded))
     logits = torch.cat([part.float().flatten() for part in (*talker_logits, *sub_talker_logits)])
     return Prediction(loss, logits)
 
