@@ -115,6 +115,7 @@ def test_any_chunks_give_the_same(case: Any, checkpointing: bool, early: bool, m
     check_equal(case, sums, gradients_of(case.talker, sums, case.batch))
 
 
+@pytest.mark.parametrize("case", ["full"], indirect=True)
 def test_eval_counts_do_not_depend_on_the_chunks(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = TrainingObjective(case.talker, case.vectors).eval()
     with torch.no_grad():
@@ -128,6 +129,7 @@ def test_eval_counts_do_not_depend_on_the_chunks(case: Any, monkeypatch: pytest.
     torch.testing.assert_close(at_once["sub_talker_loss"], in_chunks["sub_talker_loss"], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("case", ["full"], indirect=True)
 def test_no_row_sees_another(case: Any) -> None:
     """Other neighbours in the batch leave a row's hidden states as they are."""
     objective = TrainingObjective(case.talker, case.vectors)
@@ -147,6 +149,7 @@ def eager(case: Any) -> Iterator[None]:
     config._attn_implementation = before
 
 
+@pytest.mark.parametrize("case", ["full"], indirect=True)
 def test_eager_attention_is_packed_too(case: Any, eager: None) -> None:
     objective = TrainingObjective(case.talker, case.vectors)
     assert case.talker.model.layers[0].self_attn.config._attn_implementation == f"{PREFIX}eager"
@@ -154,6 +157,7 @@ def test_eager_attention_is_packed_too(case: Any, eager: None) -> None:
     check_equal(case, sums, gradients_of(case.talker, sums, case.batch))
 
 
+@pytest.mark.parametrize("case", ["full"], indirect=True)
 def test_parts_of_a_batch_add_up(case: Any) -> None:
     objective = TrainingObjective(case.talker, case.vectors)
     sums = [objective(part) for part in split_batch(case.batch, 3)]
@@ -228,9 +232,8 @@ def test_frozen_layers_build_no_graph(case: Any) -> None:
     assert prefix.requires_grad == (case.recipe == "full")
 
 
+@pytest.mark.parametrize("case", ["layers"], indirect=True)
 def test_training_starts_from_a_kept_prefix_as_well(case: Any) -> None:
-    if case.recipe == "full":
-        return
     objective = TrainingObjective(case.talker, case.vectors)
     counts = count_calls(case.talker.model.layers)
     batch = case.batch | {"prefix": objective.prefix(case.batch)}
@@ -247,12 +250,11 @@ def test_training_starts_from_a_kept_prefix_as_well(case: Any) -> None:
 # ------------------------------------------------------------------------------------------------- compiled layers
 
 
+@pytest.mark.parametrize("case", ["full"], indirect=True)
 def test_compiled_layers_give_the_same_and_are_compiled_a_few_times(case: Any) -> None:
     """Traced and differentiated as for a GPU, but run operation by operation: this machine may lack a compiler."""
     from torch._dynamo.utils import counters
 
-    if case.recipe == "layers":  # the same layers, only fewer of them with a graph
-        return
     counters.clear()
     objective = TrainingObjective(case.talker, case.vectors)
     layers = [*case.talker.model.layers, *case.talker.code_predictor.model.layers]
@@ -279,12 +281,14 @@ def with_share(case: Any, fraction: float, epoch: int) -> Any:
     return case.batch | FrameShare(fraction, seed=7, epoch=epoch).choose(range(1, 5), frames)
 
 
+@pytest.mark.parametrize("case", ["full"], indirect=True)
 def test_all_frames_as_a_share_are_all_frames(case: Any) -> None:
     objective = TrainingObjective(case.talker, case.vectors)
     sums = objective(with_share(case, 1.0, epoch=0))
     check_equal(case, sums, gradients_of(case.talker, sums, case.batch))
 
 
+@pytest.mark.parametrize("case", ["full"], indirect=True)
 def test_every_frame_is_as_likely_and_stands_for_its_share(case: Any) -> None:
     """Over many epochs each frame's expected weight is 1; the loss is linear in the weights, so it is unbiased."""
     num_epochs, num_frames = 4000, len(case.batch["codes"])
@@ -296,6 +300,7 @@ def test_every_frame_is_as_likely_and_stands_for_its_share(case: Any) -> None:
     assert (total / num_epochs - 1).abs().max() < 5 * 2 / num_epochs**0.5
 
 
+@pytest.mark.parametrize("case", ["full"], indirect=True)
 def test_the_weighted_losses_are_those_of_the_chosen_frames(case: Any) -> None:
     """Against the loss of every frame by itself."""
     objective = TrainingObjective(case.talker, case.vectors)
@@ -312,6 +317,7 @@ def test_the_weighted_losses_are_those_of_the_chosen_frames(case: Any) -> None:
             torch.testing.assert_close(objective(batch)["sub_talker_loss"], want, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("case", ["full"], indirect=True)
 def test_a_share_is_drawn_for_each_row_by_itself(case: Any) -> None:
     """Neither neighbours nor the cutting of a batch change it; another epoch does."""
     frames = [len(row.codes) for row in case.rows]
