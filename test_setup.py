@@ -121,10 +121,10 @@ class Preflight:
         import torch
 
         from finetuning.base_model import choose_attention, choose_device
-        from finetuning.optimizers import check_optimizer
+        from finetuning.session import check_levers
 
         self.device = choose_device(self.settings)
-        check_optimizer(self.settings)
+        check_levers(self.settings, self.device)
         attention = choose_attention(self.settings, self.device)
         name = torch.cuda.get_device_name() if self.device == "cuda" else f"{os.cpu_count()} cores"
         return f"{self.device} ({name}), precision {self.settings.mixed_precision}, attention {attention}"

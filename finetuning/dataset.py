@@ -357,13 +357,13 @@ def _chosen_between(batch: Batch, first: int, last: int) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device; ``lines`` stay, they are for messages only. The host does not wait for the copies."""
+    """The batch on the device, without ``lines``, which are for messages. The host does not wait for the copies."""
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
         return tensor.to(device, non_blocking=True)
 
-    return {name: tensor if name == "lines" else moved(tensor) for name, tensor in batch.items()}
+    return {name: moved(tensor) for name, tensor in batch.items() if name != "lines"}
 
 
 def count_tokens(batches: Sequence[Batch]) -> tuple[int, int]:

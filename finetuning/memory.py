@@ -39,7 +39,7 @@ PROFILES = {"16gb": 16 * 10**9, "24gb": 24 * 10**9, "40gb": 40 * 10**9, "80gb": 
 #: formula's error (up to 3 % where it was counted), as a share of the GPU.
 CONTEXT_BYTES, GAPS_SHARE = 1.5e9, 0.07
 #: So much less than its name says a GPU may have (an A10G has 23.8 of 24 GB); what a profile leaves free covers it.
-UNDER_NOMINAL_SHARE = 0.02
+UNDER_NOMINAL_SHARE = 0.03
 #: Bytes of both moments of a weight: in 8 bits, one scale for 256 values of each.
 BYTES_OF_MOMENTS, BYTES_OF_8_BIT_MOMENTS = 8, 2 + 2 * 4 / 256
 
@@ -220,10 +220,10 @@ class Needs:
     def _kept(self, num_positions: float) -> float:
         """What the talker keeps for the backward pass."""
         layers = [layer for weight in self._trained() if (layer := layer_of(weight.name)) is not None]
-        num_trained, num_layers = len(set(layers)), self._num_layers
+        num_layers = self._num_layers
         is_below = any(weight.is_table or "text_projection" in weight.name for weight in self._trained())
         num_with_graph = num_layers if is_below else num_layers - min(layers, default=num_layers)
-        num_whole = num_with_graph - (num_trained if self.settings.gradient_checkpointing else 0)
+        num_whole = 0 if self.settings.gradient_checkpointing else num_with_graph
         width = self.talker["hidden_size"]
         inputs = (num_with_graph - num_whole) * 4 * width
         return num_positions * (inputs + num_whole * self._layer_bytes(self.talker) + 5 * 4 * width)

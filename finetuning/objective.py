@@ -28,6 +28,8 @@ from finetuning.dataset import Batch
 from finetuning.errors import UserError
 from finetuning.prompt import NO_CODEC
 
+#: Times that a kind of layer may be compiled.
+MAX_COMPILED = 32
 #: Positions whose talker logits, and frames whose sub-talker activations and logits, are in memory at a time.
 TALKER_CHUNK_POSITIONS, SUB_TALKER_CHUNK_FRAMES = 8192, 512
 
@@ -38,7 +40,7 @@ class TrainingObjective(nn.Module):
     Args:
         talker: ``Qwen3TTSTalkerForConditionalGeneration``; its attention is made to take rows (see ``attention``).
         speaker_vectors: (num_speakers, H) float32, inserted as they are; no gradient reaches them.
-        gradient_checkpointing: keep only the input of each trained talker layer for the backward pass.
+        gradient_checkpointing: keep only the inputs of the talker's layers for the backward pass.
     """
 
     def __init__(self, talker: nn.Module, speaker_vectors: torch.Tensor, gradient_checkpointing: bool = False) -> None:
@@ -100,7 +102,8 @@ class TrainingObjective(nn.Module):
         rotary = self.talker.model.rotary_emb(states, rows.positions.expand(3, 1, -1))
         options = {"position_embeddings": rotary, "attention_mask": None, **rows_for(layers, rows)}
         for layer in layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled() and trains([layer]):
+            has_graph = torch.is_grad_enabled() and (states.requires_grad or trains([layer]))
+            if self.gradient_checkpointing and has_graph:
                 states = checkpoint(layer, states, use_reentrant=False, **options)[0]
             else:
                 states = layer(states, **options)[0]
@@ -222,7 +225,9 @@ class _Sums:
 
         if torch.is_grad_enabled() and self._takes_gradients_early():
             return sum_over_chunks(compute, tensors, self.parameters, self.chunk_size)
-        if torch.is_grad_enabled() and self.objective.gradient_checkpointing:
+        # In fp16 always, so that there, too, one chunk is in memory at a time; FSDP has one chunk only.
+        is_kept = isinstance(self.objective, FSDPModule) and not self.objective.gradient_checkpointing
+        if torch.is_grad_enabled() and not is_kept:
             compute = partial(checkpoint, compute, use_reentrant=False)
         return torch.stack([compute(*piece) for piece in pieces(tensors, self.chunk_size)]).sum()
 
@@ -261,8 +266,9 @@ def compile_layers(objective: TrainingObjective, backend: str = "inductor") -> N
     """Compiles each decoder layer of both models when it is first called, for any number of positions.
 
     All layers of a model share what is compiled. They are compiled again for other conditions than lengths (with and
-    without gradients, with rows of one length), which Dynamo bounds by its ``recompile_limit`` of 8.
+    without gradients, frozen or not, rows of one length, a single row), a dozen in all; ``MAX_COMPILED`` bounds it.
     """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED)
     talker = objective.talker
     for layer in (*talker.model.layers, *talker.code_predictor.model.layers):
         layer.compile(backend=backend, dynamic=True)

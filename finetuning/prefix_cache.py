@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -132,6 +133,8 @@ class DiskStore:
             os.utime(self.folder)
         except OSError as error:
             raise UserError(f"PREFIX_CACHE_DIR: {folder} cannot be written ({error.strerror})") from None
+        for unfinished in self.folder.glob(".*"):  # of a process that was killed; one at work writes it again
+            unfinished.unlink(missing_ok=True)
         self._num_bytes_before = sum(map(_bytes_in, self._others())) + _bytes_in(self.folder)
         self._num_bytes_written = 0
 
@@ -146,38 +149,59 @@ class DiskStore:
 
     def put(self, key: str, entry: bytes) -> None:
         """Keeps the entry if there is room; a full disk only means that it is not kept."""
-        if not self._makes_room(len(entry) + _DIGEST_BYTES):
-            return
         unfinished = self.folder / f".{key}.{os.getpid()}"
         try:
-            unfinished.write_bytes(xxhash.xxh3_128_digest(entry) + entry)
-            unfinished.replace(self.folder / key)
-            self._num_bytes_written += len(entry) + _DIGEST_BYTES
+            if self._makes_room(len(entry) + _DIGEST_BYTES):
+                unfinished.write_bytes(xxhash.xxh3_128_digest(entry) + entry)
+                unfinished.replace(self.folder / key)
+                self._num_bytes_written += len(entry) + _DIGEST_BYTES
         except OSError:
             unfinished.unlink(missing_ok=True)
 
     def _makes_room(self, num_bytes: int) -> bool:
         excess = self._num_bytes_before + (self._num_bytes_written + num_bytes) * self.num_writers - self.max_bytes
-        while excess > 0 and (others := self._others()):
-            freed = _remove(min(others, key=lambda folder: folder.stat().st_mtime_ns))
+        for folder in sorted(self._others(), key=_last_used) if excess > 0 else []:
+            if excess <= 0:
+                break
+            freed = _remove(folder)
             self._num_bytes_before -= freed
             excess -= freed
         return excess <= 0
 
     def _others(self) -> list[Path]:
-        return [folder for folder in self.folder.parent.iterdir() if folder.is_dir() and folder != self.folder]
+        """Folders of other names; what else lies there is somebody's own."""
+        return [folder for folder in self.folder.parent.iterdir() if _is_name(folder) and folder != self.folder]
+
+
+def _is_name(path: Path) -> bool:
+    """Whether it is called as only a store's folders and entries are, unfinished ones too."""
+    return re.fullmatch(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.\d+", path.name) is not None
+
+
+def _last_used(folder: Path) -> int:
+    with contextlib.suppress(OSError):
+        return folder.stat().st_mtime_ns
+    return 0
+
+
+def _entries(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return [file for file in folder.iterdir() if _is_name(file) and not file.is_dir()]
+    return []
 
 
 def _bytes_in(folder: Path) -> int:
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        return sum(entry.stat().st_size for entry in entries)
-    return 0
+    num_bytes = 0
+    for file in _entries(folder):
+        with contextlib.suppress(OSError):
+            num_bytes += file.stat().st_size
+    return num_bytes
 
 
 def _remove(folder: Path) -> int:
     """Removes a folder of entries; its bytes. Another process may be at it as well."""
     num_bytes = _bytes_in(folder)
-    for file in list(folder.iterdir()) if folder.is_dir() else []:
+    for file in _entries(folder):
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
@@ -204,7 +228,9 @@ def make_prefix_cache(
     dtype = torch.float32 if settings.mixed_precision == "no" else torch.bfloat16
     max_bytes = int(settings.prefix_cache_gb * 1e9)
     if settings.prefix_cache == "disk":
-        name = hash_of_frozen(objective, f"{FORMAT} {dtype} {accelerator.mixed_precision} {torch.__version__}")
+        name = hash_of_frozen(
+            objective, f"{FORMAT} {dtype} {accelerator.mixed_precision} {settings.compile} {torch.__version__}"
+        )
         store: Store = DiskStore(settings.prefix_cache_dir, name, max_bytes, num_local)
     else:
         max_bytes = min(max_bytes, int(MAX_MEMORY_SHARE * psutil.virtual_memory().available)) // num_local

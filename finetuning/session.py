@@ -127,16 +127,27 @@ class Run:
 def check_inputs(settings: Settings) -> tuple[Base, str]:
     """What can be checked in seconds: hardware, base, output folder. Returns the base and the device."""
     device = choose_device(settings)
-    check_optimizer(settings)
-    if settings.prefix_cache != "off":
-        check_prefix_cache()
-    if settings.compile:
-        check_compiler(device)
+    check_levers(settings, device)
     base = resolve_base(settings)
     if not settings.prepare_only:
         check_output_folder(settings, base)
     check_layer_count(settings.replace_last_n_layers, base.talker_config["num_hidden_layers"])
     return base, device
+
+
+def check_levers(settings: Settings, device: str) -> None:
+    """What settings that save time or memory need of the machine and of the launch.
+
+    Raises:
+        UserError
+    """
+    check_optimizer(settings)
+    if settings.prefix_cache != "off":
+        check_prefix_cache()
+    if settings.compile:
+        check_compiler(device)
+        if asks_for_fsdp():
+            raise UserError("COMPILE: was never tried with FSDP; set COMPILE=false, or launch without FSDP")
 
 
 def start(settings: Settings, device: str) -> Accelerator:

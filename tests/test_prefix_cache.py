@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from finetuning.prefix_cache import DiskStore, MemoryStore, PrefixCache, estimat
 from finetuning.session import check_inputs
 
 ROWS, EPOCHS = 4, 3
+#: Names as a store's folders have them.
+OLD, NEW = "0" * 32, "1" * 32
 
 
 @pytest.fixture
@@ -167,23 +170,47 @@ def test_a_store_in_memory_keeps_its_bound() -> None:
 
 def test_a_store_on_disk_keeps_its_bound_and_throws_out_others(tmp_path: Path) -> None:
     size = 16 + 100  # with its digest
-    old, new = DiskStore(tmp_path, "old", 3 * size), DiskStore(tmp_path, "new", 3 * size)
-    for key in "ab":
+    old, (a, b, c, d) = DiskStore(tmp_path, OLD, 3 * size), [letter * 32 for letter in "abcd"]
+    for key in (a, b):
         old.put(key, bytes(100))
-    new = DiskStore(tmp_path, "new", 3 * size)
-    new.put("a", bytes(100))
-    assert old.get("a") is not None
-    for key in "bcd":
+    new = DiskStore(tmp_path, NEW, 3 * size)
+    new.put(a, bytes(100))
+    assert old.get(a) is not None
+    for key in (b, c, d):
         new.put(key, bytes(100))
-    assert old.get("a") is None and not (tmp_path / "old").exists()
-    assert [new.get(key) is not None for key in "abcd"] == [True, True, True, False]
+    assert old.get(a) is None and not (tmp_path / OLD).exists()
+    assert [new.get(key) is not None for key in (a, b, c, d)] == [True, True, True, False]
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= 3 * size
 
 
+def test_what_else_lies_in_the_folder_is_left_alone(tmp_path: Path) -> None:
+    """Whatever PREFIX_CACHE_DIR names: nothing of the user's counts, and nothing of it goes."""
+    for name in ("wavs/clip.wav", "wavs/deeper/clip.wav", f"{OLD}/notes.txt", "rows.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(1000))
+    before = sorted(tmp_path.rglob("*"))
+    DiskStore(tmp_path, OLD, 10**6).put("a" * 32, bytes(100))
+    store = DiskStore(tmp_path, NEW, 116)
+    for key in "bc":
+        store.put(key * 32, bytes(100))
+    assert store.get("b" * 32) is not None and store.get("c" * 32) is None
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / NEW, tmp_path / NEW / ("b" * 32)])
+
+
+def test_stores_that_make_room_beside_each_other(tmp_path: Path) -> None:
+    """As several processes do: a folder may go, or an entry, while another one looks at it."""
+    for round_number in range(20):
+        for number in range(4):
+            DiskStore(tmp_path, f"{number:032x}", 10**6).put("a" * 32, bytes(100))
+        stores = [DiskStore(tmp_path, f"{round_number + 16:032x}", 250, num_writers=4) for _ in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda store: [store.put(f"{key:032x}", bytes(40)) for key in range(4)], stores))
+
+
 def test_a_damaged_entry_is_computed_again(tmp_path: Path) -> None:
-    store = DiskStore(tmp_path, "one", 10**6)
+    store = DiskStore(tmp_path, NEW, 10**6)
     store.put("a", bytes(range(100)))
-    file = tmp_path / "one" / "a"
+    file = tmp_path / NEW / "a"
     assert store.get("a") == bytes(range(100))
     for damaged in (file.read_bytes()[:-1], b"", file.read_bytes()[:40] + b"x" + file.read_bytes()[41:]):
         file.write_bytes(damaged)
@@ -193,4 +220,4 @@ def test_a_damaged_entry_is_computed_again(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"PREFIX_CACHE_DIR: .*file cannot be written"):
-        DiskStore(tmp_path / "file", "one", 100)
+        DiskStore(tmp_path / "file", NEW, 100)
