@@ -263,10 +263,10 @@ def test_compiled_layers_give_the_same_and_are_compiled_a_few_times(case: Any) -
         compile_layers(objective, backend="aot_eager")
         sums = objective(case.batch)
         check_equal(case, sums, gradients_of(case.talker, sums, case.batch))
-        for rows in ([0, 1], [1, 2, 3], [1]):
-            batch = collate([case.rows[row] for row in rows], [case.speakers[row] for row in rows])
-            gradients_of(case.talker, objective(batch), batch)
-        assert 0 < counters["stats"]["unique_graphs"] <= 8
+        num_graphs = counters["stats"]["unique_graphs"]
+        other = collate(case.rows[1:], case.speakers[1:])  # other lengths are no reason to compile again
+        gradients_of(case.talker, objective(other), other)
+        assert 0 < num_graphs == counters["stats"]["unique_graphs"]
     finally:
         for layer in layers:
             layer._compiled_call_impl = None

@@ -187,8 +187,8 @@ def test_validation_out_of_memory_is_repeated_in_smaller_parts(
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "num_tries", "advice"),
     [
-        (1, 2, 1, "micro-batches of 1 rows (2 a step). Set MIXED_PRECISION=bf16; "),
-        (3, 2, 3, "micro-batches of 1 rows (8 a step). Set MIXED_PRECISION=bf16; "),
+        (1, 2, 1, "micro-batches of 1 rows (2 a step). Set MEMORY_PROFILE=auto, "),
+        (3, 2, 3, "micro-batches of 1 rows (8 a step). Set MEMORY_PROFILE=auto, "),
         (16, 1, 4, "micro-batches of 2 rows (8 a step). Set BATCH_SIZE=1 with GRADIENT_ACCUMULATION_STEPS=16; "),
     ],
 )
