@@ -343,9 +343,12 @@ def test_a_run_on_a_dataset_trains_its_rows(
     tmp_path: Path, make_settings: MakeSettings, codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From DATASET_NAME to the rows of a run, with the real (tiny) codec: the codes are those of the clips."""
+    from accelerate.state import AcceleratorState
+
     from finetuning import session
     from finetuning.audio import load_audio
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # a test before may have run in another precision
     rows = demo_texts(4)
     settings = make_settings(dataset_name=str(write_parquet(tmp_path / "set", rows)), validation_fraction=0.0)
     base = resolve_base(settings)
