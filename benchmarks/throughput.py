@@ -309,6 +309,11 @@ def measure_lever(arguments: argparse.Namespace, bench: Bench, variant: Variant)
 # ------------------------------------------------------------------------------------------------ what must be reached
 
 
+def as_settings(fields: dict[str, Any]) -> str:
+    """Fields as they are typed, each behind a space."""
+    return "".join(f" {name.upper()}={value}" for name, value in fields.items())
+
+
 @dataclass(frozen=True)
 class RatioGoal:
     """So many times as fast as the plain loop, and so much of what the device can do."""
@@ -321,9 +326,9 @@ class RatioGoal:
 
     @property
     def title(self) -> str:
-        settings = "".join(f" {name.upper()}={value}" for name, value in self.fields.items())
         used = f", {self.least_utilisation:.0%} MFU" * bool(self.least_utilisation)
-        return f"{self.recipe}, {self.precision}{settings}: at least {self.least_ratio} x the plain loop{used}"
+        what = f"{self.recipe}, {self.precision}{as_settings(self.fields)}"
+        return f"{what}: at least {self.least_ratio} x the plain loop{used}"
 
     def check(self, arguments: argparse.Namespace, bench: Bench) -> Result:
         arguments = argparse.Namespace(**(vars(arguments) | {"precision": self.precision}))
@@ -345,8 +350,8 @@ class MemoryGoal:
 
     @property
     def title(self) -> str:
-        settings = "".join(f" {name.upper()}={value}" for name, value in self.fields.items())
-        return f"{self.recipe}, {self.precision}{settings}, {self.num_frames:,} frames a batch: under {self.most_gb} GB"
+        what = f"{self.recipe}, {self.precision}{as_settings(self.fields)}"
+        return f"{what}, {self.num_frames:,} frames a batch: under {self.most_gb} GB"
 
     def check(self, arguments: argparse.Namespace, bench: Bench) -> str:
         num_rows = round(NUM_MEMORY_BATCHES * self.num_frames / FRAMES_PER_SECOND / CLIP_MEAN_SECONDS)
