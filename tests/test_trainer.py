@@ -18,6 +18,7 @@ from reference import naive_losses
 from safetensors.torch import load_file
 from training import FULL, build, make_trainer, signal_in_step, train
 
+from finetuning import stepping
 from finetuning.dataset import SkippedRow
 from finetuning.errors import Stopped, UserError
 from finetuning.progress import Progress
@@ -157,13 +158,17 @@ def test_without_validation_best_follows_the_training_loss(settings_for: Callabl
 
 def poison(run: Any, monkeypatch: pytest.MonkeyPatch, steps: set[int], loss: str = "talker_loss") -> list[list[int]]:
     """Makes the loss of some steps NaN (a step is one micro-batch); gives the lines of the rows of each step so far."""
-    forward, lines = run.objective.forward, []
+    forward, to_device, lines = run.objective.forward, stepping.to_device, []
+
+    def noted(batch: dict, device: torch.device) -> dict:
+        lines.append(batch["lines"].tolist())  # which do not go to the device
+        return to_device(batch, device)
 
     def poisoned(batch: dict) -> dict:
-        lines.append(batch["lines"].tolist())
         sums = forward(batch)
         return sums | {loss: sums[loss] * torch.nan} if len(lines) in steps else sums
 
+    monkeypatch.setattr(stepping, "to_device", noted)
     monkeypatch.setattr(run.objective, "forward", poisoned)
     return lines
 
