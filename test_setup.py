@@ -206,22 +206,27 @@ class Preflight:
         return f"{len(distinct)} named" if distinct else "none named; a clip of each speaker will be chosen"
 
     def memory(self) -> str:
-        """The peak of a step with rows of 15 s, from the base's headers, before anything is loaded."""
-        from finetuning.base_model import free_memory_bytes
-        from finetuning.memory import Needs
-        from finetuning.sharding import asks_for_fsdp
+        """What a step needs, from the base's headers, before anything is loaded.
 
-        needs, count = Needs.of(self.base, self.settings), int(os.environ.get("WORLD_SIZE") or 1)
-        needed = needs.sharded_peak_bytes(count) if asks_for_fsdp() else needs.peak_bytes()
-        if self.device == "cpu":  # the processes of a machine share its memory
-            needed *= int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        Weights, gradients and optimizer states must fit. What comes on top depends on the clips, and a step that does
+        not fit is repeated in smaller parts; so that much is only said.
+        """
+        from finetuning.base_model import free_memory_bytes
+        from finetuning.memory import ROW_SECONDS, Needs
+
+        needs = Needs.of(self.base, self.settings, int(os.environ.get("WORLD_SIZE") or 1))
+        # The processes of a machine without GPUs share its memory.
+        num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if self.device == "cpu" else 1
+        least, needed = num_sharing * needs.least_bytes, num_sharing * needs.peak_bytes()
         free = free_memory_bytes(self.device)
-        line = f"a step takes about {needed / 1e9:.2f} GB with clips of 15 s (computed, not measured)"
-        if needed > free:
+        line = f"a step takes about {needed / 1e9:.2f} GB with clips of {ROW_SECONDS} s (computed, not measured)"
+        advice = "MEMORY_PROFILE picks settings that need less; or train fewer layers, or use a larger card"
+        if least > free:
             raise UserError(
-                f"{line}; only {free / 1e9:.2f} GB are free. MEMORY_PROFILE picks settings that need less; or train "
-                "fewer layers, or use a larger card"
+                f"{line}, {least / 1e9:.2f} GB of it whatever the clips; only {free / 1e9:.2f} GB are free. {advice}"
             )
+        if needed > free:
+            return f"{line}, and only {free / 1e9:.2f} GB are free: longer clips may not fit. {advice}"
         return f"{line}; {free / 1e9:.1f} GB are free"
 
     def disk(self) -> str:

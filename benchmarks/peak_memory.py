@@ -257,9 +257,13 @@ class BaseOnPaper:
         return dict.fromkeys(self._sizes, torch.bfloat16)
 
 
-def case_settings(**fields: Any) -> Settings:
-    """Settings with these fields; nothing of the user's own."""
-    return load_settings({"use_wandb": False} | fields, environment={})
+def case_settings(environment: Mapping[str, str] | None = None, /, **fields: Any) -> Settings:
+    """Settings with these fields; nothing of the user's own.
+
+    Args:
+        environment: what a launcher sets.
+    """
+    return load_settings({"use_wandb": False} | fields, environment=dict(environment or {}))
 
 
 # ------------------------------------------------------------------------------------------------------ the script

@@ -25,7 +25,7 @@ from finetuning.codec import FRAMES_PER_SECOND, NUM_CODEBOOKS
 from finetuning.errors import UserError
 from finetuning.objective import SUB_TALKER_CHUNK_FRAMES
 from finetuning.optimizers import check_optimizer
-from finetuning.settings import Settings
+from finetuning.settings import Settings, divides_rows
 from finetuning.sharding import asks_for_fsdp
 
 #: A row of 15 s, which few clips exceed: its frames, and its positions with the text (3.5 tokens a second) and the
@@ -140,44 +140,64 @@ def _widths(config: Mapping[str, Any]) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a run needs, on each GPU that holds the whole model.
+    """Bytes that a run needs on each GPU.
 
     Attributes:
         talker: ``talker_config`` of the base.
         weights: see ``weights_of``.
+        num_processes: of the job; each holds the whole model, or under FSDP its share.
     """
 
     talker: Mapping[str, Any]
     weights: list[Weight]
     settings: Settings
+    num_processes: int = 1
+    is_sharded: bool = False
 
     @classmethod
-    def of(cls, base: Base, settings: Settings, lora_rank: int = 0) -> Needs:
-        return cls(base.talker_config, weights_of(base, settings, lora_rank), settings)
+    def of(cls, base: Base, settings: Settings, num_processes: int = 1, lora_rank: int = 0) -> Needs:
+        weights = weights_of(base, settings, lora_rank)
+        return cls(base.talker_config, weights, settings, num_processes, asks_for_fsdp())
 
     def peak_bytes(self) -> float:
         """The highest point of a step, with rows of 15 s."""
         frames = self.settings.max_frames_per_batch or self.settings.batch_size * ROW_FRAMES
         return self.bytes_for(frames, frames * ROW_POSITIONS / ROW_FRAMES, self.settings.gradient_accumulation_steps)
 
-    def sharded_peak_bytes(self, num_processes: int) -> float:
-        """Of each process where weights, gradients and states are shared out among them (FSDP)."""
-        whole = self.standing_bytes + self.gradient_bytes
-        return max(self.peak_bytes() - whole, 0) + whole / num_processes
+    @property
+    def least_bytes(self) -> float:
+        """Of the shortest rows."""
+        return self.bytes_for(0, 0, self.settings.gradient_accumulation_steps)
 
     def bytes_for(self, num_frames: float, num_positions: float, num_micro_batches: int) -> float:
         """The highest point of a step of micro-batches of so many frames and positions."""
-        before = self.standing_bytes + (self.gradient_bytes if num_micro_batches > 1 else 0)
+        standing, gradients = self.standing_bytes + self._gathered, self.gradient_bytes
+        if self.is_sharded and num_micro_batches == 1:
+            gradients /= self.num_processes  # shared out layer by layer; while they accumulate each process has all
+        # DDP's buckets hold a whole gradient from the first step to the last.
+        has_buckets = self.num_processes > 1 and not self.is_sharded
+        before = standing + (gradients if num_micro_batches > 1 or has_buckets else 0)
         frame_bytes = num_frames * 4 * NUM_CODEBOOKS * self.talker["hidden_size"]  # all embeddings of the frames, fp32
         forward = before + self._kept(num_positions) + self.cast_bytes + self._sub_talker(num_frames) + frame_bytes
         again = before + self._kept(num_positions) + frame_bytes + self._layer_again(num_positions)
-        backward = self.standing_bytes + self.gradient_bytes + 2 * frame_bytes + self._looked_up
+        backward = standing + gradients + 2 * frame_bytes + self._looked_up
         return max(forward, again, backward)
 
     @property
     def standing_bytes(self) -> float:
         """Weights and the optimizer's states: there from the first step to the last."""
-        return sum(map(self._weight_bytes, self.weights)) + sum(map(self._state_bytes, self._trained()))
+        whole = sum(map(self._weight_bytes, self.weights)) + sum(map(self._state_bytes, self._trained()))
+        return whole / self.num_processes if self.is_sharded else whole
+
+    @property
+    def _gathered(self) -> float:
+        """Whole weights that a process of a sharded run holds while it computes: those outside the layers and the text
+        table, and two layers, the second of which is fetched ahead; see ``sharding.shard``."""
+        if not self.is_sharded:
+            return 0
+        first = sum(self._weight_bytes(weight) for weight in self.weights if layer_of(weight.name) == 0)
+        others = [weight for weight in self.weights if ".layers." not in weight.name and "text_emb" not in weight.name]
+        return 2 * first + sum(map(self._weight_bytes, others))
 
     @cached_property
     def gradient_bytes(self) -> float:
@@ -255,11 +275,11 @@ class Needs:
     def _sub_talker(self, num_frames: float) -> float:
         """A chunk of frames through the sub-talker and its heads, and the gradients of the chunks before it."""
         predictor = self.talker["code_predictor_config"]
-        num_chunk = min(num_frames, SUB_TALKER_CHUNK_FRAMES)
+        num_chunk = num_frames if self.is_sharded else min(num_frames, SUB_TALKER_CHUNK_FRAMES)
         logits = (NUM_CODEBOOKS - 1) * predictor["vocab_size"] * (12 if self._is_mixed else 16)
         layers = NUM_CODEBOOKS * predictor["num_hidden_layers"] * self._layer_bytes(predictor)
         inputs = NUM_CODEBOOKS * 6 * self.talker["hidden_size"]
-        num_before = max(num_frames // SUB_TALKER_CHUNK_FRAMES - 1, 0) * num_chunk  # the last whole chunk is the peak
+        num_before = max(num_frames // max(num_chunk, 1) - 1, 0) * num_chunk  # the last whole chunk is the peak
         before = num_before * 4 * NUM_CODEBOOKS * self.talker["hidden_size"]
         of_weights = sum(self._weight_bytes(weight) for weight in self._trained() if "code_predictor" in weight.name)
         return num_chunk * (logits + layers + inputs) + before + (of_weights if num_before else 0)
@@ -289,14 +309,17 @@ class Picks:
     message: str
 
 
-def pick_for_memory(settings: Settings, base: Base, gpu_bytes: int | None = None, lora_rank: int = 0) -> Picks | None:
+def pick_for_memory(
+    settings: Settings, base: Base, gpu_bytes: int | None = None, num_processes: int = 1, lora_rank: int = 0
+) -> Picks | None:
     """What MEMORY_PROFILE picks: the first combination that fits, of those that learn best first.
 
     See ``_order`` for what is given up first; a step always keeps its rows. What the user set stays. The same settings,
-    base and GPU give the same picks, so a run can be resumed.
+    base, GPU and processes give the same picks, so a run can be resumed.
 
     Args:
         gpu_bytes: memory of the GPU, the smallest of all processes; None where there is none.
+        num_processes: of the job.
         lora_rank: see ``weights_of``.
 
     Returns:
@@ -306,7 +329,10 @@ def pick_for_memory(settings: Settings, base: Base, gpu_bytes: int | None = None
         UserError: nothing fits, or what fits needs a package that is missing, or the launch asks for FSDP.
     """
     profile = settings.memory_profile
-    if profile is None or (profile == "auto" and gpu_bytes is None):
+    if profile is None:
+        return None
+    if profile == "auto" and gpu_bytes is None:
+        _check_rows_without_gpu(settings, num_processes)
         return None
     if asks_for_fsdp():
         raise UserError(
@@ -315,12 +341,25 @@ def pick_for_memory(settings: Settings, base: Base, gpu_bytes: int | None = None
         )
     profile = largest_profile(gpu_bytes) if profile == "auto" else profile
     room, weights = usable_bytes(PROFILES[profile]), weights_of(base, settings, lora_rank)
-    needs = [Needs(base.talker_config, weights, candidate) for candidate in _candidates(settings)]
+    candidates = _candidates(settings, num_processes)
+    needs = [Needs(base.talker_config, weights, candidate, num_processes) for candidate in candidates]
     fitting = next((need for need in needs if need.peak_bytes() <= room), None)
     if fitting is None:
         raise UserError(_nothing_fits(profile, settings, min(need.peak_bytes() for need in needs)))
     check_optimizer(fitting.settings)
-    return Picks(fitting.settings, fitting.peak_bytes(), _message(profile, settings, fitting))
+    message = _message(profile, settings, fitting)
+    if gpu_bytes is not None and gpu_bytes < PROFILES[profile] * (1 - UNDER_NOMINAL_SHARE):
+        message += f". This GPU has {gpu_bytes / 1e9:.1f} GB only: MEMORY_PROFILE=auto takes the profile that fits it"
+    return Picks(fitting.settings, fitting.peak_bytes(), message)
+
+
+def _check_rows_without_gpu(settings: Settings, num_processes: int) -> None:
+    """Raises UserError where the profile was to divide EFFECTIVE_BATCH_SIZE."""
+    if divides_rows(settings) and settings.effective_batch_size != settings.rows_per_step(num_processes):
+        raise UserError(
+            "EFFECTIVE_BATCH_SIZE: MEMORY_PROFILE=auto divides it into micro-batches where there is a GPU; here, set "
+            "BATCH_SIZE and GRADIENT_ACCUMULATION_STEPS"
+        )
 
 
 def largest_profile(gpu_bytes: int) -> str:
@@ -351,12 +390,12 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def _candidates(settings: Settings) -> list[Settings]:
+def _candidates(settings: Settings, num_processes: int) -> list[Settings]:
     """All combinations that may be picked, the best first."""
     choices = {field: (getattr(settings, field),) if settings.is_set(field) else _CHOICES[field] for field in _CHOICES}
     if settings.mixed_precision != "bf16" or settings.optimizer == "adafactor":
         choices["weights_precision"] = (settings.weights_precision,)  # see the settings' checks
-    combinations = itertools.product(_micro_batches(settings), *choices.values())
+    combinations = itertools.product(_micro_batches(settings, num_processes), *choices.values())
     return sorted(
         (
             settings.model_copy(update=batch | dict(zip(choices, values, strict=True)))
@@ -378,13 +417,15 @@ def _order(settings: Settings) -> tuple[int, ...]:
     return (in_bf16, is_small, accumulation * in_bf16, settings.gradient_checkpointing, accumulation)
 
 
-def _micro_batches(settings: Settings) -> list[dict[str, int]]:
+def _micro_batches(settings: Settings, num_processes: int) -> list[dict[str, int]]:
     """Micro-batches and accumulation for the same rows or frames of a step, the largest micro-batch first."""
     accumulation, max_frames = settings.gradient_accumulation_steps, settings.max_frames_per_batch
     if settings.is_set("gradient_accumulation_steps") or settings.is_set("batch_size"):
         return [{}]
     if max_frames is None:
         total = settings.batch_size * accumulation
+        if divides_rows(settings):
+            total = settings.effective_batch_size // num_processes
         sizes = [size for size in range(total, 0, -1) if total % size == 0]
         return [{"batch_size": size, "gradient_accumulation_steps": total // size} for size in sizes]
     halvings = [2**times for times in range(8) if max_frames % 2**times == 0 and max_frames // 2**times >= ROW_FRAMES]
@@ -422,6 +463,8 @@ def _nothing_fits(profile: str, settings: Settings, smallest: float) -> str:
     """What to say, and what would fit."""
     kept = [field for field in (*_batch_fields(settings), *_CHOICES) if settings.is_set(field)]
     ways = [f"unset {', '.join(field.upper() for field in kept)}"] if kept else []
+    if settings.max_frames_per_batch and settings.max_frames_per_batch % 2:
+        ways.append("take an even MAX_FRAMES_PER_BATCH, which can be halved")
     if not settings.freeze_original_layers:
         ways.append(
             "train new layers instead of the whole model (REPLACE_LAST_N_LAYERS=2 ADD_NEW_LAYERS=4 "

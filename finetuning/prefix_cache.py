@@ -3,8 +3,9 @@
 An entry is the row's (L, H) input of the first layer that trains, in bfloat16 (float32 with MIXED_PRECISION=no), under
 a key of all that it is made of: the row's ids and codes, its speaker's vector, and a hash of the frozen weights.
 
-Each row is computed alone and used as it is kept, rounded. So it makes no difference to a run, not even in the last
-bit, whether an entry was found or computed again: after a resume, in another process, or because it found no room.
+Each row is computed alone and used as it is kept, rounded. So on one kind of device it makes no difference to a run, not
+even in the last bit, whether an entry was found or computed again: after a resume, in another process, or because it
+found no room.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class MemoryStore:
         return self._entries.get(key)
 
     def put(self, key: str, entry: bytes) -> None:
-        if self._num_bytes + len(entry) <= self.max_bytes:
+        if key not in self._entries and self._num_bytes + len(entry) <= self.max_bytes:
             self._entries[key] = bytearray(entry)
             self._num_bytes += len(entry)
 
@@ -135,8 +136,8 @@ class DiskStore:
             raise UserError(f"PREFIX_CACHE_DIR: {folder} cannot be written ({error.strerror})") from None
         for unfinished in self.folder.glob(".*"):  # of a process that was killed; one at work writes it again
             unfinished.unlink(missing_ok=True)
-        self._num_bytes_before = sum(map(_bytes_in, self._others())) + _bytes_in(self.folder)
-        self._num_bytes_written = 0
+        self._is_full = False
+        self._count()
 
     def get(self, key: str) -> bytearray | None:
         """The entry, or None where it is missing or damaged."""
@@ -152,6 +153,7 @@ class DiskStore:
         unfinished = self.folder / f".{key}.{os.getpid()}"
         try:
             if self._makes_room(len(entry) + _DIGEST_BYTES):
+                self.folder.mkdir(exist_ok=True)  # another run may have made room
                 unfinished.write_bytes(xxhash.xxh3_128_digest(entry) + entry)
                 unfinished.replace(self.folder / key)
                 self._num_bytes_written += len(entry) + _DIGEST_BYTES
@@ -159,14 +161,25 @@ class DiskStore:
             unfinished.unlink(missing_ok=True)
 
     def _makes_room(self, num_bytes: int) -> bool:
-        excess = self._num_bytes_before + (self._num_bytes_written + num_bytes) * self.num_writers - self.max_bytes
-        for folder in sorted(self._others(), key=_last_used) if excess > 0 else []:
-            if excess <= 0:
-                break
-            freed = _remove(folder)
-            self._num_bytes_before -= freed
-            excess -= freed
-        return excess <= 0
+        if self._is_full or self._has_room(num_bytes):
+            return not self._is_full
+        for folder in sorted(self._others(), key=_last_used):
+            self._count()  # anew each time: the other writers make room as well
+            if self._has_room(num_bytes):
+                return True
+            _remove(folder)
+        self._count()
+        self._is_full = not self._has_room(num_bytes)
+        return not self._is_full
+
+    def _count(self) -> None:
+        """What lies there now, by whomever."""
+        self._num_bytes_before = sum(map(_bytes_in, [*self._others(), self.folder]))
+        self._num_bytes_written = 0
+
+    def _has_room(self, num_bytes: int) -> bool:
+        written = (self._num_bytes_written + num_bytes) * self.num_writers  # since it was counted
+        return self._num_bytes_before + written <= self.max_bytes
 
     def _others(self) -> list[Path]:
         """Folders of other names; what else lies there is somebody's own."""
@@ -198,14 +211,12 @@ def _bytes_in(folder: Path) -> int:
     return num_bytes
 
 
-def _remove(folder: Path) -> int:
-    """Removes a folder of entries; its bytes. Another process may be at it as well."""
-    num_bytes = _bytes_in(folder)
+def _remove(folder: Path) -> None:
+    """Removes a folder of entries. Another process may be at it as well."""
     for file in _entries(folder):
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
-    return num_bytes
 
 
 # ---------------------------------------------------------------------------------------------------- for a run
@@ -224,26 +235,38 @@ def make_prefix_cache(
     """
     if settings.prefix_cache == "off":
         return None
+    assert not objective.trains_embeddings(), "what is kept would be that of other embeddings"
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     dtype = torch.float32 if settings.mixed_precision == "no" else torch.bfloat16
     max_bytes = int(settings.prefix_cache_gb * 1e9)
     if settings.prefix_cache == "disk":
-        name = hash_of_frozen(
-            objective, f"{FORMAT} {dtype} {accelerator.mixed_precision} {settings.compile} {torch.__version__}"
-        )
+        how = (FORMAT, dtype, accelerator.mixed_precision, settings.compile, torch.__version__)
+        name = hash_of_frozen(objective, " ".join(map(str, how)))
         store: Store = DiskStore(settings.prefix_cache_dir, name, max_bytes, num_local)
     else:
-        max_bytes = min(max_bytes, int(MAX_MEMORY_SHARE * psutil.virtual_memory().available)) // num_local
+        max_bytes = min(max_bytes, int(MAX_MEMORY_SHARE * psutil.virtual_memory().available))
         store = MemoryStore(max_bytes)
     if accelerator.is_main_process:
-        say(describe(settings, train, objective.speaker_vectors.shape[1] * dtype.itemsize, max_bytes, num_local))
+        say(describe(settings, train, objective.speaker_vectors.shape[1] * dtype.itemsize, max_bytes))
     return PrefixCache(objective, accelerator, dtype, store)
 
 
-def check_prefix_cache() -> None:
-    """Raises UserError where the launch asks for FSDP, whose processes gather a layer's weights together."""
+def check_prefix_cache(settings: Settings) -> None:
+    """What PREFIX_CACHE needs of the launch.
+
+    Raises:
+        UserError: it asks for FSDP, whose processes gather a layer's weights together, or for several processes that
+            would each keep rows which the next epoch gives to another.
+    """
+    if settings.prefix_cache == "off":
+        return
     if asks_for_fsdp():  # they would not all miss the same rows
         raise UserError("PREFIX_CACHE: does not work with FSDP; set PREFIX_CACHE=off, or launch without FSDP")
+    if settings.prefix_cache == "ram" and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UserError(
+            "PREFIX_CACHE: ram is for one process; several share PREFIX_CACHE=disk, which may lie in memory as well "
+            "(PREFIX_CACHE_DIR=/dev/shm/prefix_cache)"
+        )
 
 
 def hash_of_frozen(objective: TrainingObjective, about: str) -> str:
@@ -251,21 +274,26 @@ def hash_of_frozen(objective: TrainingObjective, about: str) -> str:
     talker = objective.talker
     frozen = talker.model.layers[: objective.num_frozen_layers()]
     tables = (talker.model.text_embedding, talker.model.codec_embedding, talker.code_predictor.model.codec_embedding)
-    attention = talker.config._attn_implementation
-    digest = xxhash.xxh3_128(f"{about} {attention} {objective.speaker_vectors.device.type} {len(frozen)}".encode())
+    about += f" {_device_name(objective.speaker_vectors.device)} {len(frozen)} {talker.config._attn_implementation}"
+    digest = xxhash.xxh3_128(f"{about} {talker.config.to_json_string()}".encode())
     for module in (*tables, talker.text_projection, *frozen):
         for parameter in module.parameters():
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def describe(settings: Settings, train: TrainingSteps, bytes_per_position: int, max_bytes: int, num_local: int) -> str:
+def _device_name(device: torch.device) -> str:
+    """What sums depend on in their last bits."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def describe(settings: Settings, train: TrainingSteps, bytes_per_position: int, max_bytes: int) -> str:
     """A line about what the entries take, and whether they find room."""
     needed = estimated_positions(train) * bytes_per_position
     where = f"in {settings.prefix_cache_dir}" if settings.prefix_cache == "disk" else "in memory"
     line = f"Prefix cache: about {needed / 1e9:.2f} GB {where}, at most {max_bytes / 1e9:.2f} GB"
-    if settings.prefix_cache == "ram" and num_local > 1:
-        line += f" in each of {num_local} processes, which do not share it (PREFIX_CACHE=disk is shared)"
     if needed > max_bytes:
         line += "; rows that find no room are computed in every epoch"
     return line

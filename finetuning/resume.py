@@ -30,6 +30,8 @@ MAY_CHANGE = frozenset({
 })  # fmt: skip
 #: Settings that name what is compared by its content instead: files may move.
 COMPARED_BY_CONTENT = frozenset({"INIT_MODEL_PATH", "TRAIN_JSONL", "VALIDATION_JSONL", "DATASET_NAME"})
+#: Settings that may not change and that MEMORY_PROFILE picks.
+PICKED_FOR_MEMORY = ("OPTIMIZER", "WEIGHTS_PRECISION")
 #: Settings that may change as long as what a step holds, over all processes, stays.
 MICRO_BATCHES = ("BATCH_SIZE", "MAX_FRAMES_PER_BATCH", "GRADIENT_ACCUMULATION_STEPS")
 #: Bytes of each weight file, evenly spread, that stand for all of it in a fingerprint.
@@ -230,11 +232,17 @@ def differing_settings(saved: Mapping[str, Any], settings: Settings) -> list[str
     defaults = type(settings).model_construct().public()
     now = settings.public()
     ignored = MAY_CHANGE | COMPARED_BY_CONTENT | set(MICRO_BATCHES)
+    has_profile = bool(settings.memory_profile or saved.get("MEMORY_PROFILE"))
     return [
-        f"{name} was {_shown(before)}, is {_shown(value)}"
+        f"{name} was {_shown(before)}, is {_shown(value)}{_advice(name, before) if has_profile else ''}"
         for name, value in now.items()
         if name not in ignored and (before := saved.get(name, defaults[name])) != value
     ]
+
+
+def _advice(name: str, before: Any) -> str:
+    """What to do about a setting that MEMORY_PROFILE picks for another GPU or another number of processes."""
+    return f" (MEMORY_PROFILE picks it; set {name}={before})" if name in PICKED_FOR_MEMORY else ""
 
 
 def check_same_rows(state: State, fingerprints: Mapping[str, str | None]) -> None:

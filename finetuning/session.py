@@ -142,8 +142,7 @@ def check_levers(settings: Settings, device: str) -> None:
         UserError
     """
     check_optimizer(settings)
-    if settings.prefix_cache != "off":
-        check_prefix_cache()
+    check_prefix_cache(settings)
     if settings.compile:
         check_compiler(device)
         if asks_for_fsdp():
@@ -168,7 +167,7 @@ def apply_memory_profile(settings: Settings, base: Base, accelerator: Accelerato
     device, gpu_bytes = accelerator.device, None
     if device.type == "cuda":
         gpu_bytes = min(gather_object([torch.cuda.get_device_properties(device).total_memory]))
-    picks = pick_for_memory(settings, base, gpu_bytes)
+    picks = pick_for_memory(settings, base, gpu_bytes, accelerator.num_processes)
     if accelerator.is_main_process and settings.memory_profile:
         say(picks.message if picks else f"MEMORY_PROFILE=auto picks nothing on {device.type}: it is for GPUs")
     return picks.settings if picks else settings

@@ -408,10 +408,20 @@ def _validate(
     return settings
 
 
+def divides_rows(settings: Settings) -> bool:
+    """Whether MEMORY_PROFILE is to divide EFFECTIVE_BATCH_SIZE among micro-batches."""
+    is_open = not (settings.is_set("batch_size") or settings.is_set("gradient_accumulation_steps"))
+    return bool(settings.memory_profile and settings.effective_batch_size) and is_open
+
+
 def _check_effective_batch(settings: Settings, num_processes: int) -> str | None:
     product = settings.rows_per_step(num_processes)
     if settings.effective_batch_size in (None, product) or settings.max_frames_per_batch:
         return None
+    if divides_rows(settings):
+        if settings.effective_batch_size % num_processes == 0:
+            return None
+        return f"is {settings.effective_batch_size}, which {num_processes} processes cannot share equally; change it"
     return (
         f"is {settings.effective_batch_size}, but BATCH_SIZE {settings.batch_size} x GRADIENT_ACCUMULATION_STEPS "
         f"{settings.gradient_accumulation_steps} x {num_processes} process(es) = {product}; change one of them"

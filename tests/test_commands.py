@@ -20,6 +20,7 @@ from training import FULL
 
 import train
 from finetuning.errors import UserError
+from finetuning.memory import Needs
 
 SILENCE = np.zeros(48_000, dtype=np.float32)
 
@@ -178,9 +179,12 @@ def test_preflight_finds_too_little_memory(make_settings: Any, monkeypatch: pyte
     preflight = Preflight()
     preflight.settings, preflight.device = make_settings(), "cpu"
     preflight.base = base_model.resolve_base(preflight.settings)
-    assert "are free" in preflight.memory()
-    monkeypatch.setattr(base_model, "free_memory_bytes", lambda device: 10**6)
-    with pytest.raises(UserError, match=r"only 0\.00 GB are free"):
+    assert "GB are free" in preflight.memory() and "may not fit" not in preflight.memory()
+    least = Needs.of(preflight.base, preflight.settings).least_bytes
+    monkeypatch.setattr(base_model, "free_memory_bytes", lambda device: least + 1)
+    assert "longer clips may not fit" in preflight.memory(), "a step that does not fit is repeated in parts"
+    monkeypatch.setattr(base_model, "free_memory_bytes", lambda device: least - 1)
+    with pytest.raises(UserError, match=r"whatever the clips; only 0\.\d\d GB are free"):
         preflight.memory()
 
 

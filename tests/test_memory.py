@@ -55,7 +55,7 @@ def test_formula_against_the_tensors_that_are_alive(recipe: str, fields: dict, m
     counted = count_peak(Case(config, recipe, settings, seconds, micro_batches)).peak.total()
     rows = random_rows(config, len(seconds), seconds=seconds)
     positions, frames = sum(len(row.text) for row in rows), sum(len(row.codes) for row in rows)
-    needs = Needs.of(BaseOnPaper(config), settings, LORA_RANK if recipe == "lora" else 0)
+    needs = Needs.of(BaseOnPaper(config), settings, lora_rank=LORA_RANK if recipe == "lora" else 0)
     assert needs.bytes_for(frames, positions, micro_batches) == pytest.approx(counted, rel=0.05)
 
 
@@ -74,7 +74,7 @@ def test_profiles_fit_and_keep_the_rows_of_a_step(size: str, recipe: str, profil
     settings = case_settings(memory_profile=profile, **FIELDS[recipe])
     rank = LORA_RANK if recipe == "lora" else 0
     picks = pick_for_memory(settings, bases[size], lora_rank=rank)
-    assert Needs.of(bases[size], picks.settings, rank).peak_bytes() == picks.peak_bytes
+    assert Needs.of(bases[size], picks.settings, lora_rank=rank).peak_bytes() == picks.peak_bytes
     assert picks.peak_bytes <= usable_bytes(PROFILES[profile]) < PROFILES[profile] - 2e9
     assert picks.settings.rows_per_step(1) == settings.rows_per_step(1) == 8
     assert picks.settings.mixed_precision == "bf16"
@@ -104,6 +104,57 @@ def test_what_the_user_set_stays(bases: dict) -> None:
     assert "set by you: BATCH_SIZE=1" in picks.message and "OPTIMIZER=adamw" in picks.message
 
 
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_the_rows_that_the_user_asks_for_are_divided(bases: dict, num_processes: int) -> None:
+    fields = {"effective_batch_size": 64, **LAYERS}
+    environment = {"WORLD_SIZE": str(num_processes)}
+    settings = case_settings(environment, memory_profile="24gb", **fields)
+    picked = pick_for_memory(settings, bases["1.7b"], num_processes=num_processes).settings
+    assert picked.rows_per_step(num_processes) == 64
+    with pytest.raises(UserError, match=r"EFFECTIVE_BATCH_SIZE: MEMORY_PROFILE=auto divides .* where there is a GPU"):
+        pick_for_memory(case_settings(environment, memory_profile="auto", **fields), bases["1.7b"], None, num_processes)
+    with pytest.raises(UserError, match=r"EFFECTIVE_BATCH_SIZE.* is 33, which 2 processes cannot share equally"):
+        case_settings({"WORLD_SIZE": "2"}, memory_profile="24gb", effective_batch_size=33)
+    with pytest.raises(UserError, match=r"EFFECTIVE_BATCH_SIZE.* is 32, but BATCH_SIZE 4"):
+        case_settings(memory_profile="24gb", effective_batch_size=32, batch_size=4)
+
+
+def test_several_gpus_hold_a_whole_gradient_all_the_time(bases: dict) -> None:
+    """DDP's buckets; what fits one GPU alone may not fit each of several."""
+    settings = case_settings(gradient_accumulation_steps=1, batch_size=8, **FULL)
+    alone, beside = (Needs.of(bases["1.7b"], settings, num_processes=count) for count in (1, 4))
+    assert beside.peak_bytes() == pytest.approx(alone.peak_bytes() + alone.gradient_bytes)
+    profile = case_settings(memory_profile="40gb", **FULL)
+    picks = [pick_for_memory(profile, bases["1.7b"], num_processes=count) for count in (1, 4)]
+    assert picks[0].settings.gradient_accumulation_steps == 1 and not picks[0].settings.gradient_checkpointing
+    assert picks[1].settings.gradient_accumulation_steps > 1 or picks[1].settings.gradient_checkpointing
+    assert max(pick.peak_bytes for pick in picks) <= usable_bytes(PROFILES["40gb"])
+
+
+def test_shares_of_a_model_need_less(bases: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP, against a sum by hand: a quarter of what stands there, all gradients while they accumulate, one chunk."""
+    base, settings = bases["1.7b"], case_settings(batch_size=1, gradient_accumulation_steps=4, **FULL)
+    alone = Needs.of(base, settings)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    two, four = (Needs.of(base, settings, num_processes=count) for count in (2, 4))
+    trained = sum(base.weight_sizes()[weight.name] for weight in four.weights if weight.trains)
+    num_weights = sum(weight.size for weight in four.weights)
+    assert 4 * four.standing_bytes == pytest.approx(4 * num_weights + 8 * trained)
+    assert four.gradient_bytes == alone.gradient_bytes == 4 * trained
+    assert four.least_bytes > four.standing_bytes + four.gradient_bytes
+    assert four.peak_bytes() < two.peak_bytes() < alone.peak_bytes()
+    large = case_settings(batch_size=8, gradient_accumulation_steps=4, **FULL)
+    grown = Needs.of(base, large, num_processes=4).peak_bytes() - four.peak_bytes()
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert grown > Needs.of(base, large).peak_bytes() - alone.peak_bytes(), "the sub-talker is one chunk"
+
+
+def test_a_profile_beyond_the_gpu_says_so(bases: dict) -> None:
+    settings = case_settings(memory_profile="24gb", **LAYERS)
+    assert "This GPU has 16.0 GB only" in pick_for_memory(settings, bases["1.7b"], 16 * 10**9).message
+    assert "only" not in pick_for_memory(settings, bases["1.7b"], int(23.8e9)).message
+
+
 def test_micro_batches_in_frames_are_halved(bases: dict) -> None:
     fields = {"max_frames_per_batch": 8000, "memory_profile": "40gb", **FULL}
     picked = pick_for_memory(case_settings(**fields), bases["1.7b"]).settings
@@ -115,6 +166,9 @@ def test_micro_batches_in_frames_are_halved(bases: dict) -> None:
 
 def test_what_fits_nowhere_is_an_error_that_says_what_would(bases: dict) -> None:
     settings = case_settings(memory_profile="16gb", weights_precision="fp32", optimizer="adamw", **FULL)
+    odd = case_settings(memory_profile="16gb", max_frames_per_batch=8001, weights_precision="fp32", **FULL)
+    with pytest.raises(UserError, match="an even MAX_FRAMES_PER_BATCH"):
+        pick_for_memory(odd, bases["1.7b"])
     with pytest.raises(
         UserError, match=r"unset OPTIMIZER, WEIGHTS_PRECISION|unset WEIGHTS_PRECISION, OPTIMIZER"
     ) as error:
@@ -162,6 +216,11 @@ def test_a_run_is_resumed_with_the_same_picks(
     unpicked = build(make_settings(memory_profile="auto", **fields | {"max_steps": 2}))
     assert unpicked.settings.batch_size == 2 and unpicked.state.step == 1, "a step has the same rows"
     assert "picks nothing on cpu" in capsys.readouterr().out
+    differing = make_settings(memory_profile="16gb", optimizer="adafactor", **fields | {"max_steps": 2})
+    with pytest.raises(
+        UserError, match=r"OPTIMIZER was adamw, is adafactor \(MEMORY_PROFILE picks it; set OPTIMIZER=adamw\)"
+    ):
+        build(differing)
 
 
 def test_recipes_are_those_of_the_benchmarks() -> None:

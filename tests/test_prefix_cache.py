@@ -12,7 +12,7 @@ from training import FULL, before_each_step, build, make_trainer, signal_in_step
 
 from finetuning.dataset import collate
 from finetuning.errors import Stopped, UserError
-from finetuning.prefix_cache import DiskStore, MemoryStore, PrefixCache, estimated_positions
+from finetuning.prefix_cache import DiskStore, MemoryStore, PrefixCache, check_prefix_cache, estimated_positions
 from finetuning.session import check_inputs
 
 ROWS, EPOCHS = 4, 3
@@ -107,6 +107,14 @@ def test_refused_where_something_below_trains(settings_for: Any, fields: dict[st
         settings_for("refused", prefix_cache="ram", **fields)
 
 
+def test_memory_is_for_one_process(settings_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each epoch deals the rows to the processes anew."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"PREFIX_CACHE: ram is for one process; several share PREFIX_CACHE=disk"):
+        check_prefix_cache(settings_for("refused", prefix_cache="ram"))
+    check_prefix_cache(settings_for("shared", prefix_cache="disk"))
+
+
 def test_refused_under_fsdp(settings_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="PREFIX_CACHE: does not work with FSDP"):
@@ -137,10 +145,12 @@ def test_everything_that_matters_is_in_the_key(settings_for: Any) -> None:
         return next(iter(cache._keys(batch)))
 
     batch = collate([row], [0])
-    other_text, other_codes = batch["text_ids"].clone(), batch["codes"].clone()
+    other_text, other_language, other_codes = (batch[name].clone() for name in ("text_ids", "codec_ids", "codes"))
     other_text[0, 8] += 1
+    other_language[0, 3] += 1
     other_codes[0, 5] += 1
-    keys = [key(), key(text_ids=other_text), key(codes=other_codes), key(speaker_positions=torch.tensor([-1]))]
+    keys = [key(), key(text_ids=other_text), key(codec_ids=other_language), key(codes=other_codes)]
+    keys.append(key(speaker_positions=torch.tensor([-1])))
     cache._vectors[0] = bytes(len(cache._vectors[0]))
     keys.append(key())
     assert len(set(keys)) == len(keys)
@@ -149,13 +159,24 @@ def test_everything_that_matters_is_in_the_key(settings_for: Any) -> None:
 
 
 def test_other_frozen_weights_have_another_folder(settings_for: Any) -> None:
+    """And so has another configuration of the same weights."""
     names = []
-    for change in (0.0, 0.0, 1e-3):
+    for change, rope_theta in ((0.0, None), (0.0, None), (1e-3, None), (0.0, 500.0)):
         run = build(settings_for("weights", prefix_cache="disk", overwrite_output=True))
+        talker = run.objective.talker
+        talker.config.rope_theta = rope_theta or talker.config.rope_theta
         with torch.no_grad():
-            run.objective.talker.model.layers[0].mlp.up_proj.weight[0, 0] += change
+            talker.model.layers[0].mlp.up_proj.weight[0, 0] += change
         names.append(make_trainer(run).stepper.prefixes.store.folder.name)
-    assert names[0] == names[1] != names[2]
+    assert names[0] == names[1] and len(set(names)) == 3
+
+
+def test_no_cache_is_made_over_embeddings_that_train(settings_for: Any) -> None:
+    """Whatever rule sets what trains."""
+    run = build(settings_for("embeddings", prefix_cache="ram"))
+    run.objective.talker.model.codec_embedding.requires_grad_(True)
+    with pytest.raises(AssertionError, match="other embeddings"):
+        make_trainer(run)
 
 
 # ---------------------------------------------------------------------------------------------------------- stores
@@ -163,7 +184,7 @@ def test_other_frozen_weights_have_another_folder(settings_for: Any) -> None:
 
 def test_a_store_in_memory_keeps_its_bound() -> None:
     store = MemoryStore(10)
-    for key in "abc":
+    for key in "aabc":
         store.put(key, b"1234")
     assert (store.get("a"), store.get("b"), store.get("c")) == (b"1234", b"1234", None)
 
@@ -198,13 +219,38 @@ def test_what_else_lies_in_the_folder_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_stores_that_make_room_beside_each_other(tmp_path: Path) -> None:
-    """As several processes do: a folder may go, or an entry, while another one looks at it."""
+    """As several processes do: a folder may go, or an entry, while another one looks at it; then all have the room."""
+    size = 16 + 40
     for round_number in range(20):
         for number in range(4):
-            DiskStore(tmp_path, f"{number:032x}", 10**6).put("a" * 32, bytes(100))
-        stores = [DiskStore(tmp_path, f"{round_number + 16:032x}", 250, num_writers=4) for _ in range(4)]
+            DiskStore(tmp_path, f"{number:032x}", 10**6).put("a" * 32, bytes(40))
+        stores = [DiskStore(tmp_path, f"{round_number + 16:032x}", 8 * size, num_writers=4) for _ in range(4)]
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda store: [store.put(f"{key:032x}", bytes(40)) for key in range(4)], stores))
+            list(pool.map(lambda store: store.put(f"{id(store):032x}", bytes(40)), stores))
+        assert all(store.get(f"{id(store):032x}") for store in stores)
+        assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= 8 * size
+
+
+def test_room_that_another_process_made_is_seen(tmp_path: Path) -> None:
+    size = 16 + 100
+    for key in "abcd":
+        DiskStore(tmp_path, OLD, 10**6).put(key * 32, bytes(100))
+    first, second = (DiskStore(tmp_path, NEW, 4 * size, num_writers=2) for _ in range(2))
+    first.put("a" * 32, bytes(100))
+    second.put("b" * 32, bytes(100))
+    assert not (tmp_path / OLD).exists()
+    assert second.get("a" * 32) and second.get("b" * 32)
+
+
+def test_a_folder_that_another_run_removed_is_made_again(tmp_path: Path) -> None:
+    running = DiskStore(tmp_path, OLD, 150)
+    running.put("a" * 32, bytes(100))
+    DiskStore(tmp_path, NEW, 150).put("b" * 32, bytes(100))
+    assert running.get("a" * 32) is None
+    running = DiskStore(tmp_path, OLD, 10**6)
+    (tmp_path / OLD).rmdir()
+    running.put("c" * 32, bytes(100))
+    assert running.get("c" * 32) is not None
 
 
 def test_a_damaged_entry_is_computed_again(tmp_path: Path) -> None:
