@@ -3,8 +3,8 @@
 An entry is the row's (L, H) input of the first layer that trains, in bfloat16 (float32 with MIXED_PRECISION=no), under
 a key of all that it is made of: the row's ids and codes, its speaker's vector, and a hash of the frozen weights.
 
-Each row is computed alone and used as it is kept, rounded. So on one kind of device it makes no difference to a run, not
-even in the last bit, whether an entry was found or computed again: after a resume, in another process, or because it
+Each row is computed alone and used as it is kept, rounded. So on one kind of device it makes no difference to a run,
+not even in the last bit, whether an entry was found or computed again: after a resume, in another process, or where it
 found no room.
 """
 

@@ -40,6 +40,11 @@ CLOCK = ("timestamp", "frames_per_second", "seconds_left")
 FAILING = ["", "state", "export", "", "log", "export", "state"]
 #: Lines that cannot be read in the same lives.
 DAMAGED = [2, 5, 9]
+#: New layers, with what saves time: each process trains on a share of its rows' frames, and finds what the other kept.
+LAYERS = {"replace_last_n_layers": 1, "add_new_layers": 1, "freeze_original_layers": True, "num_epochs": 3}
+LEVERS = {"sub_talker_frame_fraction": 0.5, "gradient_checkpointing": True, "prefix_cache": "disk"}
+#: All weights in bf16, rounded at random, and rows by their frames.
+SMALL = {"weights_precision": "bf16", "mixed_precision": "bf16", "max_frames_per_batch": 60, "batch_size": None}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +95,9 @@ def life_of(fields: dict, folder: Path) -> Callable[..., Life]:
     def make(name: str, sharded: bool = False, alone: bool = False, tricks: dict | None = None, **others: Any) -> Life:
         batch_size = fields["batch_size"] if alone else fields["batch_size"] // 2
         own = {"output_dir": str(folder / name / "output"), "batch_size": batch_size}
-        return Life(name, fields | own | others, sharded, tricks or {})
+        own |= {"prefix_cache_dir": str(folder / "prefix_cache")}
+        given = {name: value for name, value in (fields | own | others).items() if value is not None}
+        return Life(name, given, sharded, tricks or {})
 
     return make
 
@@ -134,6 +141,11 @@ def lives(life_of: Callable, folder: Path, one_stopped: SimpleNamespace) -> Call
         life_of("memory-none", tricks={"no_memory": [1, 1, 0]}),
         life_of("memory-backward", tricks={"no_memory_in_backward": [1, 2]}),
         life_of("memory-sharded", sharded=True, tricks={"no_memory": [1, 1, 1]}),
+        life_of("ddp-levers", **LAYERS | LEVERS),
+        life_of("ddp-small", **SMALL, num_epochs=2),
+        life_of(
+            "fsdp-checkpointed", sharded=True, gradient_checkpointing=True, tricks={"gradients_of": [1]}, max_steps=3
+        ),
     ]
     launch(folder, listed)
     return lambda name: read_life(folder, name)
@@ -442,3 +454,42 @@ def test_no_memory_where_nothing_helps(life: str, lives: Callable) -> None:
     assert len(errors) == 1
     rows = 1 if life == "memory-none" else 2
     assert errors[0].startswith(f"error: the GPU's memory does not suffice for micro-batches of {rows} rows")
+
+
+# ---------------------------------------------------------------------------------------------------------- levers
+
+
+def test_two_with_levers_learn_what_one_does(lives: Callable, life_of: Callable, folder: Path) -> None:
+    """The same random frames, and a prefix wherever it was computed; here one process computes it in every step."""
+    two = lives("ddp-levers")
+    assert two.exit_codes == [0, 0], two.printed
+    one = live_alone(folder, life_of("one-levers", alone=True, **LAYERS | LEVERS | {"prefix_cache": "off"}))
+    names = ("grad_norm", "loss", "talker_loss", "sub_talker_loss")
+    figures = [[[line[name] for name in names] for line in read_log(seen.output)] for seen in (one, two)]
+    assert len(figures[0]) == 6
+    assert np.asarray(figures[1]) == pytest.approx(np.asarray(figures[0]), rel=1e-4)
+    (kept,) = (folder / "prefix_cache").iterdir()
+    assert len(list(kept.iterdir())) == len(TRAIN_FRAMES) + 1, (
+        "each row once, and the one of micro-batches without rows"
+    )
+
+
+def test_random_rounding_is_the_same_in_both(lives: Callable) -> None:
+    pytest.importorskip("torchao")
+    seen = lives("ddp-small")
+    assert seen.exit_codes == [0, 0], seen.printed
+    first, second = seen.processes
+    assert first.fingerprint == second.fingerprint
+    losses = [line["loss"] for line in read_log(seen.output)]
+    assert losses[-1] < losses[0]
+    for epoch in range(2):
+        lines = [line for process in seen.processes for at, lines in process.rows if at == epoch for line in lines]
+        assert sorted(lines) == list(range(1, 1 + len(TRAIN_FRAMES)))
+
+
+def test_shards_compute_checkpointed_layers_again(one: Any, lives: Callable) -> None:
+    seen = lives("fsdp-checkpointed")
+    assert seen.exit_codes == [0, 0], seen.printed
+    assert not {name: far for name, far in distances(seen.gradients, one.gradients).items() if far > 1e-5}
+    want = [line["grad_norm"] for line in read_log(one.output)[:3]]
+    assert [line["grad_norm"] for line in read_log(seen.output)] == pytest.approx(want, rel=1e-4)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+import xxhash
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -223,6 +224,7 @@ class Witness:
             ``num_empty_batches``: micro-batches without rows;
             ``num_parts``, ``step``, ``num_skipped_rows``: at the end;
             ``shards``: name -> [class, placements, whole shape, local shape];
+            ``fingerprint``: of the weights of this process at the end, bit for bit;
             ``validations``: number of rows -> figures;
             ``saves``: see ``_note_save``;
             ``said``: see ``say``.
@@ -279,6 +281,7 @@ class Witness:
             "step": self.trainer.progress.step,
             "num_skipped_rows": self.trainer.progress.num_skipped_rows,
             "shards": {name: describe_shards(parameter) for name, parameter in named},
+            "fingerprint": fingerprint_of(self.run.objective.parameters()),
         }
 
     def _training_tensors(self) -> Tensors:
@@ -423,8 +426,20 @@ def _failing(what: str, trainer: Any, rank: int) -> Iterator[None]:
         setattr(place, name, real)
 
 
+def fingerprint_of(tensors: Iterable[torch.Tensor]) -> str:
+    """Of the bits that this process holds."""
+    digest = xxhash.xxh3_128()
+    for tensor in tensors:
+        digest.update(local_of(tensor).detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def describe_shards(parameter: nn.Parameter) -> list[Any]:
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    local = local_of(parameter)
     placements = str(getattr(parameter, "placements", None))
     return [type(parameter.data).__name__, placements, list(parameter.shape), list(local.shape)]
 
