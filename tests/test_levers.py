@@ -27,6 +27,8 @@ from finetuning.tiny_model import embedded_model_folder
 #: (text, number of frames), of very different lengths.
 ROWS = [("Yes.", 4), ("A sentence of middling length.", 21), ("Hm?", 2), ("This is the longest of them all.", 40)]
 WEIGHT = 0.3
+#: As many as ``compile_layers`` promises.
+MAX_GRAPHS = 12
 
 
 def make_rows(folder: Path) -> list[Any]:
@@ -113,6 +115,20 @@ def test_any_chunks_give_the_same(case: Any, checkpointing: bool, early: bool, m
     objective = TrainingObjective(case.talker, case.vectors, gradient_checkpointing=checkpointing)
     sums = objective(case.batch)
     check_equal(case, sums, gradients_of(case.talker, sums, case.batch))
+
+
+@pytest.mark.parametrize("case", ["full"], indirect=True)
+@pytest.mark.parametrize(("dtype", "early"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_gradients_wait_for_the_scale_of_fp16(case: Any, dtype: torch.dtype, early: bool) -> None:
+    """Taken early they would lack it, and be lost below what fp16 can tell from 0."""
+    objective, called = TrainingObjective(case.talker, case.vectors), []
+    objective.talker.codec_head.register_full_backward_hook(lambda *_: called.append(True))
+    try:
+        with torch.autocast("cpu", dtype):
+            objective(case.batch)
+    finally:
+        objective.talker.codec_head._backward_hooks.clear()
+    assert bool(called) == early
 
 
 @pytest.mark.parametrize("case", ["full"], indirect=True)
@@ -264,9 +280,14 @@ def test_compiled_layers_give_the_same_and_are_compiled_a_few_times(case: Any) -
         sums = objective(case.batch)
         check_equal(case, sums, gradients_of(case.talker, sums, case.batch))
         num_graphs = counters["stats"]["unique_graphs"]
-        other = collate(case.rows[1:], case.speakers[1:])  # other lengths are no reason to compile again
-        gradients_of(case.talker, objective(other), other)
+        for rows in ([0, 1, 2], [1, 2], [2, 0, 1]):  # fewer, and shorter ones: no reason to compile again
+            other = collate([case.rows[row] for row in rows], [case.speakers[row] for row in rows])
+            gradients_of(case.talker, objective(other), other)
         assert 0 < num_graphs == counters["stats"]["unique_graphs"]
+        with torch.no_grad():
+            objective.eval()(case.batch)
+        objective.train()
+        assert counters["stats"]["unique_graphs"] <= MAX_GRAPHS
     finally:
         for layer in layers:
             layer._compiled_call_impl = None

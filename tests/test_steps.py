@@ -14,6 +14,7 @@ import pytest
 import torch
 from datasets_for_tests import Clip, write_parquet
 from fakes import FakeCodec, fake_codes
+from training import build
 
 from finetuning.audio import load_audio
 from finetuning.base_model import load_tokenizer, resolve_base
@@ -29,6 +30,7 @@ from finetuning.settings import load_settings
 from finetuning.source import open_split
 from finetuning.steps import MappedSteps, StreamedSteps
 from finetuning.stream import SplitStream
+from finetuning.validation import Validator
 
 NUM_ROWS = 37
 MakeSteps = Callable[..., StreamedSteps]
@@ -435,3 +437,52 @@ def test_epochs_that_are_never_reached_are_not_planned(make_settings: Callable) 
     sampler = Noted(np.full(10, 50), 0, max_frames=100)
     assert total_steps(make_settings(num_epochs=100_000, max_steps=12), sampler) == 12
     assert planned == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------ a share of the frames
+
+
+def chosen_frames(steps: Iterable[Step]) -> dict[int, list[int]]:
+    """Line -> which of its frames the sub-talker trains on."""
+    chosen: dict[int, list[int]] = {}
+    for batch in (batch for step in steps for batch in step.batches if batch["weight"] > 0):
+        first = 0
+        for line, num_frames in zip(batch["lines"].tolist(), batch["frame_mask"].sum(1).tolist(), strict=True):
+            frames = batch["sub_talker_frames"] - first
+            chosen[line] = frames[(frames >= 0) & (frames < num_frames)].tolist()
+            first += num_frames
+    return chosen
+
+
+def test_a_stream_deals_the_same_share_of_a_row_to_whoever_has_it(make_steps: MakeSteps) -> None:
+    """Another one in each epoch, the same for any number of processes and after a stop; none without the setting."""
+
+    def share_of(*sharing: StreamedSteps, epoch: int = 0, **position: Any) -> dict[int, list[int]]:
+        steps = [replace(one, sub_talker_frame_fraction=0.5).steps(epoch, **position) for one in sharing]
+        return chosen_frames(step for of_process in steps for step in of_process)
+
+    first = share_of(make_steps())
+    assert sorted(first) == list(range(1, NUM_ROWS + 1))
+    assert share_of(make_steps(0, 2), make_steps(1, 2)) == first != share_of(make_steps(), epoch=1)
+    left = share_of(make_steps(), done=[Part(make_steps().geometry, 3)])
+    assert 0 < len(left) < len(first) and left.items() <= first.items()
+    assert not any("sub_talker_frames" in batch for step in make_steps().steps(0) for batch in step.batches)
+
+
+def test_rows_of_a_file_have_their_share_but_not_those_of_the_validation(
+    make_settings: Callable, write_jsonl: Callable, demo_rows: list[dict]
+) -> None:
+    fields = {"batch_size": 2, "gradient_accumulation_steps": 1, "sub_talker_frame_fraction": 0.25}
+    files = {"train_jsonl": write_jsonl(demo_rows[:7]), "validation_jsonl": write_jsonl(demo_rows[-3:], "valid.jsonl")}
+    run = build(make_settings(**fields, **files))
+    train, validator = run.train, Validator(run.settings, run.accelerator, run.validation)
+    first = chosen_frames(train.steps(0))
+    for line, row in enumerate(demo_rows[:7], 1):
+        assert len(first[line]) == round(len(row["audio_codes"]) / 4)
+    lengths = train.dataset.manifest.column("num_codec_frames")
+    sampler = StepSampler(lengths, 2, 1, num_processes=2, seed=run.settings.seed)
+    shares = [replace(train, sampler=sampler, process=process).steps(0) for process in range(2)]
+    assert chosen_frames(step for steps in shares for step in steps) == first != chosen_frames(train.steps(1))
+    left = chosen_frames(train.steps(0, [Part(train.geometry, 2)]))
+    assert len(left) == 3 and left.items() <= first.items()
+    assert not any("sub_talker_frames" in batch for step in validator._steps(False) for batch in step.batches)

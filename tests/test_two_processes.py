@@ -143,9 +143,7 @@ def lives(life_of: Callable, folder: Path, one_stopped: SimpleNamespace) -> Call
         life_of("memory-sharded", sharded=True, tricks={"no_memory": [1, 1, 1]}),
         life_of("ddp-levers", **LAYERS | LEVERS),
         life_of("ddp-small", **SMALL, num_epochs=2),
-        life_of(
-            "fsdp-checkpointed", sharded=True, gradient_checkpointing=True, tricks={"gradients_of": [1]}, max_steps=3
-        ),
+        life_of("fsdp-checkpointed", True, tricks={"gradients_of": [1], "end_after": 3}, gradient_checkpointing=True),
     ]
     launch(folder, listed)
     return lambda name: read_life(folder, name)
