@@ -17,8 +17,8 @@ from torch import nn
 from finetuning.codec import NUM_CODEBOOKS
 from finetuning.prompt import AlignedIds
 
-#: Dense bf16 matrix products in 10^12 operations a second, from the makers' data sheets; the first name that is part of
-#: the device's decides.
+#: Dense bf16 matrix products (sums in fp32) in 10^12 operations a second, from the makers' data sheets; the first name
+#: whose words stand in the device's decides.
 PEAK_TFLOPS = {
     "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10G": 70,
     "L40S": 362, "L4": 121, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71, "A6000": 155,
@@ -63,6 +63,16 @@ def epoch_flops(talker: Any, rows: Sequence[AlignedIds], frame_fraction: float =
     return total + _matrices(predictor.lm_head, num_sub_talker_frames, is_below_trained)
 
 
+def repeated_flops(layers: Iterable[nn.Module], rows: Sequence[AlignedIds]) -> float:
+    """What checkpointing adds: another forward pass of these talker layers."""
+    lengths = [len(row.text) for row in rows]
+    return sum(
+        sum(_attention(layer, length) for length in lengths)
+        + 2.0 * sum(lengths) * sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2)
+        for layer in layers
+    )
+
+
 def _inputs_of(talker: Any) -> Iterable[nn.Parameter]:
     """Everything that trains below the first layer."""
     tables = (talker.model.text_embedding, talker.model.codec_embedding, talker.code_predictor.model.codec_embedding)
@@ -96,13 +106,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second: the data sheet's for bf16 on a known GPU, else measured by a matrix product."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        known = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
-        if known:
+        if known := known_tflops(name):
             return known * 1e12
     size = MATRIX_SIZE * (8 if device.type == "cuda" else 1)
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     matrix @ matrix
     return max(2.0 * size**3 / _seconds_of_product(matrix) for _ in range(MATRIX_ROUNDS))
+
+
+def known_tflops(device_name: str) -> float | None:
+    """From ``PEAK_TFLOPS``; None for a device that is not listed. An L40 is no L4."""
+    words = f" {device_name} "
+    return next((tflops for name, tflops in PEAK_TFLOPS.items() if f" {name} " in words.replace("-", " ")), None)
 
 
 def _seconds_of_product(matrix: torch.Tensor) -> float:

@@ -155,10 +155,10 @@ class OurWay:
         model = recipe_model(bench, recipe)
         model.talker.model.text_embedding.requires_grad_(settings.train_text_embedding)
         vectors = bench.speaker_vectors(model)
+        if mixed_precision == "bf16":
+            keep_frozen_matrices_in_bf16(model)
         if weights_precision == "bf16":
             keep_matrices_in_bf16(model)
-            if recipe == "lora":
-                keep_frozen_matrices_in_bf16(model)
         objective = variant.objective_class(model.talker, vectors, settings.gradient_checkpointing)
         if settings.compile:
             compile_layers(objective)
@@ -214,7 +214,7 @@ class EncodedRows:
 
 
 def keep_frozen_matrices_in_bf16(model: Any) -> None:
-    """In place."""
+    """In place, as ``base_model.set_precision`` leaves those of a release, which stores all weights in bf16."""
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.ndim >= 2:
             parameter.data = parameter.data.bfloat16()

@@ -14,6 +14,10 @@ What it leaves out: the CUDA context (about 0.5 GB), the allocator's rounding an
 what a kernel allocates for itself. What differs from a GPU: the sequence of operations is the CPU's (bf16 autocast
 treats the same matrix products there; PyTorch's attention keeps the same tensors for the backward pass), and
 the optimizer of ``--optimizer adamw_8bit``, which a GPU compiles, holds some matrices in fp32 for a moment here.
+
+``--table`` computes frames/s as well, for a usual card of each size that would use UTILISATION of the matrix products
+in its maker's data sheet, from the operations that ``flops.py`` counts and those that checkpointing repeats. Nobody has
+measured that share either; the rate is proportional to it.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.bench import RECIPES, set_attention
+from benchmarks.flops import epoch_flops, repeated_flops
 from benchmarks.loops import (
     ADAPTED,
     ADAPTER_ALPHA,
@@ -57,6 +62,10 @@ KINDS = ("weights", "gradients", "optimizer", "other")
 OTHER = KINDS[-1]
 LAYER_SETTINGS = ("replace_last_n_layers", "add_new_layers", "freeze_original_layers")
 CPU = torch.device("cpu")
+#: A usual card of each profile's size, its dense bf16 matrix products in 10^12 operations a second (data sheets), and
+#: the share of them that is assumed.
+CARDS = {"16gb": ("RTX 4080", 97), "24gb": ("RTX 4090", 165), "40gb": ("A100", 312), "80gb": ("H100", 989)}
+UTILISATION = 0.4
 
 
 # -------------------------------------------------------------------------------------------------------- counting
@@ -189,24 +198,29 @@ def count_peak(case: Case, is_real: bool = False, lists_largest: bool = False) -
 
 def make_objective(case: Case) -> TrainingObjective:
     """As ``session.build_run`` makes it of a base that is stored in bf16."""
-    model, settings = build_model(case.config, CPU), case.settings
-    set_attention(model, "sdpa")
-    if case.recipe == "lora":  # by peft; training adapters is a later part of the project
-        from peft import LoraConfig, inject_adapter_in_model
-
-        model.requires_grad_(False)
-        adapters = LoraConfig(r=ADAPTER_RANK, lora_alpha=ADAPTER_ALPHA, target_modules=list(ADAPTED))
-        # They are made where they belong; a module of fake tensors cannot be moved.
-        with patch.object(nn.Module, "to", lambda module, *_, **__: module):
-            inject_adapter_in_model(adapters, model.talker)
-    else:
-        replace_and_add_layers(model, *RECIPES[case.recipe], verbose=False)
+    model, settings = changed_model(case.config, case.recipe, CPU), case.settings
     if settings.mixed_precision == "bf16":
         keep_frozen_matrices_in_bf16(model)
     if settings.weights_precision == "bf16":
         keep_matrices_in_bf16(model)
     vectors = torch.zeros(1, case.config["talker_config"]["hidden_size"])
     return TrainingObjective(model.talker, vectors, settings.gradient_checkpointing).train()
+
+
+def changed_model(config: Mapping[str, Any], recipe: str, device: torch.device) -> Any:
+    """A new model whose ``requires_grad`` says what the recipe trains."""
+    model = build_model(config, device)
+    set_attention(model, "sdpa")
+    if recipe != "lora":
+        return replace_and_add_layers(model, *RECIPES[recipe], verbose=False)
+    from peft import LoraConfig, inject_adapter_in_model  # training adapters is a later part of the project
+
+    model.requires_grad_(False)
+    adapters = LoraConfig(r=ADAPTER_RANK, lora_alpha=ADAPTER_ALPHA, target_modules=list(ADAPTED))
+    # They are made where they belong; a module of tensors without content cannot be moved.
+    with patch.object(nn.Module, "to", lambda module, *_, **__: module):
+        inject_adapter_in_model(adapters, model.talker)
+    return model
 
 
 def label_gradients(objective: nn.Module, live: LiveBytes) -> None:
@@ -310,8 +324,10 @@ def main() -> None:
 def print_table(config: Mapping[str, Any]) -> None:
     """Markdown: a line for each recipe and card, with the peak of the formula and that of the count."""
     base, counted = BaseOnPaper(config), {}
-    print("| recipe | card | micro-batch x accumulation | weights | moments | checkpointing | formula | counted |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| recipe | card | micro-batch x accumulation | weights | moments | checkpointing | formula | counted | rate |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for recipe in (*RECIPES, "lora"):
         layers = dict(zip(LAYER_SETTINGS, RECIPES.get(recipe, RECIPES["layers"]), strict=True))
         for profile in PROFILES:
@@ -331,8 +347,24 @@ def print_table(config: Mapping[str, Any]) -> None:
                 case = Case(config, recipe, own, (ROW_SECONDS,) * size, min(accumulation, 2))
                 counted[cells] = count_peak(case).peak.total()
             figures = (f"{number / 1e9:.1f} GB" for number in (picks.peak_bytes, counted[cells]))
-            shown = map(str, (recipe, profile, *cells[1:], *figures))
+            rate = frames_per_second(config, recipe, own.gradient_checkpointing, 1e12 * CARDS[profile][1] * UTILISATION)
+            shown = map(str, (recipe, profile, *cells[1:], *figures, f"{rate:,.0f} ({CARDS[profile][0]})"))
             print(f"| {' | '.join(shown)} |", flush=True)
+
+
+def frames_per_second(config: Mapping[str, Any], recipe: str, is_checkpointed: bool, operations: float) -> float:
+    """Of rows of ROW_SECONDS at so many operations a second."""
+    model = changed_model(config, recipe, torch.device("meta"))
+    rows = random_rows(config, 1, seconds=[ROW_SECONDS])
+    needed = epoch_flops(model.talker, rows)
+    if is_checkpointed:
+        layers = [layer for layer in model.talker.model.layers if any(map(is_trained, layer.parameters()))]
+        needed += repeated_flops(layers, rows)
+    return len(rows[0].codes) * operations / needed
+
+
+def is_trained(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad
 
 
 def describe(live: LiveBytes) -> str:

@@ -20,8 +20,8 @@ else trained, so that back-propagation goes through the frozen layers down to th
 alone. With ``--precision bf16-weights`` its whole model is bf16.
 
 **Ours** is the sampler, the loader, the objective and the stepper of a run, with settings as a run has them.
-``lora`` puts adapters of rank 8 on every projection of talker and sub-talker through peft and freezes the rest; with
-bf16 weights the frozen ones are bf16 too.
+``lora`` puts adapters of rank 8 on every projection of talker and sub-talker through peft and freezes the rest. Under
+bf16 autocast frozen matrices are bf16, as a run keeps those of the release.
 
 **Model FLOPs utilisation** = operations that the recipe needs / seconds / what the device can do. A row of L positions
 and F frames, of which the sub-talker trains on F' = F x SUB_TALKER_FRAME_FRACTION, needs forward::
@@ -45,7 +45,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -91,10 +91,10 @@ def main() -> None:
         sys.exit(2)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="1.7b")
-    parser.add_argument("--recipe", choices=RECIPE_NAMES, default="full")
+    parser.add_argument("--recipe", choices=RECIPE_NAMES, help="default full")
     parser.add_argument("--precision", choices=PRECISIONS, help="default fp32 on a CPU, bf16 (autocast) on a GPU")
     parser.add_argument("--batch-size", type=int, help="rows of a step; default 8 on a CPU, 32 on a GPU")
     parser.add_argument("--max-frames", type=int, help="ours: MAX_FRAMES_PER_BATCH instead of the batch size")
@@ -109,10 +109,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--judge", action="store_true", help="exit code 2 where something was not reached")
     parser.add_argument("--rebuild", action="store_true", help="one model in memory at a time (smaller GPUs; slower)")
     parser.add_argument("--peak-tflops", type=float, help="what the device can do, in 10^12 operations a second")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device: no CUDA GPU here; `--size small --device cpu` measures on the CPU")
+    own_to_goals = [name for name in ("recipe", "precision", "max_frames", "set") if getattr(arguments, name)]
+    if arguments.all and own_to_goals:
+        parser.error(f"--all has its own recipes and settings; leave out {', '.join(own_to_goals)}")
     is_cpu = arguments.device == "cpu"
+    arguments.recipe = arguments.recipe or "full"
     arguments.precision = arguments.precision or ("fp32" if is_cpu else "bf16")
     arguments.batch_size = arguments.batch_size or (8 if is_cpu else 32)
     if min(arguments.batch_size, arguments.steps, arguments.rounds) < 1:

@@ -71,7 +71,7 @@ class Settings(BaseSettings):
         "gradients that lose bits over many micro-batches; needs torchao)",
     )
     gradient_checkpointing: bool = _setting(
-        False, "keep little for the backward pass and compute the rest again: much less memory, a third slower"
+        False, "keep little for the backward pass and compute the rest again: much less memory, up to a fifth slower"
     )
     compile: bool = _setting(False, "compile the layers with torch.compile; the first steps take minutes")
     prefix_cache: Literal["off", "ram", "disk"] = _setting(
@@ -150,7 +150,9 @@ class Settings(BaseSettings):
     )
     gradient_accumulation_steps: int = _setting(4, "micro-batches per optimizer step", ge=1, le=65536)
     effective_batch_size: OptionalCount = _setting(
-        None, "a check: must equal BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS x processes"
+        None,
+        "a check: must equal BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS x processes; with neither set, MEMORY_PROFILE "
+        "divides it",
     )
     learning_rate: float = _setting(2e-5, "peak learning rate", "LR", gt=0, le=1)
     lr_scaling: Literal["none", "linear", "sqrt"] = _setting(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,40 @@ def test_throughput_runs_at_toy_size_on_cpu() -> None:
     printed = run("benchmarks/throughput.py", *small, "--recipe", "layers", "--set", "SUB_TALKER_FRAME_FRACTION=0.5")
     assert re.search(r"layers: \d+\.\d\d x as fast", printed)
     assert len(re.findall(r"frames/s, .* s of speech/s, .*% padding, .*% MFU", printed)) == 2
+
+
+def test_all_that_a_gpu_must_reach_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """The goals themselves and one lever, at toy size: nothing breaks; what is reached there says nothing."""
+    from benchmarks.bench import Bench, CheckFailed, Skipped
+    from benchmarks.random_base import clip_seconds
+    from benchmarks.throughput import GOALS, MemoryGoal, levers, measure_lever, parse_arguments
+
+    small = ["--size", "tiny", "--device", "cpu", "--steps", "1", "--batch-size", "2", "--rounds", "1"]
+    arguments = parse_arguments([*small, "--peak-tflops", "1"])
+    bench = Bench(arguments, clip_seconds(2))
+    for goal in GOALS["cuda"]:
+        toy = replace(goal, num_frames=40) if isinstance(goal, MemoryGoal) else goal
+        with contextlib.suppress(CheckFailed, Skipped):  # anything else that is raised is a mistake of the script
+            toy.check(arguments, bench)
+    moved = levers("layers", is_cuda=True)
+    assert len({variant.name for variant in moved}) == len(moved) > 10
+    assert "x as fast" in str(measure_lever(arguments, bench, moved[1]))
+    with pytest.raises(SystemExit):
+        parse_arguments([*small, "--all", "--recipe", "lora"])
+    assert "leave out recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA L40", None),
+        ("NVIDIA H100 PCIe", 756), ("NVIDIA GeForce RTX 4090", 165), ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_what_a_device_can_do_is_looked_up_by_whole_names(name: str, tflops: float | None) -> None:
+    from benchmarks.flops import known_tflops
+
+    assert known_tflops(name) == tflops
 
 
 @pytest.mark.parametrize("recipe", ["full", "layers", "lora"])
