@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 PREFIX = "packed_"
 
@@ -88,17 +89,33 @@ def packed_sdpa(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
     rows: Rows | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """PyTorch's attention, an attention function as transformers calls it; with ``rows``, (1, heads, N, D) in."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     if rows is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     query, key, value = (rows.side_by_side(states) for states in (query, key, value))
-    attended, _ = sdpa_attention_forward(module, query, key, value, None, **options)
-    return rows.one_behind_the_other(attended), None
+    shares_keys = has_kernel_for_shared_keys(query)
+    if not shares_keys:
+        key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+    attended = F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=shares_keys
+    )
+    return rows.one_behind_the_other(attended.transpose(1, 2)), None
+
+
+def has_kernel_for_shared_keys(query: torch.Tensor) -> bool:
+    """Whether PyTorch has a fast kernel in which several heads read one key.
+
+    On a GPU its memory-efficient one, which fp32 (and fp16 before Ampere) gets, is none: PyTorch would silently compute
+    all (B, heads, L, L) scores instead.
+    """
+    return not query.is_cuda or query.dtype == torch.bfloat16
 
 
 def packed_eager(

@@ -523,7 +523,10 @@ def _check_direct(settings: Settings, _: int) -> str | None:
 
 #: (fields that the check reads, the blamed one first; check). A check is skipped when one of its fields is bad itself.
 _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None]], ...] = (
-    (("effective_batch_size", "batch_size", "gradient_accumulation_steps"), _check_effective_batch),
+    (
+        ("effective_batch_size", "batch_size", "gradient_accumulation_steps", "memory_profile"),
+        _check_effective_batch,
+    ),
     (("max_frames_per_batch", "batch_size", "effective_batch_size", "lr_scaling", "data_mode"), _check_max_frames),
     (("lr_scheduler",), _check_scheduler),
     (("lr_min", "lr_scheduler", "learning_rate"), _check_lr_min),

@@ -24,6 +24,7 @@ def quick_imports() -> Iterator[None]:
     """For the heavy imports inside: they make half a million objects that stay, and Python's garbage collector would
     look through them again and again meanwhile, and half a second long in every full collection afterwards."""
     was_on = gc.isenabled()
+    gc.collect()  # garbage that is there already would be kept for ever
     gc.disable()
     try:
         yield

@@ -173,6 +173,14 @@ def test_eager_attention_is_packed_too(case: Any, eager: None) -> None:
     check_equal(case, sums, gradients_of(case.talker, sums, case.batch))
 
 
+def test_keys_are_repeated_where_no_kernel_shares_them(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU in fp32."""
+    monkeypatch.setattr("finetuning.attention.has_kernel_for_shared_keys", lambda query: False)
+    objective = TrainingObjective(case.talker, case.vectors)
+    sums = objective(case.batch)
+    check_equal(case, sums, gradients_of(case.talker, sums, case.batch))
+
+
 @pytest.mark.parametrize("case", ["full"], indirect=True)
 def test_parts_of_a_batch_add_up(case: Any) -> None:
     objective = TrainingObjective(case.talker, case.vectors)
