@@ -124,6 +124,7 @@ def test_real_offline_run_keeps_the_token_out(tmp_path: Path, demo_rows: list, w
     environment |= {
         "ENV_FILE": ".env.demo", "USE_WANDB": "true", "HF_TOKEN": SECRET, "OUTPUT_DIR": str(tmp_path / "output"),
         "TRAIN_JSONL": str(write_jsonl(demo_rows[:4])), "MAX_STEPS": "2", "LOGGING_STEPS": "1", "HOME": str(tmp_path),
+        "VALIDATION_JSONL": str(write_jsonl(demo_rows[4:6], "validation.jsonl")),
         "VERIFY_ROUNDTRIP": "0", "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"),
     }  # fmt: skip
     command = [sys.executable, "train.py"]
