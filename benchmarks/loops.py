@@ -22,6 +22,7 @@ from benchmarks.bench import (
 from benchmarks.flops import epoch_flops
 from benchmarks.plain_loop import PlainLoop, freeze_original_layers
 from benchmarks.random_base import to_batch
+from finetuning.adapters import add_adapters
 from finetuning.dataset import Batch, StepDataset, count_tokens, to_device
 from finetuning.layer_utils import replace_and_add_layers
 from finetuning.objective import TrainingObjective, compile_layers
@@ -36,9 +37,8 @@ from finetuning.trainer import make_accelerator
 
 #: What --precision means: (MIXED_PRECISION, WEIGHTS_PRECISION).
 PRECISIONS = {"fp32": ("no", "fp32"), "bf16": ("bf16", "fp32"), "bf16-weights": ("bf16", "bf16")}
-#: Training adapters is a later part of the project; here they are put on by peft.
-ADAPTER_RANK, ADAPTER_ALPHA = 8, 16
-ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+#: Settings of the recipe ``lora``.
+LORA = {"lora_rank": 8}
 #: Steps that the schedule is made for: more than are taken.
 NUM_SCHEDULED_STEPS = 10_000
 
@@ -77,11 +77,8 @@ def recipe_model(bench: Bench, recipe: str) -> Any:
     model = bench.model()
     if recipe != "lora":
         return replace_and_add_layers(model, *RECIPES[recipe], verbose=False)
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model.requires_grad_(False)
-    config = LoraConfig(r=ADAPTER_RANK, lora_alpha=ADAPTER_ALPHA, target_modules=list(ADAPTED))
-    inject_adapter_in_model(config, model.talker)
+    replace_and_add_layers(model, 0, 0, verbose=False, with_adapters=True)
+    add_adapters(model, own_settings(bench, **LORA))
     return model
 
 

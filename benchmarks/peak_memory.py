@@ -43,13 +43,9 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.bench import RECIPES, set_attention
 from benchmarks.flops import epoch_flops, repeated_flops
-from benchmarks.loops import (
-    ADAPTED,
-    ADAPTER_ALPHA,
-    ADAPTER_RANK,
-    keep_frozen_matrices_in_bf16,
-)
+from benchmarks.loops import LORA, keep_frozen_matrices_in_bf16
 from benchmarks.random_base import SIZES, base_config, build_model, random_rows, to_batch
+from finetuning.adapters import add_adapters
 from finetuning.codec import FRAMES_PER_SECOND
 from finetuning.dataset import Batch, count_tokens
 from finetuning.layer_utils import replace_and_add_layers
@@ -176,7 +172,7 @@ def count_peak(case: Case, is_real: bool = False, lists_largest: bool = False) -
     batch = case.batch()
     num_talker, num_sub_talker = (case.micro_batches * count for count in count_tokens([batch]))
     mode = nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True)
-    with no_host_values(case.settings), mode, LiveBytes(lists_largest) as live:
+    with no_host_values(case.settings), dropout_as_on_a_gpu(), mode, LiveBytes(lists_largest) as live:
         objective = make_objective(case)
         live.label(objective.parameters(), "weights")
         label_gradients(objective, live)
@@ -198,7 +194,7 @@ def count_peak(case: Case, is_real: bool = False, lists_largest: bool = False) -
 
 def make_objective(case: Case) -> TrainingObjective:
     """As ``session.build_run`` makes it of a base that is stored in bf16."""
-    model, settings = changed_model(case.config, case.recipe, CPU), case.settings
+    model, settings = changed_model(case.config, case.recipe, CPU, case.settings), case.settings
     if settings.mixed_precision == "bf16":
         keep_frozen_matrices_in_bf16(model)
     if settings.weights_precision == "bf16":
@@ -207,19 +203,20 @@ def make_objective(case: Case) -> TrainingObjective:
     return TrainingObjective(model.talker, vectors, settings.gradient_checkpointing).train()
 
 
-def changed_model(config: Mapping[str, Any], recipe: str, device: torch.device) -> Any:
-    """A new model whose ``requires_grad`` says what the recipe trains."""
+def changed_model(config: Mapping[str, Any], recipe: str, device: torch.device, settings: Settings) -> Any:
+    """A new model whose ``requires_grad`` says what the recipe trains.
+
+    Args:
+        settings: for the adapters.
+    """
     model = build_model(config, device)
     set_attention(model, "sdpa")
     if recipe != "lora":
         return replace_and_add_layers(model, *RECIPES[recipe], verbose=False)
-    from peft import LoraConfig, inject_adapter_in_model  # training adapters is a later part of the project
-
-    model.requires_grad_(False)
-    adapters = LoraConfig(r=ADAPTER_RANK, lora_alpha=ADAPTER_ALPHA, target_modules=list(ADAPTED))
+    replace_and_add_layers(model, 0, 0, verbose=False, with_adapters=True)
     # They are made where they belong; a module of tensors without content cannot be moved.
     with patch.object(nn.Module, "to", lambda module, *_, **__: module):
-        inject_adapter_in_model(adapters, model.talker)
+        add_adapters(model, settings)
     return model
 
 
@@ -256,19 +253,28 @@ def no_host_values(settings: Settings) -> Iterator[None]:
         yield
 
 
+def dropout_as_on_a_gpu() -> Any:
+    """Inside, dropout keeps a mask of one byte a value, as its kernel on a GPU does; on a CPU it would be four."""
+
+    def forward(module: nn.Dropout, values: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(values, module.p, module.training)[0]
+
+    return patch.object(nn.Dropout, "forward", forward)
+
+
 class BaseOnPaper:
     """What ``finetuning.memory`` reads of a base, from a configuration alone: all weights stored in bf16."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.talker_config = config["talker_config"]
         model = build_model(config, torch.device("meta"))
-        self._sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
-    def weight_sizes(self) -> dict[str, int]:
-        return self._sizes
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
 
     def weight_dtypes(self) -> dict[str, torch.dtype]:
-        return dict.fromkeys(self._sizes, torch.bfloat16)
+        return dict.fromkeys(self._shapes, torch.bfloat16)
 
 
 def case_settings(environment: Mapping[str, str] | None = None, /, **fields: Any) -> Settings:
@@ -308,6 +314,7 @@ def main() -> None:
     num_rows = arguments.rows or max(1, round(arguments.frames / (6 * FRAMES_PER_SECOND)))
     seconds = (arguments.frames / num_rows / FRAMES_PER_SECOND,) * num_rows
     settings = case_settings(
+        **(LORA if arguments.recipe == "lora" else {}),
         mixed_precision=arguments.precision,
         weights_precision=arguments.weights,
         optimizer=arguments.optimizer,
@@ -329,10 +336,9 @@ def print_table(config: Mapping[str, Any]) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for recipe in (*RECIPES, "lora"):
-        layers = dict(zip(LAYER_SETTINGS, RECIPES.get(recipe, RECIPES["layers"]), strict=True))
+        fields = LORA if recipe == "lora" else dict(zip(LAYER_SETTINGS, RECIPES[recipe], strict=True))
         for profile in PROFILES:
-            rank = ADAPTER_RANK if recipe == "lora" else 0
-            picks = pick_for_memory(case_settings(memory_profile=profile, **layers), base, lora_rank=rank)
+            picks = pick_for_memory(case_settings(memory_profile=profile, **fields), base)
             own = picks.settings
             size, accumulation = own.batch_size, own.gradient_accumulation_steps
             cells = (
@@ -354,7 +360,7 @@ def print_table(config: Mapping[str, Any]) -> None:
 
 def frames_per_second(config: Mapping[str, Any], recipe: str, is_checkpointed: bool, operations: float) -> float:
     """Of rows of ROW_SECONDS at so many operations a second."""
-    model = changed_model(config, recipe, torch.device("meta"))
+    model = changed_model(config, recipe, torch.device("meta"), case_settings(**LORA))
     rows = random_rows(config, 1, seconds=[ROW_SECONDS])
     needed = epoch_flops(model.talker, rows)
     if is_checkpointed:

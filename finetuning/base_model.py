@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -76,9 +75,9 @@ class Base:
         """Name -> dtype of every saved tensor, from the files' headers."""
         return {name: _SAFETENSORS_DTYPES[header.get_dtype()] for name, header in self.stored_weights()}
 
-    def weight_sizes(self) -> dict[str, int]:
-        """Name -> number of weights of every saved tensor, from the files' headers."""
-        return {name: math.prod(header.get_shape()) for name, header in self.stored_weights()}
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every saved tensor, from the files' headers."""
+        return {name: tuple(header.get_shape()) for name, header in self.stored_weights()}
 
     def stored_weights(self) -> Iterator[tuple[str, Any]]:
         """(name, slice) of every tensor; ``slice[:]`` reads it."""

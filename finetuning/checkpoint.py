@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
 
+from finetuning.adapters import ADAPTER_FOLDER, is_adapter, merged, save_adapter, without_adapter
 from finetuning.base_model import UNPATCHED_TRANSFORMERS_VERSION, Base, tokenizer_files
 from finetuning.console import say
 from finetuning.disk import clean_up, files_of, free_bytes, nearest_existing, new_folder, remove_folder, write_json
@@ -39,6 +40,7 @@ LOG_FILES = ("training_log.jsonl", "validation_log.jsonl", "skipped_rows.jsonl")
 RUN_FILES = (*LOG_FILES, "settings.json")  # by its settings a half-removed run is known to the end
 #: Kept open by the process that trains in the folder.
 LOCK_FILE = ".lock"
+_TALKER_LAYER = re.compile(r"talker\.model\.layers\.(\d+)\.")
 _STEP_FOLDER = re.compile(r"(checkpoint|epoch)-(\d+)")
 
 
@@ -52,7 +54,7 @@ class Exporter:
     def __init__(
         self, settings: Settings, base: Base, model: Any, speakers: Speakers, accelerator: Accelerator
     ) -> None:
-        self.output_dir = settings.output_dir
+        self.settings, self.output_dir = settings, settings.output_dir
         self.base, self.model, self.speakers, self.accelerator = base, model, speakers, accelerator
         self._dtypes = base.weight_dtypes()
         self._said_files = False
@@ -71,7 +73,7 @@ class Exporter:
         attempt(self.accelerator, lambda: self._write(names, state, weights) if weights else None)
 
     def required_bytes(self) -> int:
-        """Size of one checkpoint's weights; the unchanged files of the base are linked or small beside them."""
+        """Size of one checkpoint's weights, with its adapter; the unchanged files of the base are linked or small."""
         return sum(tensor.numel() * self._dtype(name).itemsize for name, tensor in self._tensors())
 
     def _write(self, names: Sequence[str], state: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> None:
@@ -84,37 +86,32 @@ class Exporter:
         self._say_files(self.output_dir / first)
 
     def _fill(self, folder: Path, state: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> None:
-        for file in unchanged_files(self.base):
-            target = folder / file.name
-            link_or_copy(file, target)
-        shutil.copytree(self.base.codec_folder, folder / "speech_tokenizer", copy_function=link_or_copy)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        num_layers = len(self.model.talker.model.layers)
-        write_json(folder / "config.json", export_config(self.base, self.speakers, num_layers))
-        (folder / "speaker_encoder").mkdir()
-        write_json(folder / "speaker_encoder" / "speaker_config.json", speaker_config(self.speakers))
-        write_json(folder / "training_state.json", {**state, "base": self.base.name})
-        (folder / "README.md").write_text(model_card(self.base, self.speakers, state), encoding="utf-8")
+        settings = self.settings
+        if settings.lora_rank:
+            trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+            save_adapter(folder / ADAPTER_FOLDER, settings, self.base.name, self.speakers, weights, trained)
+            factor = settings.lora_export_scale * settings.lora_alpha / settings.lora_rank
+            weights = {name: tensor.to(self._dtype(name)) for name, tensor in merged(weights, factor).items()}
+        insert_speakers(weights, self.speakers)
+        write_checkpoint(folder, self.base, self.speakers, weights, state)
 
     def _tensors(self) -> list[tuple[str, torch.Tensor]]:
         return [item for item in self.model.state_dict().items() if not item[0].startswith("speaker_encoder.")]
 
     def _dtype(self, name: str) -> torch.dtype:
-        return self._dtypes.get(name, self._dtypes[CODEC_TABLE])  # new layers take the table's
+        if is_adapter(name):
+            return torch.float32
+        return self._dtypes.get(without_adapter(name), self._dtypes[CODEC_TABLE])  # new layers take the table's
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """The state dict in the base's dtypes, on the CPU, with the speakers' vectors in place; {} beside the main
-        process. What several processes hold in parts is gathered tensor by tensor."""
+        """The state dict in the base's dtypes, on the CPU; {} beside the main process. What several processes hold in
+        parts is gathered tensor by tensor."""
         weights = {}
         for name, tensor in self._tensors():
             whole = full_tensor(tensor)  # all processes take part
             if self.accelerator.is_main_process:
                 weights[name] = whole.detach().to("cpu", self._dtype(name)).contiguous()
-        if not weights:
-            return {}
-        table = weights[CODEC_TABLE].clone()
-        table[list(self.speakers.codec_rows)] = self.speakers.vectors.to(table.dtype)
-        return weights | {CODEC_TABLE: table}
+        return weights
 
     def _say_files(self, folder: Path) -> None:
         if self._said_files:
@@ -154,6 +151,34 @@ def _step_folders(output_dir: Path, kind: str) -> list[Path]:
 
 
 # ------------------------------------------------------------------------------------------------ what is in a file
+
+
+def write_checkpoint(
+    folder: Path, base: Base, speakers: Speakers, weights: dict[str, torch.Tensor], state: Mapping[str, Any]
+) -> None:
+    """Fills a folder with what stock qwen-tts loads.
+
+    Args:
+        weights: by the names of the base, in the dtypes of the export, on the CPU.
+        state: JSON values for training_state.json.
+    """
+    for file in unchanged_files(base):
+        link_or_copy(file, folder / file.name)
+    shutil.copytree(base.codec_folder, folder / "speech_tokenizer", copy_function=link_or_copy)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    num_layers = 1 + max(int(match[1]) for match in map(_TALKER_LAYER.match, weights) if match)
+    write_json(folder / "config.json", export_config(base, speakers, num_layers))
+    (folder / "speaker_encoder").mkdir()
+    write_json(folder / "speaker_encoder" / "speaker_config.json", speaker_config(speakers))
+    write_json(folder / "training_state.json", {**state, "base": base.name})
+    (folder / "README.md").write_text(model_card(base, speakers, state), encoding="utf-8")
+
+
+def insert_speakers(weights: dict[str, torch.Tensor], speakers: Speakers) -> None:
+    """Puts the speakers' vectors into their rows of the codec table, in place."""
+    table = weights[CODEC_TABLE].clone()
+    table[list(speakers.codec_rows)] = speakers.vectors.to(table.dtype)
+    weights[CODEC_TABLE] = table
 
 
 def export_config(base: Base, speakers: Speakers, num_layers: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ def replace_and_add_layers(
     verbose: bool = True,
     layer_init: str = "preserve",
     train_text_embedding: bool = False,
+    with_adapters: bool = False,
 ) -> Any:
     """Replaces the talker's last N layers, adds M on top, and sets what trains; returns the same model.
 
@@ -30,7 +31,7 @@ def replace_and_add_layers(
         verbose: print the summary.
         layer_init: "preserve" (the model computes what it did before: replaced layers keep the weights that they
             replace, added layers have Xavier weights and zero output projections) or "xavier" (all of them Xavier).
-        train_text_embedding: see ``set_trainable``.
+        train_text_embedding, with_adapters: see ``set_trainable``.
 
     Raises:
         UserError: more layers to replace than there are.
@@ -43,7 +44,7 @@ def replace_and_add_layers(
         layers.append(_new_layer(model, len(layers), like=layers[-1], layer_init=layer_init, replaces=False))
     model.talker.config.num_hidden_layers = len(layers)
     model.talker.model.config.num_hidden_layers = len(layers)
-    set_trainable(model, freeze_original_layers, train_text_embedding)
+    set_trainable(model, freeze_original_layers, train_text_embedding, with_adapters)
     if verbose:
         print_model_summary(model)
     return model
@@ -81,7 +82,9 @@ def initialize_decoder_layer(layer: nn.Module) -> None:
             nn.init.ones_(module.weight)
 
 
-def set_trainable(model: Any, freeze_original_layers: bool, train_text_embedding: bool = False) -> None:
+def set_trainable(
+    model: Any, freeze_original_layers: bool, train_text_embedding: bool = False, with_adapters: bool = False
+) -> None:
     """Sets ``requires_grad`` of every parameter.
 
     Not frozen: everything but the text embedding table and the speaker encoder. Frozen: the new layers, the final norm,
@@ -90,6 +93,7 @@ def set_trainable(model: Any, freeze_original_layers: bool, train_text_embedding
 
     Args:
         train_text_embedding: the text embedding table as well, in either case.
+        with_adapters: adapters are put on what is frozen later; so the sub-talker is, and without new layers all is.
     """
     talker, predictor = model.talker, model.talker.code_predictor
     model.requires_grad_(False)
@@ -98,10 +102,14 @@ def set_trainable(model: Any, freeze_original_layers: bool, train_text_embedding
         talker.model.text_embedding.requires_grad_(train_text_embedding)
         return
     new_layers = [layer for layer in talker.model.layers if is_new_layer(layer)]
+    talker.model.text_embedding.requires_grad_(train_text_embedding)
+    if with_adapters:
+        for module in (*new_layers, talker.model.norm, talker.codec_head) if new_layers else ():
+            module.requires_grad_(True)
+        return
     sub_talker = [predictor.model.layers, predictor.model.norm, predictor.lm_head, predictor.small_to_mtp_projection]
     for module in (*new_layers, talker.model.norm, talker.codec_head, *sub_talker):
         module.requires_grad_(True)
-    talker.model.text_embedding.requires_grad_(train_text_embedding)
 
 
 def is_new_layer(layer: nn.Module) -> bool:

@@ -15,11 +15,13 @@ A step's memory has three high points:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from finetuning.adapters import linear_names, target_modules
 from finetuning.base_model import Base
 from finetuning.codec import FRAMES_PER_SECOND, NUM_CODEBOOKS
 from finetuning.errors import UserError
@@ -54,12 +56,14 @@ class Weight:
     Attributes:
         size: number of weights.
         itemsize: bytes of each, where it does not train.
+        adapter_width: of the values that go into it, where it is an adapter's.
     """
 
     name: str
     size: int
     itemsize: int
     trains: bool
+    adapter_width: int = 0
 
     @property
     def is_vector(self) -> bool:
@@ -72,26 +76,20 @@ class Weight:
         return "embedding" in self.name
 
 
-def weights_of(base: Base, settings: Settings, lora_rank: int = 0) -> list[Weight]:
-    """The weights of the run on ``base``, from the files' headers.
-
-    Args:
-        lora_rank: nothing but adapters of this rank trains, on all matrices of both models' layers; 0 for none.
-    """
+def weights_of(base: Base, settings: Settings) -> list[Weight]:
+    """The weights of the run on ``base``, from the files' headers."""
     dtypes, num_layers = base.weight_dtypes(), base.talker_config["num_hidden_layers"]
-    sizes = {name: size for name, size in base.weight_sizes().items() if not name.startswith("speaker_encoder.")}
+    shapes = {name: shape for name, shape in base.weight_shapes().items() if not name.startswith("speaker_encoder.")}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     keeps_dtype = settings.mixed_precision == "bf16" and not asks_for_fsdp()  # see session.keeps_bf16
     itemsizes = {name: dtypes[name].itemsize if keeps_dtype else 4 for name in sizes}
-    if lora_rank:
-        frozen = [Weight(name, size, itemsizes[name], False) for name, size in sizes.items()]
-        return [*frozen, *_adapters(base.talker_config, lora_rank)]
     first_new = num_layers - settings.replace_last_n_layers
     weights = [Weight(name, size, itemsizes[name], _trains(name, settings, first_new)) for name, size in sizes.items()]
     one_layer = {name: size for name, size in sizes.items() if layer_of(name) == 0}
     for index in range(num_layers, num_layers + settings.add_new_layers):
         for name, size in one_layer.items():
             weights.append(Weight(name.replace(".0.", f".{index}.", 1), size, 4, True))
-    return weights
+    return [*weights, *_adapters(weights, shapes, settings)]
 
 
 def layer_of(name: str) -> int | None:
@@ -108,18 +106,21 @@ def _trains(name: str, settings: Settings, first_new: int) -> bool:
         return True
     if (layer := layer_of(name)) is not None:
         return layer >= first_new
+    if settings.lora_rank:
+        return settings.has_new_layers and name.startswith(("talker.model.norm.", "talker.codec_head."))
     is_sub_talker = name.startswith("talker.code_predictor.") and "embedding" not in name
     return is_sub_talker or name.startswith(("talker.model.norm.", "talker.codec_head."))
 
 
-def _adapters(talker: Mapping[str, Any], rank: int) -> Iterator[Weight]:
-    """LoRA's matrices on every linear map of every layer."""
-    predictor = talker["code_predictor_config"]
-    for prefix, config in (("talker.model", talker), ("talker.code_predictor.model", predictor)):
-        width, inner, queries, keys = _widths(config)
-        ends = 2 * (width + queries) + 2 * (width + keys) + 3 * (width + inner)
-        for index in range(config["num_hidden_layers"]):
-            yield Weight(f"{prefix}.layers.{index}.lora", rank * ends, 4, True)
+def _adapters(weights: Sequence[Weight], shapes: Mapping[str, Sequence[int]], settings: Settings) -> list[Weight]:
+    """The adapters' matrices, on the frozen linear maps that LORA_TARGETS names."""
+    if not settings.lora_rank:
+        return []
+    frozen = [weight.name for weight in weights if not weight.trains]
+    return [
+        Weight(f"{path}.lora", settings.lora_rank * sum(shape := shapes[f"{path}.weight"]), 4, True, shape[1])
+        for path in target_modules(linear_names(frozen, shapes), settings)
+    ]
 
 
 def parameter_counts(base: Base, settings: Settings) -> tuple[int, int]:
@@ -155,8 +156,8 @@ class Needs:
     is_sharded: bool = False
 
     @classmethod
-    def of(cls, base: Base, settings: Settings, num_processes: int = 1, lora_rank: int = 0) -> Needs:
-        weights = weights_of(base, settings, lora_rank)
+    def of(cls, base: Base, settings: Settings, num_processes: int = 1) -> Needs:
+        weights = weights_of(base, settings)
         return cls(base.talker_config, weights, settings, num_processes, asks_for_fsdp())
 
     def peak_bytes(self) -> float:
@@ -178,8 +179,21 @@ class Needs:
         has_buckets = self.num_processes > 1 and not self.is_sharded
         before = standing + (gradients if num_micro_batches > 1 or has_buckets else 0)
         frame_bytes = num_frames * 4 * NUM_CODEBOOKS * self.talker["hidden_size"]  # all embeddings of the frames, fp32
-        forward = before + self._kept(num_positions) + self.cast_bytes + self._sub_talker(num_frames) + frame_bytes
-        again = before + self._kept(num_positions) + frame_bytes + self._layer_again(num_positions)
+        forward = (
+            before
+            + self._of_adapters(num_positions, num_frames)
+            + self._kept(num_positions)
+            + self.cast_bytes
+            + self._sub_talker(num_frames)
+            + frame_bytes
+        )
+        again = (
+            before
+            + self._of_adapters(num_positions, 0)
+            + self._kept(num_positions)
+            + frame_bytes
+            + self._layer_again(num_positions)
+        )
         backward = standing + gradients + 2 * frame_bytes + self._looked_up
         return max(forward, again, backward)
 
@@ -248,6 +262,18 @@ class Needs:
         inputs = (num_with_graph - num_whole) * 4 * width
         return num_positions * (inputs + num_whole * self._layer_bytes(self.talker) + 5 * 4 * width)
 
+    def _of_adapters(self, num_positions: float, num_frames: float) -> float:
+        """Their dropout's masks, a byte for each value that goes into an adapted matrix, and an fp32 copy of those that
+        go into the widest of the sub-talker's."""
+        talker, sub_talker = [], []
+        for weight in self.weights:
+            (sub_talker if "code_predictor" in weight.name else talker).append(weight.adapter_width)
+        has_masks = self.settings.lora_dropout > 0
+        kept = 0 if self.settings.gradient_checkpointing else num_positions
+        in_chunk = NUM_CODEBOOKS * min(num_frames, SUB_TALKER_CHUNK_FRAMES)
+        masks = has_masks * (kept * sum(talker) + in_chunk * sum(sub_talker))
+        return masks + 4 * in_chunk * max(sub_talker)
+
     @property
     def _num_layers(self) -> int:
         """Of the talker as it is trained."""
@@ -310,7 +336,7 @@ class Picks:
 
 
 def pick_for_memory(
-    settings: Settings, base: Base, gpu_bytes: int | None = None, num_processes: int = 1, lora_rank: int = 0
+    settings: Settings, base: Base, gpu_bytes: int | None = None, num_processes: int = 1
 ) -> Picks | None:
     """What MEMORY_PROFILE picks: the first combination that fits, of those that learn best first.
 
@@ -320,7 +346,6 @@ def pick_for_memory(
     Args:
         gpu_bytes: memory of the GPU, the smallest of all processes; None where there is none.
         num_processes: of the job.
-        lora_rank: see ``weights_of``.
 
     Returns:
         None where nothing is to be picked.
@@ -340,7 +365,7 @@ def pick_for_memory(
             "Unset it, or launch without FSDP"
         )
     profile = largest_profile(gpu_bytes) if profile == "auto" else profile
-    room, weights = usable_bytes(PROFILES[profile]), weights_of(base, settings, lora_rank)
+    room, weights = usable_bytes(PROFILES[profile]), weights_of(base, settings)
     candidates = _candidates(settings, num_processes)
     needs = [Needs(base.talker_config, weights, candidate, num_processes) for candidate in candidates]
     fitting = next((need for need in needs if need.peak_bytes() <= room), None)

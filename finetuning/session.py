@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
+from finetuning.adapters import add_adapters, check_targets
 from finetuning.base_model import (
     Base,
     choose_attention,
@@ -40,7 +41,7 @@ from finetuning.dataset import RowEncoder, StepDataset, unknown_languages
 from finetuning.direct import DirectData, DirectRows
 from finetuning.disk import bytes_of
 from finetuning.errors import UserError
-from finetuning.layer_utils import check_layer_count, replace_and_add_layers
+from finetuning.layer_utils import check_layer_count, print_model_summary, replace_and_add_layers
 from finetuning.manifest import RowFormat, remove_empty_folders
 from finetuning.memory import pick_for_memory
 from finetuning.objective import TrainingObjective, check_compiler, compile_layers
@@ -131,6 +132,7 @@ def check_inputs(settings: Settings) -> tuple[Base, str]:
     base = resolve_base(settings)
     if not settings.prepare_only:
         check_output_folder(settings, base)
+    check_targets(settings, base)
     check_layer_count(settings.replace_last_n_layers, base.talker_config["num_hidden_layers"])
     return base, device
 
@@ -251,14 +253,19 @@ def build_run(
         settings.replace_last_n_layers,
         settings.add_new_layers,
         settings.freeze_original_layers,
-        verbose=verbose,
+        verbose=verbose and not settings.lora_rank,
         layer_init=settings.layer_init,
         train_text_embedding=settings.train_text_embedding,
+        with_adapters=settings.lora_rank > 0,
     )
     if keeps_bf16(settings):
         set_precision(model, base, train_in_bf16=settings.weights_precision == "bf16")
     if settings.weights_precision == "bf16":
         keep_matrices_in_bf16(model)
+    if settings.lora_rank:
+        add_adapters(model, settings)
+        if verbose:
+            print_model_summary(model)
     encoder = make_row_encoder(base, speakers)
     objective = TrainingObjective(model.talker, speakers.vectors, settings.gradient_checkpointing)
     objective.to(accelerator.device)

@@ -185,6 +185,26 @@ class Settings(BaseSettings):
     train_text_embedding: bool = _setting(
         False, "train the text embedding table as well, a sixth of all weights of the 1.7B"
     )
+    lora_rank: int = _setting(
+        0,
+        "train adapters (LoRA) of this rank beside frozen weights, 8 is the usual start; 0 = off. The layer settings "
+        "then default to 0 new layers",
+        ge=0,
+        le=1024,
+    )
+    lora_alpha: float = _setting(16.0, "adapters are multiplied by LORA_ALPHA / LORA_RANK", gt=0)
+    lora_dropout: float = _setting(
+        0.05, "share of an adapter's inputs that are left out at random in training", ge=0, lt=1
+    )
+    lora_targets: str = _setting(
+        "all",
+        "what gets adapters: attention, mlp (of the talker), sub_talker, all, or names of linear maps; separated by "
+        "commas",
+        min_length=1,
+    )
+    lora_export_scale: float = _setting(
+        1.0, "how much of what the adapters learnt goes into best/ and last/; adapter/ beside them has all", gt=0, le=4
+    )
     layer_init: Literal["preserve", "xavier"] = _setting(
         "preserve", "preserve (the model starts as the base) or xavier (new layers start from random weights)"
     )
@@ -209,6 +229,15 @@ class Settings(BaseSettings):
     hub_model_id_best: str | None = _setting(None, "repository for best/ (not read yet)", "HF_BEST_MODEL_REPO")
     hub_model_id_last: str | None = _setting(None, "repository for last/ (not read yet)", "HF_LAST_MODEL_REPO")
     hf_token: SecretStr | None = _setting(None, "Hugging Face token; never printed, logged or saved")
+
+    @property
+    def has_new_layers(self) -> bool:
+        """Whether talker layers are replaced or added."""
+        return self.replace_last_n_layers + self.add_new_layers > 0
+
+    def lora_words(self) -> list[str]:
+        """The words of LORA_TARGETS."""
+        return [word.strip() for word in self.lora_targets.split(",") if word.strip()]
 
     def rows_per_step(self, num_processes: int) -> int:
         """Rows of an optimizer step, over all processes."""
@@ -404,10 +433,25 @@ def _validate(
                 problems.append(f"{where(field)}: {detail['msg'].replace('Input should be', 'must be')}")
             failed.add(field)
         settings = Settings(**{field: value for field, value in values.items() if field not in failed})
+    settings = _without_new_layers(settings) if settings.lora_rank else settings
     for fields, check in _CROSS_CHECKS:
         if failed.isdisjoint(fields) and (message := check(settings, num_processes)):
             problems.append(f"{where(fields[0])}: {message}")
     return settings
+
+
+def _without_new_layers(settings: Settings) -> Settings:
+    """LORA_RANK's own defaults of the layer settings."""
+    unset = [name for name in ("replace_last_n_layers", "add_new_layers") if not settings.is_set(name)]
+    changed = settings.model_copy(update=dict.fromkeys(unset, 0))
+    changed.model_fields_set.difference_update(unset)  # nobody set them
+    return changed
+
+
+def _check_lora(settings: Settings, _: int) -> str | None:
+    if settings.lora_rank and not settings.freeze_original_layers:
+        return "adapters stand beside frozen weights; set FREEZE_ORIGINAL_LAYERS=true, or LORA_RANK=0 to train them all"
+    return None
 
 
 def divides_rows(settings: Settings) -> bool:
@@ -488,7 +532,11 @@ def _check_unbuilt_upload(settings: Settings, _: int) -> str | None:
 
 
 def _check_prefix_cache(settings: Settings, _: int) -> str | None:
-    if settings.prefix_cache == "off" or (settings.freeze_original_layers and not settings.train_text_embedding):
+    if settings.prefix_cache == "off":
+        return None
+    if settings.lora_rank and {"attention", "mlp", "all"} & set(settings.lora_words()):
+        return "there is nothing to keep, since adapters train in the lowest layer; set off, or LORA_TARGETS=sub_talker"
+    if settings.freeze_original_layers and not settings.train_text_embedding:
         return None
     return (
         "there is nothing to keep, since embeddings below the first layer train; set it to off, or "
@@ -528,6 +576,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
         _check_effective_batch,
     ),
     (("max_frames_per_batch", "batch_size", "effective_batch_size", "lr_scaling", "data_mode"), _check_max_frames),
+    (("lora_rank", "freeze_original_layers"), _check_lora),
     (("lr_scheduler",), _check_scheduler),
     (("lr_min", "lr_scheduler", "learning_rate"), _check_lr_min),
     (("lr_num_cycles", "lr_scheduler", "lr_min"), _check_cycles),
@@ -537,7 +586,10 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("upload_to_hub",), _check_unbuilt_upload),
     (("weights_precision", "mixed_precision", "optimizer"), _check_weights_precision),
     (("data_mode", "dataset_name"), _check_direct),
-    (("prefix_cache", "freeze_original_layers", "train_text_embedding"), _check_prefix_cache),
+    (
+        ("prefix_cache", "freeze_original_layers", "train_text_embedding", "lora_rank", "lora_targets"),
+        _check_prefix_cache,
+    ),
     (("resume",), _check_resume),
 )
 

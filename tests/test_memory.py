@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from training import FULL, build
 
 from benchmarks.bench import RECIPES
+from benchmarks.loops import LORA
 from benchmarks.peak_memory import BaseOnPaper, Case, case_settings, count_peak
 from benchmarks.random_base import base_config, random_rows
 from finetuning.errors import UserError
 from finetuning.memory import PROFILES, Needs, pick_for_memory, usable_bytes
 
 LAYERS = {"replace_last_n_layers": 2, "add_new_layers": 4, "freeze_original_layers": True}
-FIELDS = {"full": FULL, "layers": LAYERS, "lora": LAYERS}
-LORA_RANK = 8
+FIELDS = {"full": FULL, "layers": LAYERS, "lora": LORA}
 CHECKPOINTING = {"gradient_checkpointing": True}
 ALL_SMALL = {"optimizer": "adamw_8bit", "weights_precision": "bf16", **CHECKPOINTING}
 
@@ -44,6 +45,7 @@ def shallow_config() -> dict[str, Any]:
         ("full", ALL_SMALL, 1),
         ("layers", {}, 2),
         ("lora", CHECKPOINTING, 1),
+        ("lora", {"lora_targets": "attention,sub_talker"}, 1),
     ],
 )
 def test_formula_against_the_tensors_that_are_alive(recipe: str, fields: dict, micro_batches: int) -> None:
@@ -55,7 +57,7 @@ def test_formula_against_the_tensors_that_are_alive(recipe: str, fields: dict, m
     counted = count_peak(Case(config, recipe, settings, seconds, micro_batches)).peak.total()
     rows = random_rows(config, len(seconds), seconds=seconds)
     positions, frames = sum(len(row.text) for row in rows), sum(len(row.codes) for row in rows)
-    needs = Needs.of(BaseOnPaper(config), settings, lora_rank=LORA_RANK if recipe == "lora" else 0)
+    needs = Needs.of(BaseOnPaper(config), settings)
     assert needs.bytes_for(frames, positions, micro_batches) == pytest.approx(counted, rel=0.05)
 
 
@@ -72,9 +74,8 @@ def test_fake_tensors_are_counted_as_real_ones_are() -> None:
 def test_profiles_fit_and_keep_the_rows_of_a_step(size: str, recipe: str, profile: str, bases: dict) -> None:
     pytest.importorskip("torchao")
     settings = case_settings(memory_profile=profile, **FIELDS[recipe])
-    rank = LORA_RANK if recipe == "lora" else 0
-    picks = pick_for_memory(settings, bases[size], lora_rank=rank)
-    assert Needs.of(bases[size], picks.settings, lora_rank=rank).peak_bytes() == picks.peak_bytes
+    picks = pick_for_memory(settings, bases[size])
+    assert Needs.of(bases[size], picks.settings).peak_bytes() == picks.peak_bytes
     assert picks.peak_bytes <= usable_bytes(PROFILES[profile]) < PROFILES[profile] - 2e9
     assert picks.settings.rows_per_step(1) == settings.rows_per_step(1) == 8
     assert picks.settings.mixed_precision == "bf16"
@@ -137,7 +138,7 @@ def test_shares_of_a_model_need_less(bases: dict, monkeypatch: pytest.MonkeyPatc
     alone = Needs.of(base, settings)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     two, four = (Needs.of(base, settings, num_processes=count) for count in (2, 4))
-    trained = sum(base.weight_sizes()[weight.name] for weight in four.weights if weight.trains)
+    trained = sum(math.prod(base.weight_shapes()[weight.name]) for weight in four.weights if weight.trains)
     num_weights = sum(weight.size for weight in four.weights)
     assert 4 * four.standing_bytes == pytest.approx(4 * num_weights + 8 * trained)
     assert four.gradient_bytes == alone.gradient_bytes == 4 * trained

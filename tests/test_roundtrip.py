@@ -25,6 +25,7 @@ CLIPS = (0, 1, 5, 10)
 RECIPES = {
     "full": {"replace_last_n_layers": 0, "add_new_layers": 0, "freeze_original_layers": False},
     "layers": {"replace_last_n_layers": 2, "add_new_layers": 2, "freeze_original_layers": True},
+    "lora": {"lora_rank": 32, "lora_alpha": 64.0, "lora_dropout": 0.0, "learning_rate": 1e-2},
 }
 #: Everything that saves time or memory, switched on, but compiled layers: they need a compiler (see test_levers.py).
 LEVERS = {

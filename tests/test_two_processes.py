@@ -43,6 +43,8 @@ DAMAGED = [2, 5, 9]
 #: New layers, with what saves time: each process trains on a share of its rows' frames, and finds what the other kept.
 LAYERS = {"replace_last_n_layers": 1, "add_new_layers": 1, "freeze_original_layers": True, "num_epochs": 3}
 LEVERS = {"sub_talker_frame_fraction": 0.5, "gradient_checkpointing": True, "prefix_cache": "disk"}
+#: Adapters, whose matrices and frozen weights are shared out like all others.
+LORA = {"lora_rank": 4, "lora_dropout": 0.0, "freeze_original_layers": True, "num_epochs": 3}
 #: All weights in bf16, rounded at random, and rows by their frames.
 SMALL = {"weights_precision": "bf16", "mixed_precision": "bf16", "max_frames_per_batch": 60, "batch_size": None}
 
@@ -143,6 +145,7 @@ def lives(life_of: Callable, folder: Path, one_stopped: SimpleNamespace) -> Call
         life_of("memory-sharded", sharded=True, tricks={"no_memory": [1, 1, 1]}),
         life_of("ddp-levers", **LAYERS | LEVERS),
         life_of("ddp-small", **SMALL, num_epochs=2),
+        *(life_of(f"{mode}-lora", mode == "fsdp", **LORA) for mode in MODES),
         life_of("fsdp-checkpointed", True, tricks={"gradients_of": [1], "end_after": 3}, gradient_checkpointing=True),
     ]
     launch(folder, listed)
@@ -470,6 +473,24 @@ def test_two_with_levers_learn_what_one_does(lives: Callable, life_of: Callable,
     assert len(list(kept.iterdir())) == len(TRAIN_FRAMES) + 1, (
         "each row once, and the one of micro-batches without rows"
     )
+
+
+@pytest.fixture(scope="module")
+def one_with_adapters(life_of: Callable, folder: Path) -> SimpleNamespace:
+    return live_alone(folder, life_of("one-lora", alone=True, **LORA))
+
+
+def test_two_train_adapters_as_one_does(mode: str, lives: Callable, one_with_adapters: Any) -> None:
+    two, one = lives(f"{mode}-lora"), one_with_adapters
+    assert two.exit_codes == [0, 0], two.printed
+    names = ("grad_norm", "loss", "talker_loss", "sub_talker_loss")
+    figures = [[[line[name] for name in names] for line in read_log(seen.output)] for seen in (one, two)]
+    assert len(figures[0]) == 6
+    assert np.asarray(figures[1]) == pytest.approx(np.asarray(figures[0]), rel=1e-4)
+    merged = [load_file(seen.output / "last" / "model.safetensors") for seen in (one, two)]
+    assert not {name: far for name, far in distances(merged[1], merged[0]).items() if far > 1e-3}
+    adapters = [load_file(seen.output / "last" / "adapter" / "adapter_model.safetensors") for seen in (one, two)]
+    assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) > 50
 
 
 def test_random_rounding_is_the_same_in_both(lives: Callable) -> None:

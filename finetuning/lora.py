@@ -1,0 +1,193 @@
+"""Merges adapters that LORA_RANK trained into a base: a checkpoint that stock qwen-tts loads.
+
+    python -m finetuning.lora merge --base Qwen/Qwen3-TTS-12Hz-1.7B-Base --adapter output/best/adapter --output merged
+    python -m finetuning.lora merge --base tiny --adapter output/best/adapter --scale 0.5 --output halfway
+    python -m finetuning.lora merge --base … --adapter anna/adapter --adapter bert/adapter --weights 0.7 0.3 --output …
+
+``--scale`` says how much of what was learnt is added (1 = all of it, as LORA_EXPORT_SCALE does for a run's own
+checkpoints), ``--weights`` how much of each adapter; the result has the speakers of all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from finetuning.adapters import (
+    CONFIG_FILE,
+    FILE_PREFIX,
+    MATRICES_FILE,
+    OTHERS_FILE,
+    SPEAKERS_FILE,
+    VECTORS_FILE,
+    add_product,
+    pairs,
+)
+from finetuning.base_model import Base, resolve_base
+from finetuning.checkpoint import CODEC_TABLE, insert_speakers, write_checkpoint
+from finetuning.console import say
+from finetuning.disk import new_folder
+from finetuning.errors import UserError, run_main
+from finetuning.settings import load_settings
+from finetuning.speakers import Speakers, allocate_codec_rows
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a run with LORA_RANK learnt.
+
+    Attributes:
+        matrices: path of each adapted linear map -> (A, B), float32.
+        factor: ``alpha / rank``.
+        others: what else was trained, by the names of a checkpoint.
+    """
+
+    folder: Path
+    matrices: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    factor: float
+    others: dict[str, torch.Tensor]
+    speakers: Speakers
+
+    @classmethod
+    def load(cls, folder: Path) -> Adapter:
+        """
+        Raises:
+            UserError: it is no such folder, or it is damaged.
+        """
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            tensors = load_file(folder / MATRICES_FILE)
+            listed = json.loads((folder / SPEAKERS_FILE).read_text(encoding="utf-8"))
+            vectors = load_file(folder / VECTORS_FILE)["vectors"]
+            others = load_file(folder / OTHERS_FILE) if (folder / OTHERS_FILE).is_file() else {}
+            factor = config["lora_alpha"] / config["r"]
+        except FileNotFoundError as error:
+            raise UserError(
+                f"--adapter: {folder} is no adapter of this tool: {Path(error.filename).name} is missing "
+                "(give the folder adapter/ inside a checkpoint)"
+            ) from None
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(f"--adapter: {folder} cannot be read: {error}") from None
+        names, rows, references = zip(
+            *((entry["name"], entry["codec_id"], entry["references"]) for entry in listed), strict=True
+        )
+        matrices = pairs({name.removeprefix(FILE_PREFIX): tensor for name, tensor in tensors.items()})
+        return cls(folder, matrices, factor, others, Speakers(names, vectors, rows, references))
+
+
+def merge(base: Base, adapters: Sequence[Adapter], shares: Sequence[float], output: Path) -> None:
+    """Writes the base with so much of each adapter as a checkpoint.
+
+    Args:
+        shares: of each adapter; 1 adds all that it learnt.
+        output: a folder that is not there yet.
+
+    Raises:
+        UserError: the adapters belong to another base, or do not go together.
+    """
+    check_fit(base, adapters)
+    speakers = speakers_of_all(base, adapters)
+    dtypes, weights = base.weight_dtypes(), {}
+    others = next((adapter.others for adapter in adapters if adapter.others), {})
+    for name, part in base.stored_weights():
+        if name.startswith("speaker_encoder."):
+            continue
+        weight, path = others.get(name, part[:]), name.removesuffix(".weight")
+        for adapter, share in zip(adapters, shares, strict=True):
+            if path in adapter.matrices:
+                weight = add_product(weight, *adapter.matrices[path], share * adapter.factor)
+        weights[name] = weight.to(dtypes[name]).contiguous()
+    weights |= {name: tensor for name, tensor in others.items() if name not in weights}  # new layers
+    insert_speakers(weights, speakers)
+    state = {
+        "merged": [{"adapter": str(one.folder), "share": share} for one, share in zip(adapters, shares, strict=True)]
+    }
+    try:
+        with new_folder(output) as folder:
+            write_checkpoint(folder, base, speakers, weights, state)
+    except OSError as error:
+        raise UserError(f"--output: {output} cannot be written: {error}") from None
+
+
+def check_fit(base: Base, adapters: Sequence[Adapter]) -> None:
+    """Raises UserError where an adapter does not belong to the base, or not beside another."""
+    shapes = base.weight_shapes()
+    for adapter in adapters:
+        for path, (first, second) in adapter.matrices.items():
+            if tuple(shapes.get(f"{path}.weight", ())) != (len(second), first.shape[1]):
+                raise UserError(f"--adapter: {adapter.folder} belongs to another base than {base.name}: {path} differs")
+        if adapter.speakers.vectors.shape[1] != shapes[CODEC_TABLE][1]:
+            raise UserError(f"--adapter: {adapter.folder} belongs to a base of another width than {base.name}")
+    if len(adapters) > 1 and (full := [str(adapter.folder) for adapter in adapters if adapter.others]):
+        raise UserError(
+            f"--adapter: {', '.join(full)} trained more than adapters (new layers or embeddings), which cannot be "
+            "mixed with others; merge it by itself"
+        )
+
+
+def speakers_of_all(base: Base, adapters: Sequence[Adapter]) -> Speakers:
+    """The speakers of all adapters; where two took the same row of the codec table, the later one gets another.
+
+    Raises:
+        UserError: two of one name have different vectors, or the table is full.
+    """
+    found: dict[str, tuple[str, torch.Tensor, int, Sequence[str]]] = {}
+    for adapter in adapters:
+        one = adapter.speakers
+        for name, vector, row, references in zip(one.names, one.vectors, one.codec_rows, one.references, strict=True):
+            known = found.setdefault(name.lower(), (name, vector, row, references))
+            if not torch.equal(known[1], vector):
+                raise UserError(f'--adapter: speaker "{name}" stands in two adapters with different vectors')
+    names, vectors, rows, references = zip(*found.values(), strict=True)
+    return Speakers(names, torch.stack(vectors), _distinct(rows, base), references)
+
+
+def _distinct(rows: Sequence[int], base: Base) -> list[int]:
+    """The rows, with new ones for those that come a second time."""
+    free = iter(row for row in allocate_codec_rows(base.config, 2 * len(rows)) if row not in rows)
+    distinct: list[int] = []
+    for row in rows:
+        distinct.append(next(free) if row in distinct else row)
+    return distinct
+
+
+def parse_arguments(given: Iterable[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetuning.lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command = parser.add_subparsers(dest="command", required=True).add_parser("merge", help="adapters into a base")
+    command.add_argument("--base", required=True, help="Hub id, folder, or the name of an embedded model")
+    command.add_argument("--adapter", required=True, action="append", type=Path, help="adapter/ of a checkpoint")
+    command.add_argument("--weights", nargs="+", type=float, help="one for each adapter; default 1 for each")
+    command.add_argument("--scale", type=float, default=1.0, help="of all that is added; default 1")
+    command.add_argument("--output", required=True, type=Path, help="a folder that is not there yet")
+    arguments = parser.parse_args(None if given is None else list(given))
+    arguments.weights = arguments.weights or [1.0] * len(arguments.adapter)
+    if len(arguments.weights) != len(arguments.adapter):
+        raise UserError(f"--weights: {len(arguments.weights)} for {len(arguments.adapter)} adapters; give one for each")
+    if arguments.output.exists():
+        raise UserError(f"--output: {arguments.output} is there already; name a new folder")
+    return arguments
+
+
+def main() -> None:
+    run_merge(parse_arguments())
+
+
+def run_merge(arguments: argparse.Namespace) -> None:
+    base = resolve_base(load_settings({"init_model_path": arguments.base, "use_wandb": False}, environment={}))
+    adapters = [Adapter.load(folder) for folder in arguments.adapter]
+    merge(base, adapters, [arguments.scale * weight for weight in arguments.weights], arguments.output)
+    speaker = adapters[0].speakers.names[0]
+    say(f"Listen: python synthesize.py --checkpoint {arguments.output} --speaker {speaker} --text …")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,324 @@
+"""Adapters: what they are put on, that a checkpoint holds what was trained, and how they are merged into a base."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from reference import load_stock
+from safetensors.torch import load_file, save_file
+from training import build, make_trainer, train
+
+from finetuning import lora
+from finetuning.adapters import is_adapter, linear_names, target_modules
+from finetuning.base_model import load_model, resolve_base
+from finetuning.checkpoint import CODEC_TABLE
+from finetuning.dataset import collate
+from finetuning.disk import damage
+from finetuning.errors import UserError
+from finetuning.layer_utils import model_summary
+from finetuning.memory import parameter_counts
+from finetuning.objective import TrainingObjective
+from finetuning.session import check_inputs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+#: A rate at which a few steps move the adapters well away from zero.
+LORA = {"lora_rank": 4, "lora_dropout": 0.0, "learning_rate": 2e-2, "warmup_steps": 0, "batch_size": 2}
+LORA |= {"gradient_accumulation_steps": 1, "num_epochs": 2, "validation_fraction": 0.0, "mixed_precision": "no"}
+
+
+@pytest.fixture
+def settings_for(make_settings: Callable, write_jsonl: Callable, demo_rows: list[dict], tmp_path: Path) -> Callable:
+    def make(name: str = "run", **fields: Any) -> Any:
+        return make_settings(
+            **(LORA | {"train_jsonl": write_jsonl(demo_rows[:4]), "output_dir": tmp_path / name} | fields)
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, demo_rows: list[dict]) -> SimpleNamespace:
+    """A run with adapters on everything, exported at three quarters of what it learnt; several tests look at it."""
+    from finetuning.settings import load_settings
+
+    folder = tmp_path_factory.mktemp("lora")
+    jsonl = folder / "train.jsonl"
+    jsonl.write_text("".join(json.dumps(row | {"speaker": "Anna"}) + "\n" for row in demo_rows[:4]), encoding="utf-8")
+    own = {"device": "cpu", "init_model_path": "tiny-random", "use_wandb": False, "lora_export_scale": 0.75}
+    own |= {"train_jsonl": jsonl, "output_dir": folder / "output"}
+    run, _ = train(load_settings(LORA | own, environment={}))
+    return SimpleNamespace(run=run, base=run.base, last=folder / "output" / "last", rows=demo_rows[:4])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+# --------------------------------------------------------------------------------------------------------- targets
+
+
+@pytest.mark.parametrize(
+    ("targets", "count", "example"),
+    [
+        ("attention", 16, "talker.model.layers.3.self_attn.o_proj"),
+        ("mlp", 12, "talker.model.layers.0.mlp.down_proj"),
+        ("sub_talker", None, "talker.code_predictor.model.layers.0.mlp.up_proj"),
+        ("all", None, "talker.model.layers.1.self_attn.q_proj"),
+        ("mlp, attention", 28, "talker.model.layers.3.self_attn.k_proj"),
+        ("codec_head", 1, "talker.codec_head"),
+        ("model.layers.2.mlp.up_proj", 1, "talker.model.layers.2.mlp.up_proj"),
+    ],
+)
+def test_targets_are_found_by_word_or_name(targets: str, count: int | None, example: str, settings_for: Any) -> None:
+    settings = settings_for(lora_targets=targets)
+    shapes = resolve_base(settings).weight_shapes()
+    found = target_modules(linear_names(shapes, shapes), settings)
+    if (
+        targets == "model.layers.2.mlp.up_proj"
+    ):  # the sub-talker has no such layer in this shape, or it is found as well
+        found = [name for name in found if "code_predictor" not in name]
+    assert example in found and len(set(found)) == len(found)
+    assert count is None or len(found) == count
+
+
+def test_a_word_that_matches_nothing_lists_what_there_is(settings_for: Any) -> None:
+    with pytest.raises(UserError, match=r'LORA_TARGETS: "qproj" matches nothing.*attention.*down_proj.*q_proj'):
+        check_inputs(settings_for(lora_targets="mlp,qproj"))
+
+
+def test_new_layers_and_adapters(settings_for: Any) -> None:
+    """LORA_RANK alone makes no new layers; with them each trains in its own way, and never both."""
+    alone = settings_for()
+    assert (alone.replace_last_n_layers, alone.add_new_layers) == (0, 0) and not alone.is_set("add_new_layers")
+    run = build(alone)
+    assert all(is_adapter(name) for name, parameter in run.model.named_parameters() if parameter.requires_grad)
+    run.lock.close()
+    both = settings_for("both", add_new_layers=1, replace_last_n_layers=1, train_text_embedding=True)
+    run = build(both)
+    training = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    adapted = {name.partition(".lora_")[0] for name in training if is_adapter(name)}
+    full = {name.removesuffix(".weight") for name in training if not is_adapter(name)}
+    assert {"talker.codec_head", "talker.model.norm", "talker.model.text_embedding"} <= full
+    assert {name.split(".")[3] for name in full if name.startswith("talker.model.layers.")} == {"3", "4"}
+    assert {name.split(".")[3] for name in adapted if name.startswith("talker.model.layers.")} == {"0", "1", "2"}
+    assert any("code_predictor" in name for name in adapted) and not any("code_predictor" in name for name in full)
+    assert adapted.isdisjoint(full)
+    assert f"trainable {parameter_counts(run.base, both)[0]:,} of" in model_summary(run.model)
+    run.lock.close()
+
+
+def test_what_does_not_go_together_is_refused(settings_for: Any) -> None:
+    with pytest.raises(UserError, match=r"LORA_RANK.*adapters stand beside frozen weights"):
+        settings_for(freeze_original_layers=False)
+    with pytest.raises(UserError, match=r"PREFIX_CACHE.*adapters train in the lowest layer"):
+        settings_for(prefix_cache="ram")
+    settings_for(prefix_cache="ram", lora_targets="sub_talker")
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"lora_targets": "attention", "add_new_layers": 2}, {"lora_targets": "lm_head.0"}]
+)
+def test_the_count_from_the_headers_is_that_of_the_model(settings_for: Any, fields: dict) -> None:
+    settings = settings_for(**fields)
+    run = build(settings)
+    sizes = [(p.numel(), p.requires_grad) for p in run.model.talker.parameters()]
+    counted = tuple(sum(size for size, trains in sizes if trains is kind) for kind in (True, False))
+    assert parameter_counts(run.base, settings) == counted
+    run.lock.close()
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def logits(model: Any, batch: Any, vectors: torch.Tensor) -> torch.Tensor:
+    objective = TrainingObjective(model.talker, vectors).eval()
+    with torch.no_grad():
+        return objective.talker_logits(objective.hidden_states(batch))
+
+
+def test_training_starts_from_the_base(settings_for: Any) -> None:
+    run = build(settings_for())
+    batch = run.train.dataset.batch([0, 1])
+    base = load_model(run.base, "sdpa")
+    assert torch.equal(logits(run.model, batch, run.speakers.vectors), logits(base, batch, run.speakers.vectors))
+    run.lock.close()
+
+
+def test_the_checkpoint_computes_what_was_trained(settings_for: Any) -> None:
+    """Stock's model of last/, all of what was learnt in it, against the model with its adapters."""
+    run, _ = train(settings_for())
+    batch = collate([run.train.encoder.encode(row) for row in run.train.rows(2)], [0, 0])
+    stock = load_stock(run.settings.output_dir / "last").model
+    before = logits(load_model(run.base, "sdpa"), batch, run.speakers.vectors)
+    with_adapters, merged = (logits(model, batch, run.speakers.vectors) for model in (run.model, stock))
+    torch.testing.assert_close(merged, with_adapters, rtol=1e-4, atol=1e-4)
+    assert (with_adapters - before).abs().max() > 0.1
+
+
+def test_only_what_is_adapted_changes(trained: Any) -> None:
+    before, after = load_file(trained.base.folder / "model.safetensors"), weights(trained.last)
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    layers = {f"talker.model.layers.{index}." for index in range(4)} | {"talker.code_predictor.model.layers."}
+    assert CODEC_TABLE in changed  # the speaker's row
+    assert all(name.startswith(tuple(layers)) and name.endswith("_proj.weight") for name in changed - {CODEC_TABLE})
+    assert len(changed) == 1 + sum(name.endswith("_proj.weight") and name.startswith(tuple(layers)) for name in after)
+    rows = (after[CODEC_TABLE] != before[CODEC_TABLE]).any(1).nonzero().flatten().tolist()
+    assert rows == [3000]
+    assert not damage(trained.last)
+
+
+def test_a_share_of_what_was_learnt_is_exported(trained: Any) -> None:
+    """LORA_EXPORT_SCALE, against the product by hand."""
+    matrices = load_file(trained.last / "adapter" / "adapter_model.safetensors")
+    name = "talker.model.layers.1.mlp.up_proj"
+    first, second = (matrices[f"base_model.model.{name}.lora_{letter}.weight"].double() for letter in "AB")
+    before = load_file(trained.base.folder / "model.safetensors")[f"{name}.weight"]
+    want = before.double() + 0.75 * 16 / 4 * second @ first
+    got = weights(trained.last)[f"{name}.weight"]
+    assert got.dtype == before.dtype
+    torch.testing.assert_close(got.double(), want, rtol=2**-8 if got.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_peft_loads_the_adapter(trained: Any) -> None:
+    """Into stock's model of the base; with all of what was learnt, as the training model has it."""
+    from peft import PeftModel
+
+    stock = load_stock(trained.base.folder).model
+    batch = collate([trained.run.train.encoder.encode(row) for row in trained.run.train.rows(2)], [0, 0])
+    want = logits(trained.run.model, batch, trained.run.speakers.vectors)
+    PeftModel.from_pretrained(stock, str(trained.last / "adapter"))
+    torch.testing.assert_close(logits(stock, batch, trained.run.speakers.vectors), want, rtol=1e-5, atol=1e-5)
+    vectors = load_file(trained.last / "adapter" / "speakers.safetensors")["vectors"]
+    assert torch.equal(vectors, trained.run.speakers.vectors)
+
+
+# --------------------------------------------------------------------------------------------------------- merging
+
+
+def run_merge(base: str, *adapters: Path, output: Path, **options: Any) -> Path:
+    arguments = ["merge", "--base", base, "--output", str(output)]
+    for adapter in adapters:
+        arguments += ["--adapter", str(adapter)]
+    for name, value in options.items():
+        arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    parsed = lora.parse_arguments(arguments)
+    lora.run_merge(parsed)
+    return output
+
+
+def test_merging_gives_the_checkpoint_again(trained: Any, tmp_path: Path) -> None:
+    """Bit for bit, and stock speaks with it."""
+    output = run_merge("tiny-random", trained.last / "adapter", output=tmp_path / "merged", scale=0.75)
+    got, want = weights(output), weights(trained.last)
+    assert got.keys() == want.keys()
+    assert not [name for name in want if not torch.equal(got[name], want[name])]
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (output, trained.last)]
+    assert configs[0] == configs[1]
+    assert not damage(output)
+    waveforms, rate = load_stock(output).generate_custom_voice("Hello.", "anna", max_new_tokens=3)
+    assert rate == 24_000 and len(waveforms[0]) > 0
+
+
+def test_halves_of_two_adapters(trained: Any, settings_for: Any, tmp_path: Path) -> None:
+    """Two voices: half of each one's change, and both speakers, the second in a row of its own."""
+    other, _ = train(settings_for("other", speaker_name="Bert", seed=7))
+    second = other.settings.output_dir / "last" / "adapter"
+    output = run_merge("tiny-random", trained.last / "adapter", second, output=tmp_path / "both", weights=[0.5, 0.25])
+    config = json.loads((output / "config.json").read_text())["talker_config"]
+    assert {name: config["spk_id"][name] for name in ("anna", "bert")} == {"anna": 3000, "bert": 3001}
+    name = "talker.code_predictor.model.layers.0.self_attn.q_proj.weight"
+    before = load_file(trained.base.folder / "model.safetensors")
+    changes = [
+        (lora.Adapter.load(folder).matrices[name.removesuffix(".weight")])
+        for folder in (trained.last / "adapter", second)
+    ]
+    (a1, b1), (a2, b2) = changes
+    want = before[name].float() + 4 * (0.5 * b1 @ a1 + 0.25 * b2 @ a2)
+    got = weights(output)
+    torch.testing.assert_close(got[name].float(), want, rtol=1e-2, atol=1e-3)
+    rows = got[CODEC_TABLE][[3000, 3001]].float()
+    assert torch.equal(rows, torch.stack([trained.run.speakers.vectors[0], other.speakers.vectors[0]]))
+
+
+def test_new_layers_come_along(settings_for: Any, tmp_path: Path) -> None:
+    run, _ = train(settings_for(add_new_layers=1, lora_targets="attention"))
+    last = run.settings.output_dir / "last"
+    output = run_merge("tiny-random", last / "adapter", output=tmp_path / "merged")
+    got, want = weights(output), weights(last)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    assert json.loads((output / "config.json").read_text())["talker_config"]["num_hidden_layers"] == 5
+    with pytest.raises(UserError, match="trained more than adapters"):
+        run_merge("tiny-random", last / "adapter", last / "adapter", output=tmp_path / "twice")
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no adapter", r"is no adapter of this tool: adapter_config\.json is missing"),
+        ("damaged", r"cannot be read"),
+        ("other base", r"belongs to another base than tiny-random-0\.6b"),
+        ("one weight for two", r"--weights: 1 for 2 adapters"),
+        ("there already", r"--output: .* is there already"),
+        ("another vector", r'speaker "Anna" stands in two adapters with different vectors'),
+    ],
+)
+def test_bad_input_is_one_message_and_nothing_is_left(trained: Any, tmp_path: Path, case: str, message: str) -> None:
+    import shutil
+
+    adapter, output = tmp_path / "adapter", tmp_path / "merged"
+    shutil.copytree(trained.last / "adapter", adapter)
+    adapters, base, options = [adapter], "tiny-random", {}
+    if case == "no adapter":
+        adapters = [trained.last]
+    if case == "damaged":
+        (adapter / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    if case == "other base":
+        base = "tiny-random-0.6b"
+    if case == "one weight for two":
+        adapters, options = [adapter, adapter], {"weights": [1.0]}
+    if case == "there already":
+        output.mkdir()
+    if case == "another vector":
+        adapters = [adapter, trained.last / "adapter"]
+        vectors = load_file(adapter / "speakers.safetensors")["vectors"]
+        save_file({"vectors": vectors + 1}, adapter / "speakers.safetensors")
+    with pytest.raises(UserError, match=message):
+        run_merge(base, *adapters, output=output, **options)
+    assert not output.exists() or not list(output.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        {"adapter"} | ({"merged"} if output.exists() else set())
+    )
+
+
+def test_a_gradient_is_that_of_the_merged_weight(settings_for: Any) -> None:
+    """dL/dB of an adapter is (alpha / rank) (dL/dW) A^T, with dL/dW from a model without adapters."""
+    run = build(settings_for(lora_targets="attention"))
+    batch = run.train.dataset.batch([0, 1])
+    base = load_model(run.base, "sdpa")
+    plain = TrainingObjective(base.talker, run.speakers.vectors)
+    for objective in (run.objective, plain):
+        sums = objective(batch)
+        (sums["talker_loss"] + sums["sub_talker_loss"]).backward()
+    trained = dict(run.model.named_parameters())
+    path = "talker.model.layers.2.self_attn.v_proj"
+    first, second = (trained[f"{path}.lora_{letter}.default.weight"] for letter in "AB")
+    want = 16 / 4 * base.get_submodule(path).weight.grad @ first.detach().T
+    assert second.grad.norm() > 0 and math.isfinite(second.grad.norm())
+    torch.testing.assert_close(second.grad, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+    run.lock.close()
+
+
+def test_the_optimizer_holds_the_adapters_alone(settings_for: Any) -> None:
+    run = build(settings_for())
+    trainer = make_trainer(run)
+    held = sum(p.numel() for group in trainer.stepper.optimizer.param_groups for p in group["params"])
+    assert held == parameter_counts(run.base, run.settings)[0]
+    run.lock.close()
