@@ -1,6 +1,7 @@
 """How fast this project trains, against the plain loop: same rows, recipe, precision and batch size, in one process.
 
-python benchmarks/throughput.py --size small --device cpu --all              # what a CPU must reach; 20 minutes
+python benchmarks/throughput.py --size small --device cpu --all              # what a CPU must reach; 45 minutes
+python benchmarks/throughput.py --size small --device cpu --all --steps 4 --rounds 2   # the same with few rows; ten
 python benchmarks/throughput.py --size 1.7b --all                            # what a GPU must reach, in one command
 python benchmarks/throughput.py --recipe layers --set SUB_TALKER_FRAME_FRACTION=0.25 PREFIX_CACHE=ram
 python benchmarks/throughput.py --size small --device cpu --levers           # each lever off, some others on

@@ -21,6 +21,7 @@ def replace_and_add_layers(
     verbose: bool = True,
     layer_init: str = "preserve",
     train_text_embedding: bool = False,
+    train_codec_embedding: bool = False,
     with_adapters: bool = False,
 ) -> Any:
     """Replaces the talker's last N layers, adds M on top, and sets what trains; returns the same model.
@@ -31,7 +32,7 @@ def replace_and_add_layers(
         verbose: print the summary.
         layer_init: "preserve" (the model computes what it did before: replaced layers keep the weights that they
             replace, added layers have Xavier weights and zero output projections) or "xavier" (all of them Xavier).
-        train_text_embedding, with_adapters: see ``set_trainable``.
+        train_text_embedding, train_codec_embedding, with_adapters: see ``set_trainable``.
 
     Raises:
         UserError: more layers to replace than there are.
@@ -44,7 +45,7 @@ def replace_and_add_layers(
         layers.append(_new_layer(model, len(layers), like=layers[-1], layer_init=layer_init, replaces=False))
     model.talker.config.num_hidden_layers = len(layers)
     model.talker.model.config.num_hidden_layers = len(layers)
-    set_trainable(model, freeze_original_layers, train_text_embedding, with_adapters)
+    set_trainable(model, freeze_original_layers, train_text_embedding, train_codec_embedding, with_adapters)
     if verbose:
         print_model_summary(model)
     return model
@@ -83,7 +84,11 @@ def initialize_decoder_layer(layer: nn.Module) -> None:
 
 
 def set_trainable(
-    model: Any, freeze_original_layers: bool, train_text_embedding: bool = False, with_adapters: bool = False
+    model: Any,
+    freeze_original_layers: bool,
+    train_text_embedding: bool = False,
+    train_codec_embedding: bool = False,
+    with_adapters: bool = False,
 ) -> None:
     """Sets ``requires_grad`` of every parameter.
 
@@ -93,6 +98,7 @@ def set_trainable(
 
     Args:
         train_text_embedding: the text embedding table as well, in either case.
+        train_codec_embedding: the talker's and the sub-talker's codec tables as well.
         with_adapters: adapters are put on what is frozen later; so the sub-talker is, and without new layers all is.
     """
     talker, predictor = model.talker, model.talker.code_predictor
@@ -103,6 +109,8 @@ def set_trainable(
         return
     new_layers = [layer for layer in talker.model.layers if is_new_layer(layer)]
     talker.model.text_embedding.requires_grad_(train_text_embedding)
+    for tables in (talker.model.codec_embedding, predictor.model.codec_embedding):
+        tables.requires_grad_(train_codec_embedding)
     if with_adapters:
         for module in (*new_layers, talker.model.norm, talker.codec_head) if new_layers else ():
             module.requires_grad_(True)

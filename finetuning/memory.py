@@ -106,6 +106,8 @@ def _trains(name: str, settings: Settings, first_new: int) -> bool:
         return True
     if (layer := layer_of(name)) is not None:
         return layer >= first_new
+    if "codec_embedding" in name:
+        return settings.train_codec_embedding
     if settings.lora_rank:
         return settings.has_new_layers and name.startswith(("talker.model.norm.", "talker.codec_head."))
     is_sub_talker = name.startswith("talker.code_predictor.") and "embedding" not in name

@@ -256,6 +256,7 @@ def build_run(
         verbose=verbose and not settings.lora_rank,
         layer_init=settings.layer_init,
         train_text_embedding=settings.train_text_embedding,
+        train_codec_embedding=settings.train_codec_embedding,
         with_adapters=settings.lora_rank > 0,
     )
     if keeps_bf16(settings):

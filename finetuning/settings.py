@@ -185,6 +185,9 @@ class Settings(BaseSettings):
     train_text_embedding: bool = _setting(
         False, "train the text embedding table as well, a sixth of all weights of the 1.7B"
     )
+    train_codec_embedding: bool = _setting(
+        False, "train the codec embedding tables (of all 16 codebooks) where FREEZE_ORIGINAL_LAYERS freezes them"
+    )
     lora_rank: int = _setting(
         0,
         "train adapters (LoRA) of this rank beside frozen weights, 8 is the usual start; 0 = off. The layer settings "
@@ -536,11 +539,11 @@ def _check_prefix_cache(settings: Settings, _: int) -> str | None:
         return None
     if settings.lora_rank and {"attention", "mlp", "all"} & set(settings.lora_words()):
         return "there is nothing to keep, since adapters train in the lowest layer; set off, or LORA_TARGETS=sub_talker"
-    if settings.freeze_original_layers and not settings.train_text_embedding:
+    if settings.freeze_original_layers and not (settings.train_text_embedding or settings.train_codec_embedding):
         return None
     return (
         "there is nothing to keep, since embeddings below the first layer train; set it to off, or "
-        "FREEZE_ORIGINAL_LAYERS=true with TRAIN_TEXT_EMBEDDING=false"
+        "FREEZE_ORIGINAL_LAYERS=true with TRAIN_TEXT_EMBEDDING=false and TRAIN_CODEC_EMBEDDING=false"
     )
 
 
@@ -587,7 +590,14 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("weights_precision", "mixed_precision", "optimizer"), _check_weights_precision),
     (("data_mode", "dataset_name"), _check_direct),
     (
-        ("prefix_cache", "freeze_original_layers", "train_text_embedding", "lora_rank", "lora_targets"),
+        (
+            "prefix_cache",
+            "freeze_original_layers",
+            "train_text_embedding",
+            "train_codec_embedding",
+            "lora_rank",
+            "lora_targets",
+        ),
         _check_prefix_cache,
     ),
     (("resume",), _check_resume),

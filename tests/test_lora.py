@@ -101,12 +101,14 @@ def test_new_layers_and_adapters(settings_for: Any) -> None:
     run = build(alone)
     assert all(is_adapter(name) for name, parameter in run.model.named_parameters() if parameter.requires_grad)
     run.lock.close()
-    both = settings_for("both", add_new_layers=1, replace_last_n_layers=1, train_text_embedding=True)
+    tables = {"train_text_embedding": True, "train_codec_embedding": True}
+    both = settings_for("both", add_new_layers=1, replace_last_n_layers=1, **tables)
     run = build(both)
     training = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
     adapted = {name.partition(".lora_")[0] for name in training if is_adapter(name)}
     full = {name.removesuffix(".weight") for name in training if not is_adapter(name)}
     assert {"talker.codec_head", "talker.model.norm", "talker.model.text_embedding"} <= full
+    assert sum("codec_embedding" in name for name in full) == 16
     assert {name.split(".")[3] for name in full if name.startswith("talker.model.layers.")} == {"3", "4"}
     assert {name.split(".")[3] for name in adapted if name.startswith("talker.model.layers.")} == {"0", "1", "2"}
     assert any("code_predictor" in name for name in adapted) and not any("code_predictor" in name for name in full)
@@ -124,7 +126,12 @@ def test_what_does_not_go_together_is_refused(settings_for: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"lora_targets": "attention", "add_new_layers": 2}, {"lora_targets": "lm_head.0"}]
+    "fields",
+    [
+        {},
+        {"lora_targets": "attention", "add_new_layers": 2, "train_codec_embedding": True},
+        {"lora_targets": "lm_head.0"},
+    ],
 )
 def test_the_count_from_the_headers_is_that_of_the_model(settings_for: Any, fields: dict) -> None:
     settings = settings_for(**fields)
@@ -248,8 +255,8 @@ def test_halves_of_two_adapters(trained: Any, settings_for: Any, tmp_path: Path)
     assert torch.equal(rows, torch.stack([trained.run.speakers.vectors[0], other.speakers.vectors[0]]))
 
 
-def test_new_layers_come_along(settings_for: Any, tmp_path: Path) -> None:
-    run, _ = train(settings_for(add_new_layers=1, lora_targets="attention"))
+def test_new_layers_and_tables_come_along(settings_for: Any, tmp_path: Path) -> None:
+    run, _ = train(settings_for(add_new_layers=1, lora_targets="attention", train_codec_embedding=True))
     last = run.settings.output_dir / "last"
     output = run_merge("tiny-random", last / "adapter", output=tmp_path / "merged")
     got, want = weights(output), weights(last)

@@ -64,6 +64,7 @@ DESIGN_DEFAULTS: dict[str, Any] = {
     "REPLACE_LAST_N_LAYERS": 2,
     "ADD_NEW_LAYERS": 4,
     "FREEZE_ORIGINAL_LAYERS": True,
+    "TRAIN_CODEC_EMBEDDING": False,
     "LORA_RANK": 0,
     "LORA_ALPHA": 16,
     "LORA_DROPOUT": 0.05,
