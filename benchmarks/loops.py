@@ -73,13 +73,15 @@ class Padding:
 
 
 def recipe_model(bench: Bench, recipe: str) -> Any:
-    """A new model whose ``requires_grad`` says what the recipe trains."""
-    model = bench.model()
-    if recipe != "lora":
-        return replace_and_add_layers(model, *RECIPES[recipe], verbose=False)
-    replace_and_add_layers(model, 0, 0, verbose=False, with_adapters=True)
-    add_adapters(model, own_settings(bench, **LORA))
-    return model
+    """A new model whose ``requires_grad`` says what the recipe trains; ``put_adapters`` does the rest."""
+    layers = RECIPES.get(recipe, (0, 0, True))
+    return replace_and_add_layers(bench.model(), *layers, verbose=False, with_adapters=recipe == "lora")
+
+
+def put_adapters(bench: Bench, recipe: str, model: Any) -> None:
+    """Of the recipe ``lora``, in place; as in a run, after the other weights have their precision."""
+    if recipe == "lora":
+        add_adapters(model, own_settings(bench, **LORA))
 
 
 class PlainWay:
@@ -88,6 +90,7 @@ class PlainWay:
     def __init__(self, bench: Bench, recipe: str, precision: str) -> None:
         self.bench, self.is_autocast = bench, precision == "bf16"
         model = recipe_model(bench, recipe)
+        put_adapters(bench, recipe, model)
         self.flops = epoch_flops(model.talker, bench.rows)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.loop = PlainLoop(model, bench.reference_mel, SUB_TALKER_WEIGHT).train()  # from here on all weights train
@@ -156,6 +159,7 @@ class OurWay:
             keep_frozen_matrices_in_bf16(model)
         if weights_precision == "bf16":
             keep_matrices_in_bf16(model)
+        put_adapters(bench, recipe, model)
         objective = variant.objective_class(model.talker, vectors, settings.gradient_checkpointing)
         if settings.compile:
             compile_layers(objective)
@@ -208,6 +212,9 @@ class EncodedRows:
 
     def speaker_row(self, _: str | None) -> int:
         return 0
+
+    def at_epoch(self, _: int) -> EncodedRows:
+        return self
 
 
 def keep_frozen_matrices_in_bf16(model: Any) -> None:

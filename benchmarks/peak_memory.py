@@ -194,30 +194,30 @@ def count_peak(case: Case, is_real: bool = False, lists_largest: bool = False) -
 
 def make_objective(case: Case) -> TrainingObjective:
     """As ``session.build_run`` makes it of a base that is stored in bf16."""
-    model, settings = changed_model(case.config, case.recipe, CPU, case.settings), case.settings
+    model, settings = changed_model(case.config, case.recipe, CPU), case.settings
     if settings.mixed_precision == "bf16":
         keep_frozen_matrices_in_bf16(model)
     if settings.weights_precision == "bf16":
         keep_matrices_in_bf16(model)
+    put_adapters(case.recipe, model, settings)
     vectors = torch.zeros(1, case.config["talker_config"]["hidden_size"])
     return TrainingObjective(model.talker, vectors, settings.gradient_checkpointing).train()
 
 
-def changed_model(config: Mapping[str, Any], recipe: str, device: torch.device, settings: Settings) -> Any:
-    """A new model whose ``requires_grad`` says what the recipe trains.
-
-    Args:
-        settings: for the adapters.
-    """
+def changed_model(config: Mapping[str, Any], recipe: str, device: torch.device) -> Any:
+    """A new model whose ``requires_grad`` says what the recipe trains; ``put_adapters`` does the rest."""
     model = build_model(config, device)
     set_attention(model, "sdpa")
-    if recipe != "lora":
-        return replace_and_add_layers(model, *RECIPES[recipe], verbose=False)
-    replace_and_add_layers(model, 0, 0, verbose=False, with_adapters=True)
+    layers = RECIPES.get(recipe, (0, 0, True))
+    return replace_and_add_layers(model, *layers, verbose=False, with_adapters=recipe == "lora")
+
+
+def put_adapters(recipe: str, model: Any, settings: Settings) -> None:
+    """Of the recipe ``lora``, in place."""
     # They are made where they belong; a module of tensors without content cannot be moved.
     with patch.object(nn.Module, "to", lambda module, *_, **__: module):
-        add_adapters(model, settings)
-    return model
+        if recipe == "lora":
+            add_adapters(model, settings)
 
 
 def label_gradients(objective: nn.Module, live: LiveBytes) -> None:
@@ -360,7 +360,8 @@ def print_table(config: Mapping[str, Any]) -> None:
 
 def frames_per_second(config: Mapping[str, Any], recipe: str, is_checkpointed: bool, operations: float) -> float:
     """Of rows of ROW_SECONDS at so many operations a second."""
-    model = changed_model(config, recipe, torch.device("meta"), case_settings(**LORA))
+    model = changed_model(config, recipe, torch.device("meta"))
+    put_adapters(recipe, model, case_settings(**LORA))
     rows = random_rows(config, 1, seconds=[ROW_SECONDS])
     needed = epoch_flops(model.talker, rows)
     if is_checkpointed:

@@ -26,7 +26,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from finetuning.base_model import Base
 from finetuning.disk import library_errors, write_json
 from finetuning.errors import UserError
 from finetuning.settings import Settings
@@ -54,8 +53,8 @@ FILE_PREFIX = "base_model.model."
 def target_modules(names: Iterable[str], settings: Settings) -> list[str]:
     """The linear maps that LORA_TARGETS names, by their paths in the model.
 
-    Each of its words, separated by commas, is one of ``TARGETS`` or the end of a path at a dot ("q_proj",
-    "layers.3.mlp.up_proj", "codec_head").
+    Each of its words, separated by commas, is one of ``TARGETS`` or the end of a path at a dot, with or without a
+    number behind it ("q_proj", "layers.3.mlp.up_proj", "codec_head", "lm_head").
 
     Args:
         names: paths of all linear maps of the talker that may be adapted.
@@ -67,7 +66,7 @@ def target_modules(names: Iterable[str], settings: Settings) -> list[str]:
     words = settings.lora_words()
     matching = {word: [name for name in names if _matches(name, word)] for word in words}
     if unknown := [word for word in words if not matching[word]]:
-        known = sorted({re.sub(r".*\.", "", re.sub(r"\.\d+$", "", name)) for name in names})
+        known = sorted({_without_number(name).rpartition(".")[2] for name in names})
         raise UserError(
             f'LORA_TARGETS: "{unknown[0]}" matches nothing. Give {", ".join(TARGETS)}, or names of linear maps: '
             f"{', '.join(known)} (a longer end of a path, as layers.0.mlp.up_proj, narrows it down)"
@@ -78,7 +77,11 @@ def target_modules(names: Iterable[str], settings: Settings) -> list[str]:
 def _matches(name: str, word: str) -> bool:
     if word in TARGETS:
         return re.fullmatch(TARGETS[word], name) is not None
-    return name == word or name.endswith(f".{word}")
+    return any(f".{one}".endswith(f".{word}") for one in (name, _without_number(name)))
+
+
+def _without_number(name: str) -> str:
+    return re.sub(r"\.\d+$", "", name)
 
 
 def linear_names(weight_names: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> list[str]:
@@ -91,17 +94,6 @@ def linear_names(weight_names: Iterable[str], shapes: Mapping[str, Sequence[int]
         and "embedding" not in name
         and len(shapes[name]) == 2
     ]
-
-
-def check_targets(settings: Settings, base: Base) -> None:
-    """What LORA_TARGETS names must be in the base; see ``target_modules``.
-
-    Raises:
-        UserError
-    """
-    if settings.lora_rank:
-        shapes = base.weight_shapes()
-        target_modules(linear_names(shapes, shapes), settings)
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -146,15 +138,16 @@ def without_adapter(name: str) -> str:
 
 
 def merged(tensors: Mapping[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
-    """Weights by the names of a model without adapters; adapted ones with ``factor x B A`` added, in float32.
+    """Weights by the names of a model without adapters; to adapted ones ``factor x B A`` is added, in float32.
 
     Args:
-        tensors: a model's with adapters, on the CPU.
+        tensors: a model's with adapters, on the CPU; each weight keeps its dtype.
         factor: ``scale x alpha / rank``.
     """
     weights = {without_adapter(name): tensor for name, tensor in tensors.items() if not is_adapter(name)}
     for path, (first, second) in pairs(tensors).items():
-        weights[f"{path}.weight"] = add_product(weights[f"{path}.weight"], first, second, factor)
+        weight = weights[f"{path}.weight"]
+        weights[f"{path}.weight"] = add_product(weight, first, second, factor).to(weight.dtype)
     return weights
 
 

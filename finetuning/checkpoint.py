@@ -74,7 +74,10 @@ class Exporter:
 
     def required_bytes(self) -> int:
         """Size of one checkpoint's weights, with its adapter; the unchanged files of the base are linked or small."""
-        return sum(tensor.numel() * self._dtype(name).itemsize for name, tensor in self._tensors())
+        sizes = {name: tensor.numel() * self._dtype(name).itemsize for name, tensor in self._tensors()}
+        # What trains beside adapters is in both.
+        twice = [sizes[name] for name in self._trained() if not is_adapter(name)] if self.settings.lora_rank else []
+        return sum(sizes.values()) + sum(twice)
 
     def _write(self, names: Sequence[str], state: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> None:
         first, *others = names
@@ -88,12 +91,13 @@ class Exporter:
     def _fill(self, folder: Path, state: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> None:
         settings = self.settings
         if settings.lora_rank:
-            trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-            save_adapter(folder / ADAPTER_FOLDER, settings, self.base.name, self.speakers, weights, trained)
-            factor = settings.lora_export_scale * settings.lora_alpha / settings.lora_rank
-            weights = {name: tensor.to(self._dtype(name)) for name, tensor in merged(weights, factor).items()}
+            save_adapter(folder / ADAPTER_FOLDER, settings, self.base.name, self.speakers, weights, self._trained())
+            weights = merged(weights, settings.lora_export_scale * settings.lora_alpha / settings.lora_rank)
         insert_speakers(weights, self.speakers)
         write_checkpoint(folder, self.base, self.speakers, weights, state)
+
+    def _trained(self) -> list[str]:
+        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def _tensors(self) -> list[tuple[str, torch.Tensor]]:
         return [item for item in self.model.state_dict().items() if not item[0].startswith("speaker_encoder.")]
@@ -211,6 +215,10 @@ def speaker_config(speakers: Speakers) -> dict[str, Any]:
 
 def model_card(base: Base, speakers: Speakers, state: Mapping[str, Any]) -> str:
     """README.md of a checkpoint: what it is and how to speak with it."""
+    made = f"Trained from `{base.name}` for {state.get('step', 0)} optimizer steps."
+    if merged_adapters := state.get("merged"):
+        shares = ", ".join(f"{one['share']:g} of `{one['adapter']}`" for one in merged_adapters)
+        made = f"`{base.name}` with adapters merged into it: {shares}."
     return f"""---
 base_model: {base.name}
 library_name: qwen-tts
@@ -218,7 +226,7 @@ pipeline_tag: text-to-speech
 ---
 # Qwen3-TTS, fine-tuned
 
-Trained from `{base.name}` for {state.get("step", 0)} optimizer steps.
+{made}
 Speakers: {", ".join(f"`{name}`" for name in speakers.names)}.
 
 ```python

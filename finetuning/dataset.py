@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,6 +95,8 @@ class RowEncoder:
         speaker_index: speaker's lower-case name -> row of the objective's speaker vectors.
         dialects: lower-case name -> dialect, for preset speakers that have one.
         uses_instruct: False for a 0.6B base, whose stock inference drops instructions.
+        layout: TRAIN_LAYOUT.
+        seed, epoch: which rows are in which layout, where both are trained.
     """
 
     tokenizer: Any
@@ -102,6 +104,13 @@ class RowEncoder:
     speaker_index: Mapping[str, int]
     dialects: Mapping[str, str]
     uses_instruct: bool = True
+    layout: str = "non_streaming"
+    seed: int = 0
+    epoch: int = 0
+
+    def at_epoch(self, epoch: int) -> RowEncoder:
+        """The one for the rows of an epoch."""
+        return replace(self, epoch=epoch) if self.layout == "both" else self
 
     def encode(self, row: Mapping[str, Any]) -> AlignedIds:
         """The whole row: prompt, frames and labels.
@@ -123,8 +132,16 @@ class RowEncoder:
             self.ids,
             instruct_ids=self._tokenize(instruct_turn(instruct)) if instruct else None,
             language_id=language_codec_id(language, self.ids, self.dialects.get(row["speaker"].lower())),
+            is_streaming=self.is_streaming(row),
         )
         return append_frames(prompt, codes, self.ids)
+
+    def is_streaming(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is laid out for streaming; of both layouts each row has either with the same probability, drawn
+        from what identifies it and anew in every epoch."""
+        if self.layout == "both":
+            return bool(np.random.default_rng([self.seed, self.epoch, row["line"], 1]).integers(2))
+        return self.layout == "streaming"
 
     def speaker_row(self, speaker: str | None) -> int:
         """The speaker's row of the objective's speaker vectors.
@@ -153,9 +170,12 @@ class StepDataset(Dataset):
     def __getitem__(self, plan: StepPlan) -> Step:
         return make_step([[self.read(index) for index in indices] for indices in plan], self.encoder, self.share)
 
-    def with_share(self, share: FrameShare | None) -> StepDataset:
-        """The same rows, with the sub-talker's frames of another epoch."""
-        return self if share == self.share else StepDataset(self.manifest, self.encoder, share)
+    def at_epoch(self, epoch: int, share: FrameShare | None) -> StepDataset:
+        """The same rows, with the sub-talker's frames and the layouts of an epoch."""
+        encoder = self.encoder.at_epoch(epoch)
+        if encoder is self.encoder and share == self.share:
+            return self
+        return StepDataset(self.manifest, encoder, share)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """One micro-batch.
@@ -255,7 +275,7 @@ def _encoded_dummy(encoder: RowEncoder) -> tuple[AlignedIds, int, int]:
     """A row that stands in no file: ids, speaker's row, line 0."""
     speaker = next(iter(encoder.speaker_index))
     codes = np.zeros((MIN_CODEC_FRAMES, NUM_CODEBOOKS), dtype=np.int16)
-    row = {"text": "-", "language": "Auto", "speaker": speaker, "instruct": None, "codes": codes}
+    row = {"text": "-", "language": "Auto", "speaker": speaker, "instruct": None, "codes": codes, "line": 0}
     return encoder.encode(row), encoder.speaker_row(speaker), 0
 
 

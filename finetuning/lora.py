@@ -4,15 +4,18 @@
     python -m finetuning.lora merge --base tiny --adapter output/best/adapter --scale 0.5 --output halfway
     python -m finetuning.lora merge --base … --adapter anna/adapter --adapter bert/adapter --weights 0.7 0.3 --output …
 
-``--scale`` says how much of what was learnt is added (1 = all of it, as LORA_EXPORT_SCALE does for a run's own
-checkpoints), ``--weights`` how much of each adapter; the result has the speakers of all of them.
+``--scale`` says how much of what adapters learnt is added (1 = all of it; LORA_EXPORT_SCALE says it for a run's own
+checkpoints), ``--weights`` how much of each; what else was trained, new layers say, comes along whole. The result has
+the speakers of all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +38,7 @@ from finetuning.checkpoint import CODEC_TABLE, insert_speakers, write_checkpoint
 from finetuning.console import say
 from finetuning.disk import new_folder
 from finetuning.errors import UserError, run_main
-from finetuning.settings import load_settings
+from finetuning.settings import Settings
 from finetuning.speakers import Speakers, allocate_codec_rows
 
 
@@ -44,12 +47,14 @@ class Adapter:
     """What a run with LORA_RANK learnt.
 
     Attributes:
+        base_name: of the base that it was trained on.
         matrices: path of each adapted linear map -> (A, B), float32.
         factor: ``alpha / rank``.
         others: what else was trained, by the names of a checkpoint.
     """
 
     folder: Path
+    base_name: str
     matrices: dict[str, tuple[torch.Tensor, torch.Tensor]]
     factor: float
     others: dict[str, torch.Tensor]
@@ -62,24 +67,30 @@ class Adapter:
             UserError: it is no such folder, or it is damaged.
         """
         try:
-            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            tensors = load_file(folder / MATRICES_FILE)
-            listed = json.loads((folder / SPEAKERS_FILE).read_text(encoding="utf-8"))
-            vectors = load_file(folder / VECTORS_FILE)["vectors"]
-            others = load_file(folder / OTHERS_FILE) if (folder / OTHERS_FILE).is_file() else {}
-            factor = config["lora_alpha"] / config["r"]
+            return cls._load(folder)
         except FileNotFoundError as error:
             raise UserError(
                 f"--adapter: {folder} is no adapter of this tool: {Path(error.filename).name} is missing "
                 "(give the folder adapter/ inside a checkpoint)"
             ) from None
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError, SafetensorError) as error:
             raise UserError(f"--adapter: {folder} cannot be read: {error}") from None
+
+    @classmethod
+    def _load(cls, folder: Path) -> Adapter:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / MATRICES_FILE)
+        listed = json.loads((folder / SPEAKERS_FILE).read_text(encoding="utf-8"))
+        vectors = load_file(folder / VECTORS_FILE)["vectors"]
+        others = load_file(folder / OTHERS_FILE) if (folder / OTHERS_FILE).is_file() else {}
         names, rows, references = zip(
             *((entry["name"], entry["codec_id"], entry["references"]) for entry in listed), strict=True
         )
         matrices = pairs({name.removeprefix(FILE_PREFIX): tensor for name, tensor in tensors.items()})
-        return cls(folder, matrices, factor, others, Speakers(names, vectors, rows, references))
+        speakers = Speakers(names, vectors, rows, references)
+        return cls(
+            folder, config["base_model_name_or_path"], matrices, config["lora_alpha"] / config["r"], others, speakers
+        )
 
 
 def merge(base: Base, adapters: Sequence[Adapter], shares: Sequence[float], output: Path) -> None:
@@ -133,29 +144,41 @@ def check_fit(base: Base, adapters: Sequence[Adapter]) -> None:
 
 
 def speakers_of_all(base: Base, adapters: Sequence[Adapter]) -> Speakers:
-    """The speakers of all adapters; where two took the same row of the codec table, the later one gets another.
+    """The speakers of all adapters; one whose row of the codec table is another's, or the base's, gets a free one.
 
     Raises:
-        UserError: two of one name have different vectors, or the table is full.
+        UserError: a name is one of the base's, two of one name have different vectors, or the table is full.
     """
+    presets = base.talker_config.get("spk_id") or {}
     found: dict[str, tuple[str, torch.Tensor, int, Sequence[str]]] = {}
     for adapter in adapters:
         one = adapter.speakers
         for name, vector, row, references in zip(one.names, one.vectors, one.codec_rows, one.references, strict=True):
+            if name.lower() in presets and presets[name.lower()] != row:
+                raise UserError(f'--adapter: speaker "{name}" of {adapter.folder} is a speaker of {base.name} as well')
             known = found.setdefault(name.lower(), (name, vector, row, references))
             if not torch.equal(known[1], vector):
                 raise UserError(f'--adapter: speaker "{name}" stands in two adapters with different vectors')
     names, vectors, rows, references = zip(*found.values(), strict=True)
-    return Speakers(names, torch.stack(vectors), _distinct(rows, base), references)
+    return Speakers(names, torch.stack(vectors), _distinct(names, rows, base), references)
 
 
-def _distinct(rows: Sequence[int], base: Base) -> list[int]:
-    """The rows, with new ones for those that come a second time."""
-    free = iter(row for row in allocate_codec_rows(base.config, 2 * len(rows)) if row not in rows)
+def _distinct(names: Sequence[str], rows: Sequence[int], base: Base) -> list[int]:
+    """The rows, with free ones for those that are another speaker's."""
+    taken = {row: name for name, row in (base.talker_config.get("spk_id") or {}).items()}
     distinct: list[int] = []
-    for row in rows:
-        distinct.append(next(free) if row in distinct else row)
+    for name, row in zip(names, rows, strict=True):
+        if taken.setdefault(row, name.lower()) != name.lower():
+            row = next(free for free in _free_rows(base) if free not in {*taken, *rows})
+            taken[row] = name.lower()
+        distinct.append(row)
     return distinct
+
+
+def _free_rows(base: Base) -> Iterator[int]:
+    """Rows for new speakers; UserError when there are no more."""
+    for count in itertools.count(1):
+        yield allocate_codec_rows(base.config, count)[-1]
 
 
 def parse_arguments(given: Iterable[str] | None = None) -> argparse.Namespace:
@@ -166,12 +189,14 @@ def parse_arguments(given: Iterable[str] | None = None) -> argparse.Namespace:
     command.add_argument("--base", required=True, help="Hub id, folder, or the name of an embedded model")
     command.add_argument("--adapter", required=True, action="append", type=Path, help="adapter/ of a checkpoint")
     command.add_argument("--weights", nargs="+", type=float, help="one for each adapter; default 1 for each")
-    command.add_argument("--scale", type=float, default=1.0, help="of all that is added; default 1")
+    command.add_argument("--scale", type=float, default=1.0, help="of all that adapters add; default 1")
     command.add_argument("--output", required=True, type=Path, help="a folder that is not there yet")
     arguments = parser.parse_args(None if given is None else list(given))
     arguments.weights = arguments.weights or [1.0] * len(arguments.adapter)
     if len(arguments.weights) != len(arguments.adapter):
         raise UserError(f"--weights: {len(arguments.weights)} for {len(arguments.adapter)} adapters; give one for each")
+    if not all(map(math.isfinite, (arguments.scale, *arguments.weights))):
+        raise UserError("--scale, --weights: finite numbers are needed")
     if arguments.output.exists():
         raise UserError(f"--output: {arguments.output} is there already; name a new folder")
     return arguments
@@ -182,8 +207,11 @@ def main() -> None:
 
 
 def run_merge(arguments: argparse.Namespace) -> None:
-    base = resolve_base(load_settings({"init_model_path": arguments.base, "use_wandb": False}, environment={}))
+    base = resolve_base(Settings(init_model_path=arguments.base))
     adapters = [Adapter.load(folder) for folder in arguments.adapter]
+    for adapter in adapters:
+        if adapter.base_name != base.name:
+            say(f"{adapter.folder} was trained on {adapter.base_name}; {base.name} should hold the same weights")
     merge(base, adapters, [arguments.scale * weight for weight in arguments.weights], arguments.output)
     speaker = adapters[0].speakers.names[0]
     say(f"Listen: python synthesize.py --checkpoint {arguments.output} --speaker {speaker} --text …")

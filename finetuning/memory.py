@@ -235,7 +235,8 @@ class Needs:
             return 4 * weight.size
         if not weight.trains:
             return weight.itemsize * weight.size
-        return (2 if self.settings.weights_precision == "bf16" else 4) * weight.size
+        is_bf16 = self.settings.weights_precision == "bf16" and not weight.adapter_width  # adapters stay fp32
+        return (2 if is_bf16 else 4) * weight.size
 
     def _state_bytes(self, weight: Weight) -> float:
         if self.settings.optimizer == "adafactor":  # a number for each row and column, next to nothing
@@ -497,6 +498,8 @@ def _nothing_fits(profile: str, settings: Settings, smallest: float) -> str:
             "train new layers instead of the whole model (REPLACE_LAST_N_LAYERS=2 ADD_NEW_LAYERS=4 "
             "FREEZE_ORIGINAL_LAYERS=true)"
         )
+    if not settings.lora_rank:
+        ways.append("train adapters (LORA_RANK=8)")
     ways += ["take a 0.6B base", "take a larger GPU, or several with FSDP"]
     size = PROFILES[profile]
     return (

@@ -223,11 +223,14 @@ class _Sums:
         def compute(*piece: torch.Tensor) -> torch.Tensor:
             return summed_loss(self.logits_of(*piece[:num_inputs]), *piece[num_inputs:])
 
-        if torch.is_grad_enabled() and self._takes_gradients_early():
+        learns = any(tensor.requires_grad for tensor in (*tensors, *self.parameters))
+        if not (learns and torch.is_grad_enabled()):  # as the talker's loss where only the sub-talker has adapters
+            return torch.stack([compute(*piece) for piece in pieces(tensors, self.chunk_size)]).sum()
+        if self._takes_gradients_early():
             return sum_over_chunks(compute, tensors, self.parameters, self.chunk_size)
         # In fp16 always, so that there, too, one chunk is in memory at a time; FSDP has one chunk only.
         is_kept = isinstance(self.objective, FSDPModule) and not self.objective.gradient_checkpointing
-        if torch.is_grad_enabled() and not is_kept:
+        if not is_kept:
             compute = partial(checkpoint, compute, use_reentrant=False)
         return torch.stack([compute(*piece) for piece in pieces(tensors, self.chunk_size)]).sum()
 

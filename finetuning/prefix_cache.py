@@ -231,11 +231,14 @@ def make_prefix_cache(
         objective: where its weights will stay, but not wrapped.
 
     Raises:
-        UserError: PREFIX_CACHE_DIR cannot be written.
+        UserError: nothing is frozen at the bottom, or PREFIX_CACHE_DIR cannot be written.
     """
     if settings.prefix_cache == "off":
         return None
-    assert not objective.trains_embeddings(), "what is kept would be that of other embeddings"
+    if not objective.num_frozen_layers():
+        raise UserError(
+            "PREFIX_CACHE: there is nothing to keep, since the lowest layer or something below it trains; set it to off"
+        )
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     dtype = torch.float32 if settings.mixed_precision == "no" else torch.bfloat16
     max_bytes = int(settings.prefix_cache_gb * 1e9)

@@ -15,13 +15,19 @@ row (prompt and frames). Non-streaming layout, n text tokens, T frames, a named 
     next            tts_pad                         codec_bos
     next T          tts_pad                         the frame's 16 codes, summed
 
+The streaming layout is the same up to tts_bos; then the text runs beside the frames, a token a frame::
+
+    next            the first text token            codec_bos
+    next T          the other text tokens, then     the frame's 16 codes, summed
+                    tts_eos, then tts_pad for ever
+
 Position p predicts what stands at p+1; behind the last frame stands codec_eos, which is a label and never an input.
 Everything here is a pure function of its arguments; ids come from the base's configuration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +93,7 @@ class AlignedIds:
         speaker_position: where the speaker vector stands in the codec channel, or -1.
         codes: (T, num_codebooks) int64; codebooks 1 and up are added to the codec channel of the last T positions.
         labels: (L,) int64; ``labels[p]`` is the codec id at p+1 where that is a frame or codec_eos, else IGNORE.
+        trailing: of a prompt, ids of the text channel beside the frames to come; tts_pad stands behind them.
     """
 
     text: np.ndarray
@@ -94,6 +101,7 @@ class AlignedIds:
     speaker_position: int
     codes: np.ndarray
     labels: np.ndarray
+    trailing: Sequence[int] = ()
 
     @property
     def first_frame(self) -> int:
@@ -151,8 +159,9 @@ def build_prompt(
     instruct_ids: np.ndarray | None = None,
     language_id: int | None = None,
     has_speaker: bool = True,
+    is_streaming: bool = False,
 ) -> AlignedIds:
-    """The non-streaming prompt, from the instruction to codec_bos; see the module's table.
+    """The prompt, from the instruction to codec_bos; see the module's tables.
 
     Args:
         assistant_ids: the tokenized ``assistant_turn``, role and closing tokens included.
@@ -166,15 +175,16 @@ def build_prompt(
         tag = [ids.codec_think, ids.codec_think_bos, language_id, ids.codec_think_eos]
     head = [NO_CODEC] * (len(instruct) + NUM_ROLE_TOKENS) + tag
     speaker = [NO_CODEC] if has_speaker else []
-    codec = [*head, *speaker, *[ids.codec_pad] * (len(text_ids) + 2), ids.codec_bos]
+    spoken = [*text_ids, ids.tts_eos]
+    beside_bos, trailing = (spoken[0], spoken[1:]) if is_streaming else (ids.tts_pad, [])
+    before_bos = [ids.tts_bos] if is_streaming else [ids.tts_bos, *spoken]
+    codec = [*head, *speaker, *[ids.codec_pad] * len(before_bos), ids.codec_bos]
     text = [
         *instruct,
         *assistant_ids[:NUM_ROLE_TOKENS],
         *[ids.tts_pad] * (len(tag) + len(speaker)),
-        ids.tts_bos,
-        *text_ids,
-        ids.tts_eos,
-        ids.tts_pad,
+        *before_bos,
+        beside_bos,
     ]
     assert len(text) == len(codec)
     return AlignedIds(
@@ -183,6 +193,7 @@ def build_prompt(
         speaker_position=len(head) if has_speaker else -1,
         codes=np.zeros((0, 0), dtype=np.int64),
         labels=np.full(len(text), IGNORE, dtype=np.int64),
+        trailing=trailing,
     )
 
 
@@ -192,8 +203,10 @@ def append_frames(prompt: AlignedIds, codes: np.ndarray, ids: LayoutIds) -> Alig
     num_frames = len(codes)
     labels = np.full(len(prompt.text) + num_frames, IGNORE, dtype=np.int64)
     labels[len(prompt.text) - 1 :] = [*codes[:, 0], ids.codec_eos]
+    beside = np.full(num_frames, ids.tts_pad, dtype=np.int64)
+    beside[: len(prompt.trailing)] = prompt.trailing[:num_frames]
     return AlignedIds(
-        text=np.concatenate([prompt.text, np.full(num_frames, ids.tts_pad, dtype=np.int64)]),
+        text=np.concatenate([prompt.text, beside]),
         codec=np.concatenate([prompt.codec, codes[:, 0]]),
         speaker_position=prompt.speaker_position,
         codes=codes,

@@ -5,8 +5,8 @@ checkpoint in a process that has only qwen-tts::
 
     python finetuning/roundtrip.py SPEC.json …     # a line for each: {"reproduced": …, "right_length": …, "rows": […]}
 
-SPEC is {"checkpoint": folder, "rows": [{"text", "audio_codes", "speaker", optional "language", "instruct"}]}, and
-optionally "wav_folder", where the generated speech of each row is written.
+SPEC is {"checkpoint": folder, "rows": [{"text", "audio_codes", "speaker", optional "language", "instruct",
+"is_streaming"}]}, and optionally "wav_folder", where the generated speech of each row is written.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _generate(stock: Any, row: Mapping[str, Any]) -> Any:
         instruct_ids=[stock._tokenize_texts([stock._build_instruct_text(instruct)])[0] if instruct else None],
         languages=[row.get("language") or "Auto"],
         speakers=[row["speaker"]],
-        non_streaming_mode=True,
+        non_streaming_mode=not row.get("is_streaming"),
         max_new_tokens=len(row["audio_codes"]) + SPARE_FRAMES,
         **GREEDY,
     )

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
-from finetuning.adapters import add_adapters, check_targets
+from finetuning.adapters import add_adapters
 from finetuning.base_model import (
     Base,
     choose_attention,
@@ -43,7 +43,7 @@ from finetuning.disk import bytes_of
 from finetuning.errors import UserError
 from finetuning.layer_utils import check_layer_count, print_model_summary, replace_and_add_layers
 from finetuning.manifest import RowFormat, remove_empty_folders
-from finetuning.memory import pick_for_memory
+from finetuning.memory import pick_for_memory, weights_of
 from finetuning.objective import TrainingObjective, check_compiler, compile_layers
 from finetuning.optimizers import check_optimizer, keep_matrices_in_bf16
 from finetuning.prefix_cache import check_prefix_cache, make_prefix_cache
@@ -132,8 +132,8 @@ def check_inputs(settings: Settings) -> tuple[Base, str]:
     base = resolve_base(settings)
     if not settings.prepare_only:
         check_output_folder(settings, base)
-    check_targets(settings, base)
     check_layer_count(settings.replace_last_n_layers, base.talker_config["num_hidden_layers"])
+    weights_of(base, settings)  # says which words of LORA_TARGETS match nothing
     return base, device
 
 
@@ -267,7 +267,7 @@ def build_run(
         add_adapters(model, settings)
         if verbose:
             print_model_summary(model)
-    encoder = make_row_encoder(base, speakers)
+    encoder = make_row_encoder(settings, base, speakers)
     objective = TrainingObjective(model.talker, speakers.vectors, settings.gradient_checkpointing)
     objective.to(accelerator.device)
     if settings.compile:
@@ -319,7 +319,7 @@ def make_steps(
     return MappedSteps(dataset, sampler, accelerator.process_index, settings.num_workers, fraction)
 
 
-def make_row_encoder(base: Base, speakers: Speakers) -> RowEncoder:
+def make_row_encoder(settings: Settings, base: Base, speakers: Speakers) -> RowEncoder:
     """Row to ids for this base and these speakers."""
     dialects = base.talker_config.get("spk_is_dialect") or {}
     return RowEncoder(
@@ -328,6 +328,8 @@ def make_row_encoder(base: Base, speakers: Speakers) -> RowEncoder:
         speaker_index=speakers.index,
         dialects={name: dialect for name, dialect in dialects.items() if dialect},
         uses_instruct=base.model_size != "0b6",
+        layout=settings.train_layout,
+        seed=settings.seed,
     )
 
 
@@ -567,4 +569,5 @@ def roundtrip_row(run: Run, row: dict[str, Any]) -> dict[str, Any]:
         "speaker": row["speaker"],
         "language": language,
         "instruct": instruct,
+        "is_streaming": run.train.encoder.is_streaming(row),
     }

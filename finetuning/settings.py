@@ -165,6 +165,11 @@ class Settings(BaseSettings):
     warmup_steps: int = _setting(100, "optimizer steps of linear warm-up; at most a tenth of the run", ge=0)
     weight_decay: float = _setting(0.01, "AdamW weight decay; none on embeddings, norms and biases", ge=0, le=1)
     max_grad_norm: float = _setting(1.0, "gradient norm is clipped to this", gt=0)
+    train_layout: Literal["non_streaming", "streaming", "both"] = _setting(
+        "non_streaming",
+        "how rows are laid out: non_streaming (the whole text first, generate_custom_voice's default), streaming (a "
+        "text token a frame, non_streaming_mode=False), both (either for each row, drawn anew in every epoch)",
+    )
     sub_talker_loss_weight: float = _setting(0.3, "weight of codebooks 1-15 beside codebook 0", ge=0, le=100)
     sub_talker_frame_fraction: float = _setting(
         1.0,
@@ -452,6 +457,8 @@ def _without_new_layers(settings: Settings) -> Settings:
 
 
 def _check_lora(settings: Settings, _: int) -> str | None:
+    if not settings.lora_words():
+        return "LORA_TARGETS names nothing"
     if settings.lora_rank and not settings.freeze_original_layers:
         return "adapters stand beside frozen weights; set FREEZE_ORIGINAL_LAYERS=true, or LORA_RANK=0 to train them all"
     return None
@@ -579,7 +586,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
         _check_effective_batch,
     ),
     (("max_frames_per_batch", "batch_size", "effective_batch_size", "lr_scaling", "data_mode"), _check_max_frames),
-    (("lora_rank", "freeze_original_layers"), _check_lora),
+    (("lora_rank", "lora_targets", "freeze_original_layers"), _check_lora),
     (("lr_scheduler",), _check_scheduler),
     (("lr_min", "lr_scheduler", "learning_rate"), _check_lr_min),
     (("lr_num_cycles", "lr_scheduler", "lr_min"), _check_cycles),

@@ -191,8 +191,8 @@ class Stepper:
         return UserError(
             f"the GPU's memory does not suffice for micro-batches of {size} {unit} ({micro_batches} a step). Set "
             f"{smaller}MEMORY_PROFILE=auto, or GRADIENT_CHECKPOINTING=true; MIXED_PRECISION=bf16; new layers instead "
-            "of full fine-tuning (REPLACE_LAST_N_LAYERS=2 ADD_NEW_LAYERS=4 FREEZE_ORIGINAL_LAYERS=true); leave out the "
-            "longest clips; or take a larger GPU, or several with FSDP"
+            "of full fine-tuning (REPLACE_LAST_N_LAYERS=2 ADD_NEW_LAYERS=4 FREEZE_ORIGINAL_LAYERS=true); adapters "
+            "(LORA_RANK=8); leave out the longest clips; or take a larger GPU, or several with FSDP"
         )
 
     # ---------------------------------------------------------------------------------------------------- the update

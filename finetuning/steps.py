@@ -103,7 +103,7 @@ class MappedSteps:
     def steps(self, epoch: int, done: Iterable[Part] = ()) -> Iterator[Step]:
         plan = self.sampler.epoch_plan(epoch, self.process, done)
         share = frame_share(self.sub_talker_frame_fraction, self.sampler.seed, epoch)
-        steps = step_loader(self.dataset.with_share(share), plan, self.num_workers)
+        steps = step_loader(self.dataset.at_epoch(epoch, share), plan, self.num_workers)
         return iter(steps) if self.num_workers else prefetched(steps, STEPS_AHEAD)
 
     def fingerprint(self) -> str:
@@ -193,6 +193,7 @@ class StreamedSteps:
 
     def _steps(self, epoch: int, done: Iterable[Part]) -> Iterator[Step]:
         share = frame_share(self.sub_talker_frame_fraction, self.stream.seed, epoch)
+        encoder = self.encoder.at_epoch(epoch)
         gone, num_steps = split_position(done, self.geometry)
         first_window, num_skipped = divmod(num_steps, WINDOW_STEPS)
         for batches in _windows(self._after(gone, epoch), self.geometry, epoch, first_window):
@@ -200,7 +201,7 @@ class StreamedSteps:
             rows = [row for batch in usable for row in batch if not isinstance(row, SkippedRow)]
             self._recent.append({row["line"]: row["text"] for row in rows})
             for at in range(num_skipped * self.accumulation, len(usable), self.accumulation):
-                yield make_step(usable[at : at + self.accumulation], self.encoder, share)
+                yield make_step(usable[at : at + self.accumulation], encoder, share)
             num_skipped = 0
 
     def _after(self, gone: Iterable[Part], epoch: int) -> SplitStream:

@@ -65,7 +65,14 @@ def environment(**variables: str) -> dict[str, str]:
 
 def start(command: list[str], **variables: str) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=PROJECT, env=environment(**variables), text=True, **pipes)
+    return subprocess.Popen(
+        command, cwd=PROJECT, env=environment(**variables), text=True, preexec_fn=hear_ctrl_c, **pipes
+    )
+
+
+def hear_ctrl_c() -> None:
+    """A shell starts what runs in the background with SIGINT ignored, and that is passed on to children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen, timeout: int = 300) -> SimpleNamespace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,8 @@ from finetuning.layer_utils import model_summary
 from finetuning.memory import parameter_counts
 from finetuning.objective import TrainingObjective
 from finetuning.session import check_inputs
+from finetuning.speakers import Speakers
+from finetuning.tiny_model import embedded_model_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,6 +77,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         ("all", None, "talker.model.layers.1.self_attn.q_proj"),
         ("mlp, attention", 28, "talker.model.layers.3.self_attn.k_proj"),
         ("codec_head", 1, "talker.codec_head"),
+        ("lm_head", 15, "talker.code_predictor.lm_head.14"),
         ("model.layers.2.mlp.up_proj", 1, "talker.model.layers.2.mlp.up_proj"),
     ],
 )
@@ -87,11 +91,19 @@ def test_targets_are_found_by_word_or_name(targets: str, count: int | None, exam
         found = [name for name in found if "code_predictor" not in name]
     assert example in found and len(set(found)) == len(found)
     assert count is None or len(found) == count
+    num_sub_talker = 7 * resolve_base(settings).talker_config["code_predictor_config"]["num_hidden_layers"]
+    if targets in ("sub_talker", "all"):
+        assert len(found) == num_sub_talker + 28 * (targets == "all")
+        assert sum("code_predictor" in name for name in found) == num_sub_talker
 
 
 def test_a_word_that_matches_nothing_lists_what_there_is(settings_for: Any) -> None:
     with pytest.raises(UserError, match=r'LORA_TARGETS: "qproj" matches nothing.*attention.*down_proj.*q_proj'):
         check_inputs(settings_for(lora_targets="mlp,qproj"))
+    with pytest.raises(UserError, match='"codec_head" matches nothing'):  # it trains as a whole
+        check_inputs(settings_for(lora_targets="codec_head", add_new_layers=1))
+    with pytest.raises(UserError, match="LORA_TARGETS names nothing"):
+        settings_for(lora_targets=" , ")
 
 
 def test_new_layers_and_adapters(settings_for: Any) -> None:
@@ -111,7 +123,9 @@ def test_new_layers_and_adapters(settings_for: Any) -> None:
     assert sum("codec_embedding" in name for name in full) == 16
     assert {name.split(".")[3] for name in full if name.startswith("talker.model.layers.")} == {"3", "4"}
     assert {name.split(".")[3] for name in adapted if name.startswith("talker.model.layers.")} == {"0", "1", "2"}
-    assert any("code_predictor" in name for name in adapted) and not any("code_predictor" in name for name in full)
+    assert any("code_predictor" in name for name in adapted) and {
+        name.split(".")[2] for name in full if "code_predictor" in name
+    } == {"model"}
     assert adapted.isdisjoint(full)
     assert f"trainable {parameter_counts(run.base, both)[0]:,} of" in model_summary(run.model)
     run.lock.close()
@@ -170,6 +184,59 @@ def test_the_checkpoint_computes_what_was_trained(settings_for: Any) -> None:
     assert (with_adapters - before).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_targets": "sub_talker"},
+        {"lora_targets": "sub_talker", "prefix_cache": "ram"},
+        {"lora_targets": "codec_head"},
+    ],
+    ids=["sub-talker", "sub-talker, prefix kept", "codec head"],
+)
+def test_a_part_alone_learns(settings_for: Any, fields: dict) -> None:
+    """Where nothing trains below one of the two losses, it has no gradient at all."""
+    run, trainer = train(settings_for(**fields, num_epochs=4, logging_steps=1))
+    log = [json.loads(line) for line in (run.settings.output_dir / "training_log.jsonl").read_text().splitlines()]
+    name = "talker_loss" if fields["lora_targets"] == "codec_head" else "sub_talker_loss"
+    assert log[-1][name] < log[0][name] - 0.01
+    if "prefix_cache" in fields:
+        assert run.objective.num_frozen_layers() == 4 and len(trainer.stepper.prefixes.store._entries) == 4
+
+
+def test_a_cache_of_nothing_is_refused(settings_for: Any) -> None:
+    for targets in ("sub_talker,linear_fc1", "q_proj"):
+        run = build(settings_for(prefix_cache="ram", lora_targets=targets, overwrite_output=True))
+        with pytest.raises(UserError, match="PREFIX_CACHE: there is nothing to keep"):
+            make_trainer(run)
+        run.lock.close()
+
+
+def test_in_bf16_as_people_train(settings_for: Any, tmp_path: Path) -> None:
+    """A base in bf16 under autocast, with dropout and checkpointing: it stays bf16, adapters are fp32."""
+    base = embedded_model_folder("tiny-random", "bfloat16")
+    fields = {"mixed_precision": "bf16", "lora_dropout": 0.1, "gradient_checkpointing": True, "num_epochs": 4}
+    run, _ = train(settings_for(init_model_path=str(base), weights_precision="bf16", logging_steps=1, **fields))
+    dtypes = {(is_adapter(name), p.dtype) for name, p in run.model.talker.named_parameters() if p.ndim == 2}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    log = [json.loads(line) for line in (run.settings.output_dir / "training_log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"] - 0.05
+    last = run.settings.output_dir / "last"
+    assert {tensor.dtype for tensor in weights(last).values()} == {torch.bfloat16}
+    got, want = weights(run_merge(str(base), last / "adapter", output=tmp_path / "merged")), weights(last)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_the_space_that_a_checkpoint_needs(settings_for: Any) -> None:
+    run, _ = train(settings_for(add_new_layers=1, train_codec_embedding=True))
+    last = run.settings.output_dir / "last"
+    files = [last / "model.safetensors", *(last / "adapter").glob("*.safetensors")]
+    written = sum(file.stat().st_size for file in files)
+    assert (
+        run.exporter.required_bytes() == pytest.approx(written, rel=0.01)
+        and written * 0.98 < run.exporter.required_bytes()
+    )
+
+
 def test_only_what_is_adapted_changes(trained: Any) -> None:
     before, after = load_file(trained.base.folder / "model.safetensors"), weights(trained.last)
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
@@ -208,6 +275,15 @@ def test_peft_loads_the_adapter(trained: Any) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- merging
+
+
+def test_a_merge_heeds_no_settings_file(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a run in the working directory, say."""
+    (tmp_path / "own.env").write_text("EFFECTIVE_BATCH_SIZE=77\nNOT_KNOWN=1\n")
+    monkeypatch.setattr("finetuning.settings.DEFAULT_ENV_FILE", str(tmp_path / "own.env"))
+    output = run_merge("tiny-random", trained.last / "adapter", output=tmp_path / "merged", scale=0.5)
+    card = (output / "README.md").read_text()
+    assert "with adapters merged into it: 0.5 of" in card and "optimizer steps" not in card
 
 
 def run_merge(base: str, *adapters: Path, output: Path, **options: Any) -> Path:
@@ -255,6 +331,38 @@ def test_halves_of_two_adapters(trained: Any, settings_for: Any, tmp_path: Path)
     assert torch.equal(rows, torch.stack([trained.run.speakers.vectors[0], other.speakers.vectors[0]]))
 
 
+def test_speakers_of_the_base_keep_their_rows(trained: Any, settings_for: Any, tmp_path: Path) -> None:
+    """Into a checkpoint that has Bert in the row that Anna was given beside another base."""
+    bert, _ = train(settings_for("bert", speaker_name="Bert"))
+    base = bert.settings.output_dir / "last"
+    output = run_merge(str(base), trained.last / "adapter", output=tmp_path / "both")
+    config = json.loads((output / "config.json").read_text())["talker_config"]
+    assert {name: config["spk_id"][name] for name in ("anna", "bert")} == {"anna": 3001, "bert": 3000}
+    rows = weights(output)[CODEC_TABLE][[3000, 3001]].float()
+    assert torch.equal(rows, torch.stack([bert.speakers.vectors[0], trained.run.speakers.vectors[0]]))
+    again, _ = train(settings_for("again", speaker_name="Anna"))
+    base, config = again.settings.output_dir / "last", json.loads((base / "config.json").read_text())
+    config["talker_config"]["spk_id"] = {"anna": 3005}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "checksums.json").unlink()
+    with pytest.raises(UserError, match=r'speaker "Anna" of .* is a speaker of'):
+        run_merge(str(base), trained.last / "adapter", output=tmp_path / "refused")
+
+
+def test_as_many_speakers_as_there_are_rows(trained: Any, tmp_path: Path) -> None:
+    adapter = lora.Adapter.load(trained.last / "adapter")
+    free = lora.allocate_codec_rows(trained.base.config, 60)
+    names = [f"speaker {number}" for number in range(60)]
+    vectors = adapter.speakers.vectors.repeat(60, 1)
+    many = replace(adapter, speakers=Speakers(names, vectors, free, [[]] * 60))
+    assert lora.speakers_of_all(trained.base, [many]).codec_rows == free
+    other = replace(many, speakers=Speakers(["other"], vectors[:1], free[:1], [[]]))
+    assert lora.speakers_of_all(trained.base, [many, other]).codec_rows[-1] not in free
+    rest = [f"more {number}" for number in range(60)]
+    with pytest.raises(UserError, match="the codec table has only"):
+        lora.speakers_of_all(trained.base, [many, replace(many, speakers=Speakers(rest, vectors, free, [[]] * 60))])
+
+
 def test_new_layers_and_tables_come_along(settings_for: Any, tmp_path: Path) -> None:
     run, _ = train(settings_for(add_new_layers=1, lora_targets="attention", train_codec_embedding=True))
     last = run.settings.output_dir / "last"
@@ -271,6 +379,8 @@ def test_new_layers_and_tables_come_along(settings_for: Any, tmp_path: Path) -> 
     [
         ("no adapter", r"is no adapter of this tool: adapter_config\.json is missing"),
         ("damaged", r"cannot be read"),
+        ("damaged list", r"cannot be read"),
+        ("no number", r"finite numbers are needed"),
         ("other base", r"belongs to another base than tiny-random-0\.6b"),
         ("one weight for two", r"--weights: 1 for 2 adapters"),
         ("there already", r"--output: .* is there already"),
@@ -287,6 +397,10 @@ def test_bad_input_is_one_message_and_nothing_is_left(trained: Any, tmp_path: Pa
         adapters = [trained.last]
     if case == "damaged":
         (adapter / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    if case == "damaged list":
+        (adapter / "speakers.json").write_text('{"name": 3}')
+    if case == "no number":
+        options = {"scale": "nan"}
     if case == "other base":
         base = "tiny-random-0.6b"
     if case == "one weight for two":

@@ -49,7 +49,9 @@ def case(request: pytest.FixtureRequest) -> SimpleNamespace:
     )
 
 
-def our_prompt(case: Any, text: str, language: str | None, speaker: str | None, instruct: str | None) -> AlignedIds:
+def our_prompt(
+    case: Any, text: str, language: str | None, speaker: str | None, instruct: str | None, is_streaming: bool = False
+) -> AlignedIds:
     tokenize = lambda turn: np.asarray(case.tokenizer(turn)["input_ids"])  # noqa: E731
     return build_prompt(
         tokenize(assistant_turn(text)),
@@ -57,23 +59,29 @@ def our_prompt(case: Any, text: str, language: str | None, speaker: str | None, 
         instruct_ids=tokenize(instruct_turn(instruct)) if instruct else None,
         language_id=language_codec_id(language, case.ids),
         has_speaker=speaker is not None,
+        is_streaming=is_streaming,
     )
 
 
-def stock_prompt(case: Any, texts: Any, language: str | None, speaker: str | None, instruct: str | None) -> dict:
+def stock_prompt(
+    case: Any, texts: Any, language: str | None, speaker: str | None, instruct: str | None, is_streaming: bool = False
+) -> dict:
     """Through generate_custom_voice where it takes the combination, else through generate."""
     stock, count = case.stock, len(texts)
     # Stock drops instructions in generate_custom_voice of a 0.6B model, so there generate() is asked itself.
     direct = speaker is None or (instruct is not None and stock.model.tts_model_size == "0b6")
     with captured_prompt(stock) as seen:
         if not direct:
-            stock.generate_custom_voice(list(texts), speaker, language=language or "Auto", instruct=instruct)
+            stock.generate_custom_voice(
+                list(texts), speaker, language=language or "Auto", instruct=instruct,
+                non_streaming_mode=not is_streaming,
+            )  # fmt: skip
         stock.model.generate(
             input_ids=stock._tokenize_texts([stock._build_assistant_text(text) for text in texts]),
             instruct_ids=stock._tokenize_texts([stock._build_instruct_text(instruct)] * count) if instruct else None,
             languages=[language or "Auto"] * count,
             speakers=[speaker] * count,
-            non_streaming_mode=True,
+            non_streaming_mode=not is_streaming,
         )
     return seen
 
@@ -83,11 +91,12 @@ def stock_prompt(case: Any, texts: Any, language: str | None, speaker: str | Non
     ("language", "speaker", "instruct"),
     list(itertools.product([None, "english"], ["ANNA", None], [None, INSTRUCT])),
 )
+@pytest.mark.parametrize("is_streaming", [False, True], ids=["whole text", "streaming"])
 def test_prompt_embeddings_equal_stock(
-    case: Any, language: str | None, speaker: str | None, instruct: str | None, padding_side: str
+    case: Any, language: str | None, speaker: str | None, instruct: str | None, padding_side: str, is_streaming: bool
 ) -> None:
-    want = stock_prompt(case, TEXTS, language, speaker, instruct)
-    prompts = [our_prompt(case, text, language, speaker, instruct) for text in TEXTS]
+    want = stock_prompt(case, TEXTS, language, speaker, instruct, is_streaming)
+    prompts = [our_prompt(case, text, language, speaker, instruct, is_streaming) for text in TEXTS]
     empty = np.zeros((0, 16), dtype=np.int64)
     prompts = [AlignedIds(p.text, p.codec, p.speaker_position, empty, p.labels) for p in prompts]
     batch = collate(prompts, [0] * len(TEXTS), padding_side=padding_side)
@@ -113,12 +122,19 @@ def test_stock_drops_instructions_of_small_models_and_so_do_we(case: Any) -> Non
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("language", "instruct"), [(None, None), ("german", None), ("english", INSTRUCT)])
-def test_logits_equal_stepwise_decoding(case: Any, language: str | None, instruct: str | None, padded: bool) -> None:
+@pytest.mark.parametrize(
+    ("text", "is_streaming"),
+    [(TEXTS[0], False), (TEXTS[0], True), (TEXTS[1], True)],
+    ids=["whole text", "streaming", "streaming, more text than frames"],
+)
+def test_logits_equal_stepwise_decoding(
+    case: Any, language: str | None, instruct: str | None, padded: bool, text: str, is_streaming: bool
+) -> None:
     """Teacher-forced logits of a whole row, alone and padded beside longer rows, against KV-cached decoding."""
     codes = torch.randint(0, 2048, (13, 16), generator=torch.Generator().manual_seed(3))
-    prompt = stock_prompt(case, TEXTS[:1], language, "anna", instruct)
+    prompt = stock_prompt(case, [text], language, "anna", instruct, is_streaming)
     want_talker, want_sub_talker = stepwise_logits(case.stock, prompt, codes)
-    row = append_frames(our_prompt(case, TEXTS[0], language, "anna", instruct), codes.numpy(), case.ids)
+    row = append_frames(our_prompt(case, text, language, "anna", instruct, is_streaming), codes.numpy(), case.ids)
     others = [append_frames(our_prompt(case, TEXTS[1], None, "anna", None), np.zeros((40, 16)), case.ids)] * padded
     batch = collate([row, *others], [0] * (1 + len(others)))
     with torch.no_grad():

@@ -187,7 +187,12 @@ def test_with_data_workers_and_stopped_again_and_again(settings_for: Callable, w
 #: Runs of ten steps.
 RECIPES: dict[str, dict[str, Any]] = {
     "new layers": {"replace_last_n_layers": 1, "add_new_layers": 1, "freeze_original_layers": True},
-    "adapters with dropout": {"lora_rank": 4, "lora_dropout": 0.1, "freeze_original_layers": True},
+    "adapters with dropout": {
+        "lora_rank": 4,
+        "lora_dropout": 0.1,
+        "freeze_original_layers": True,
+        "train_layout": "both",
+    },
     "no validation rows": {"validation_jsonl": None, "validation_fraction": 0.0},
 }
 

@@ -22,11 +22,15 @@ from finetuning.settings import load_settings
 
 #: The first two transcripts begin alike.
 CLIPS = (0, 1, 5, 10)
+#: These begin with different letters: in the streaming layout the first frame follows from the first token alone.
+CLIPS_TO_STREAM = (0, 2, 3, 10)
 RECIPES = {
     "full": {"replace_last_n_layers": 0, "add_new_layers": 0, "freeze_original_layers": False},
     "layers": {"replace_last_n_layers": 2, "add_new_layers": 2, "freeze_original_layers": True},
     "lora": {"lora_rank": 32, "lora_alpha": 64.0, "lora_dropout": 0.0, "learning_rate": 1e-2},
 }
+#: Both layouts of every clip, from one model; twice the epochs, since each has half of them.
+RECIPES_OF_TINY = {"both layouts": RECIPES["full"] | {"train_layout": "both", "num_epochs": 320}}
 #: Everything that saves time or memory, switched on, but compiled layers: they need a compiler (see test_levers.py).
 LEVERS = {
     "mixed_precision": "bf16", "max_frames_per_batch": 250, "sub_talker_frame_fraction": 0.5,
@@ -37,15 +41,15 @@ RECIPES_WITH_LEVERS = {
     "layers with levers": RECIPES["layers"] | LEVERS | {"prefix_cache": "ram"},
 }
 CASES = [(shape, recipe) for shape in SHAPES for recipe in RECIPES]
-CASES += [("tiny-random", recipe) for recipe in RECIPES_WITH_LEVERS]
+CASES += [("tiny-random", recipe) for recipe in (*RECIPES_OF_TINY, *RECIPES_WITH_LEVERS)]
 
 
 @pytest.fixture(scope="session")
 def runs(demo_rows: list[dict], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
     """Four clips overfitted with each recipe on each shape, through the real command's code."""
-    rows = [demo_rows[index] for index in CLIPS]
     finished = {}
     for shape, recipe in CASES:
+        rows = [demo_rows[index] for index in (CLIPS_TO_STREAM if recipe in RECIPES_OF_TINY else CLIPS)]
         folder = tmp_path_factory.mktemp(f"{shape}-{recipe}")
         jsonl = folder / "train.jsonl"
         jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -66,7 +70,8 @@ def runs(demo_rows: list[dict], tmp_path_factory: pytest.TempPathFactory) -> dic
             "save_steps": 1000,
             "use_wandb": False,
         }
-        fields |= RECIPES_WITH_LEVERS.get(recipe) or RECIPES[recipe] | {"mixed_precision": "no", "batch_size": 4}
+        plain = {"mixed_precision": "no", "batch_size": 4}
+        fields |= RECIPES_WITH_LEVERS.get(recipe) or plain | (RECIPES | RECIPES_OF_TINY)[recipe]
         run, _ = train(load_settings(fields, environment={}))
         finished[shape, recipe] = SimpleNamespace(run=run, base=run.base, last=folder / "output" / "last", rows=rows)
     return finished
@@ -82,6 +87,8 @@ def judged(runs: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[s
     for number, (case, finished) in enumerate(runs.items()):
         rows = [
             {"text": row["text"], "audio_codes": row["audio_codes"], "language": row["language"], "speaker": "ANNA_b"}
+            | {"is_streaming": is_streaming}
+            for is_streaming in ((False, True) if case[1] == "both layouts" else (False,))
             for row in finished.rows
         ]
         specs.append(folder / f"{number}.json")

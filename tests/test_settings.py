@@ -61,6 +61,7 @@ DESIGN_DEFAULTS: dict[str, Any] = {
     "LR_NUM_CYCLES": None,
     "MAX_STEPS": None,
     "SUB_TALKER_LOSS_WEIGHT": 0.3,
+    "TRAIN_LAYOUT": "non_streaming",
     "REPLACE_LAST_N_LAYERS": 2,
     "ADD_NEW_LAYERS": 4,
     "FREEZE_ORIGINAL_LAYERS": True,
@@ -438,6 +439,7 @@ def test_nothing_is_exported_from_a_refused_file(load: Load, monkeypatch: pytest
         ("ATTN_IMPLEMENTATION", "flash"),
         ("DATA_MODE", "json"),
         ("LAYER_INIT", "zeros"),
+        ("TRAIN_LAYOUT", "stream"),
         ("USE_WANDB", "maybe"),
     ],
 )

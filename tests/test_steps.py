@@ -486,3 +486,41 @@ def test_rows_of_a_file_have_their_share_but_not_those_of_the_validation(
     left = chosen_frames(train.steps(0, [Part(train.geometry, 2)]))
     assert len(left) == 3 and left.items() <= first.items()
     assert not any("sub_talker_frames" in batch for step in validator._steps(False) for batch in step.batches)
+
+
+def layouts(steps: Iterable[Step], ids: LayoutIds) -> dict[int, bool]:
+    """Line -> whether the row is laid out for streaming: then tts_eos, the end of its text, is beside the frames."""
+    found: dict[int, bool] = {}
+    for batch in (batch for step in steps for batch in step.batches if batch["weight"] > 0):
+        for row, line in enumerate(batch["lines"].tolist()):
+            before_frames = batch["text_ids"][row][: int(batch["frame_mask"][row].int().argmax())]
+            found[line] = ids.tts_eos not in before_frames.tolist()
+    return found
+
+
+def test_layouts_of_a_stream_are_drawn_for_each_row_and_epoch(make_steps: MakeSteps, encoder: RowEncoder) -> None:
+    def of(*sharing: StreamedSteps, epoch: int = 0, layout: str = "both") -> dict[int, bool]:
+        own = [replace(steps, encoder=replace(encoder, layout=layout, seed=5)) for steps in sharing]
+        return layouts((step for steps in own for step in steps.steps(epoch)), encoder.ids)
+
+    first = of(make_steps())
+    assert len(first) == NUM_ROWS and 8 < sum(first.values()) < NUM_ROWS - 8
+    assert of(make_steps(0, 2), make_steps(1, 2)) == first != of(make_steps(), epoch=1)
+    assert set(of(make_steps(), layout="streaming").values()) == {True}
+    assert set(of(make_steps(), layout="non_streaming").values()) == {False}
+
+
+def test_layouts_of_a_file_are_drawn_for_each_row_and_epoch(
+    make_settings: Callable, write_jsonl: Callable, demo_rows: list[dict]
+) -> None:
+    files = {"train_jsonl": write_jsonl(demo_rows[:20]), "validation_jsonl": write_jsonl(demo_rows[-3:], "valid.jsonl")}
+    run = build(make_settings(batch_size=2, train_layout="both", **files))
+    train, ids = run.train, run.train.encoder.ids
+    epochs = [layouts(train.steps(epoch), ids) for epoch in range(4)]
+    assert layouts(train.steps(2), ids) == epochs[2] and len({tuple(sorted(one.items())) for one in epochs}) == 4
+    assert all(len(one) == 20 for one in epochs)
+    shares = [sum(one.values()) / len(one) for one in epochs]
+    assert 0.3 < sum(shares) / 4 < 0.7
+    validator = Validator(run.settings, run.accelerator, run.validation)
+    assert layouts(validator._steps(False), ids) == layouts(validator._steps(False), ids)
+    run.lock.close()
