@@ -153,12 +153,11 @@ def merged(tensors: Mapping[str, torch.Tensor], factor: float) -> dict[str, torc
 
 def pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Path of each adapted linear map -> (A, B), from the tensors of a model with adapters."""
-    firsts = {
+    return {
         name.partition(".lora_A.")[0]: (tensor, tensors[name.replace(".lora_A.", ".lora_B.")])
         for name, tensor in tensors.items()
         if ".lora_A." in name
     }
-    return firsts
 
 
 def add_product(weight: torch.Tensor, first: torch.Tensor, second: torch.Tensor, factor: float) -> torch.Tensor:

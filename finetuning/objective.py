@@ -84,15 +84,11 @@ class TrainingObjective(nn.Module):
 
     def num_frozen_layers(self) -> int:
         """So many layers from the bottom are frozen, with all that they read; 0 where an embedding trains."""
-        if self.trains_embeddings():
-            return 0
-        return sum(1 for _ in takewhile(lambda layer: not trains([layer]), self.talker.model.layers))
-
-    def trains_embeddings(self) -> bool:
-        """Whether anything trains that the lowest layer reads."""
         talker, predictor = self.talker, self.talker.code_predictor.model
         tables = (talker.model.text_embedding, talker.model.codec_embedding, predictor.codec_embedding)
-        return trains((*tables, talker.text_projection))
+        if trains((*tables, talker.text_projection)):
+            return 0
+        return sum(1 for _ in takewhile(lambda layer: not trains([layer]), talker.model.layers))
 
     def _through(self, layers: nn.ModuleList, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """(N, H) in and out."""

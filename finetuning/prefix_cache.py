@@ -124,7 +124,8 @@ class DiskStore:
 
     Args:
         name: hash of everything that all entries depend on.
-        num_writers: processes that write beside each other, about as much each.
+        num_writers: processes that write beside each other, about as much each; those of other machines too, whose disk
+            this may be. Where it is not, the room that they leave is found when it is counted anew.
     """
 
     def __init__(self, folder: Path, name: str, max_bytes: int, num_writers: int = 1) -> None:
@@ -239,13 +240,12 @@ def make_prefix_cache(
         raise UserError(
             "PREFIX_CACHE: there is nothing to keep, since the lowest layer or something below it trains; set it to off"
         )
-    num_local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     dtype = torch.float32 if settings.mixed_precision == "no" else torch.bfloat16
     max_bytes = int(settings.prefix_cache_gb * 1e9)
     if settings.prefix_cache == "disk":
         how = (FORMAT, dtype, accelerator.mixed_precision, settings.compile, torch.__version__)
         name = hash_of_frozen(objective, " ".join(map(str, how)))
-        store: Store = DiskStore(settings.prefix_cache_dir, name, max_bytes, num_local)
+        store: Store = DiskStore(settings.prefix_cache_dir, name, max_bytes, accelerator.num_processes)
     else:
         max_bytes = min(max_bytes, int(MAX_MEMORY_SHARE * psutil.virtual_memory().available))
         store = MemoryStore(max_bytes)
