@@ -360,7 +360,9 @@ class Bare:
         model, self.stepper = make_stepper(bench, recipe, output_dir=self.output)
         speakers = Speakers(["reference"], bench.speaker_vectors(model).float().cpu(), [3000], [[]])
         base = RandomBase.make(bench, folder / f"base of {name}")
-        self.exporter = Exporter(self.stepper.settings, base, model, speakers, self.stepper.accelerator)
+        self.exporter = Exporter(
+            self.stepper.settings, base, model, self.stepper.module, speakers, self.stepper.accelerator
+        )
         self.saver = Saver(self.stepper.settings, self.exporter, {}, speakers.vectors)
         no_logs = SimpleNamespace(flush=lambda: None, to_json=dict)
         no_rows = SimpleNamespace(num_rows=1)

@@ -8,7 +8,9 @@ An adapted matrix W of a linear map computes ``W x + (alpha / rank) B A x``; A i
 ``adapter_config.json``         peft's, as is the next: ``PeftModel.from_pretrained(model, "best/adapter")`` takes both
 ``adapter_model.safetensors``   A and B of every adapted matrix, float32
 ``speakers.safetensors``        (num_speakers, H) float32, the speakers' vectors
-``speakers.json``               their names, rows of the codec table and references
+``speakers.json``               their names, rows of the codec table (none with EXPORT_TYPE=base) and references
+``languages.safetensors``       (num_languages, H) float32, the languages of NEW_LANGUAGES, where there are any
+``languages.json``              their names and rows of the codec table
 ``trained.safetensors``         what else was trained (new layers, embeddings), where anything was
 ==============================  =======================================================================================
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from torch import nn
 
 from finetuning.disk import library_errors, write_json
 from finetuning.errors import UserError
+from finetuning.languages import Languages
 from finetuning.settings import Settings
 from finetuning.speakers import Speakers
 
@@ -43,6 +47,7 @@ TARGETS = {
 ADAPTER_FOLDER = "adapter"
 CONFIG_FILE, MATRICES_FILE = "adapter_config.json", "adapter_model.safetensors"
 SPEAKERS_FILE, VECTORS_FILE, OTHERS_FILE = "speakers.json", "speakers.safetensors", "trained.safetensors"
+LANGUAGES_FILE, LANGUAGE_VECTORS_FILE = "languages.json", "languages.safetensors"
 #: What peft puts before the names in its file.
 FILE_PREFIX = "base_model.model."
 
@@ -168,41 +173,52 @@ def add_product(weight: torch.Tensor, first: torch.Tensor, second: torch.Tensor,
 # ---------------------------------------------------------------------------------------------------------- saving
 
 
-def save_adapter(
-    folder: Path,
-    settings: Settings,
-    base_name: str,
-    speakers: Speakers,
-    tensors: Mapping[str, torch.Tensor],
-    trained: Iterable[str],
-) -> None:
+@dataclass(frozen=True)
+class Learnt:
+    """What a run has learnt so far.
+
+    Attributes:
+        tensors: a model's with adapters, on the CPU, by their names.
+        trained: names of all that trains of it.
+    """
+
+    base_name: str
+    speakers: Speakers
+    languages: Languages | None
+    tensors: Mapping[str, torch.Tensor]
+    trained: Sequence[str]
+
+
+def save_adapter(folder: Path, settings: Settings, learnt: Learnt) -> None:
     """Writes ``adapter/``; see the module's table.
 
     Args:
         folder: to be made.
-        tensors: a model's with adapters, on the CPU, by their names.
-        trained: names of all that trains.
 
     Raises:
         OSError: the disk refused.
     """
     folder.mkdir()
+    tensors, speakers, languages = learnt.tensors, learnt.speakers, learnt.languages
     adapted = pairs(tensors)
     matrices = {}
     for path, (first, second) in adapted.items():
         matrices[f"{FILE_PREFIX}{path}.lora_A.weight"] = first.float().contiguous()
         matrices[f"{FILE_PREFIX}{path}.lora_B.weight"] = second.float().contiguous()
-    others = {without_adapter(name): tensors[name].contiguous() for name in trained if not is_adapter(name)}
+    others = {without_adapter(name): tensors[name].contiguous() for name in learnt.trained if not is_adapter(name)}
     with library_errors():
         save_file(matrices, folder / MATRICES_FILE, metadata={"format": "pt"})
         save_file({"vectors": speakers.vectors.contiguous()}, folder / VECTORS_FILE)
+        if languages is not None:
+            save_file({"vectors": languages.vectors.contiguous()}, folder / LANGUAGE_VECTORS_FILE)
+            write_json(folder / LANGUAGES_FILE, dict(languages.rows))
         if others:
             save_file(others, folder / OTHERS_FILE)
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "inference_mode": True,
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": learnt.base_name,
         "r": settings.lora_rank,
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": settings.lora_dropout,

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from finetuning.codec import check_codec_folder
+from finetuning.console import say
 from finetuning.disk import check_is_whole
 from finetuning.errors import UserError
+from finetuning.languages import NewLanguage, new_languages, with_languages
 from finetuning.prompt import NUM_CLOSING_TOKENS, NUM_ROLE_TOKENS, LayoutIds, assistant_turn
 from finetuning.settings import Settings
-from finetuning.speakers import voice_vector
 from finetuning.stock import import_qwen_tts
 from finetuning.tiny_model import NAMES as EMBEDDED_NAMES
 from finetuning.tiny_model import embedded_model_folder
+from finetuning.voice import voice_vector
 
 #: What transformers 4.57.3 must read in a config.json to leave Qwen's regex alone when it loads from a path. It swaps
 #: the tokenizer's regex for local folders of 4.57.3 or without a version (``_patch_mistral_regex``).
@@ -45,22 +47,36 @@ class Base:
     Attributes:
         name: as the user named it.
         folder: resolved local folder.
-        config: config.json, unedited.
+        config: config.json, with the languages that NEW_LANGUAGES adds.
         codec_folder: its speech tokenizer, or the one that TOKENIZER_PATH names.
+        new_languages: what NEW_LANGUAGES adds.
+        encoder_base: what SPEAKER_ENCODER_PATH names, where the base has no speaker encoder itself.
     """
 
     name: str
     folder: Path
     config: Mapping[str, Any]
     codec_folder: Path
+    new_languages: tuple[NewLanguage, ...] = ()
+    encoder_base: Base | None = None
 
     @property
     def talker_config(self) -> Mapping[str, Any]:
         return self.config["talker_config"]
 
     @property
+    def encoder_source(self) -> Base | None:
+        """The checkpoint whose speaker encoder is used; None where there is none."""
+        return self if self.config["tts_model_type"] == "base" else self.encoder_base
+
+    @property
     def has_speaker_encoder(self) -> bool:
-        return self.config["tts_model_type"] == "base"
+        return self.encoder_source is not None
+
+    @property
+    def is_custom_voice(self) -> bool:
+        """Whether its speakers are rows of its codec table."""
+        return self.config["tts_model_type"] == "custom_voice"
 
     @property
     def model_size(self) -> str:
@@ -86,12 +102,19 @@ class Base:
                 for name in weights.keys():  # noqa: SIM118 - safe_open is no dict
                     yield name, weights.get_slice(name)
 
+    def encoder_weights(self) -> dict[str, torch.Tensor]:
+        """The tensors of the speaker encoder that is used, as they are stored, by their names in the files."""
+        stored = self.encoder_source.stored_weights()
+        return {name: part[:] for name, part in stored if name.startswith(ENCODER_PREFIX)}
+
     def special_tokens(self) -> tuple[str, ...]:
         """Every added token of the text tokenizer; none may stand in a transcript."""
         config = json.loads((self.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         return tuple(token["content"] for token in config.get("added_tokens_decoder", {}).values())
 
 
+#: What the names of the speaker encoder's weights begin with.
+ENCODER_PREFIX = "speaker_encoder."
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
@@ -112,9 +135,43 @@ def resolve_base(settings: Settings) -> Base:
         codec_folder = resolve_folder(settings.tokenizer_path, "TOKENIZER_PATH", may_download)
     check_codec_folder(codec_folder)
     check_is_whole(folder, "INIT_MODEL_PATH")
-    base = Base(settings.init_model_path, folder, config, codec_folder)
+    added = tuple(new_languages(config, settings))
+    config = with_languages(config, {language.name: language.codec_id for language in added})
+    base = Base(settings.init_model_path, folder, config, codec_folder, added)
     check_weights(base)
-    return base
+    return replace(base, encoder_base=_resolve_encoder(settings, base, may_download))
+
+
+def _resolve_encoder(settings: Settings, base: Base, may_download: bool) -> Base | None:
+    """What SPEAKER_ENCODER_PATH names, where the base needs it.
+
+    Raises:
+        UserError: it has no speaker encoder, or one of another width; or EXPORT_TYPE=base would have none.
+    """
+    name = settings.speaker_encoder_path
+    if base.has_speaker_encoder:
+        if name:
+            say(f"SPEAKER_ENCODER_PATH is not read: {base.name} has a speaker encoder itself")
+        return None
+    if name is None:
+        if settings.export_type == "base":
+            raise UserError(
+                f"EXPORT_TYPE: base needs a speaker encoder, and {base.name} has none; set SPEAKER_ENCODER_PATH to the "
+                "Base model of the same size"
+            )
+        return None
+    folder = resolve_folder(name, "SPEAKER_ENCODER_PATH", may_download)
+    encoder = Base(name, folder, read_base_config(folder, "SPEAKER_ENCODER_PATH"), base.codec_folder)
+    if encoder.is_custom_voice:
+        raise UserError(f"SPEAKER_ENCODER_PATH: {name} has no speaker encoder; name a Base model")
+    check_weights(encoder, "SPEAKER_ENCODER_PATH")
+    width = (encoder.config.get("speaker_encoder_config") or {}).get("enc_dim")
+    if width != base.talker_config["hidden_size"]:
+        raise UserError(
+            f"SPEAKER_ENCODER_PATH: the vectors of {name} have {width} numbers, {base.name} needs "
+            f"{base.talker_config['hidden_size']}; name the Base model of the same size"
+        )
+    return encoder
 
 
 def resolve_folder(name: str, setting: str, may_download: bool = True) -> Path:
@@ -189,7 +246,7 @@ def read_base_config(folder: Path, setting: str = "INIT_MODEL_PATH") -> dict[str
     return config
 
 
-def check_weights(base: Base) -> None:
+def check_weights(base: Base, setting: str = "INIT_MODEL_PATH") -> None:
     """Raises UserError for weights that cannot be read or are not all there."""
     index = base.folder / "model.safetensors.index.json"
     try:
@@ -198,13 +255,13 @@ def check_weights(base: Base) -> None:
         names = base.weight_dtypes()
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"INIT_MODEL_PATH: the weights in {base.folder} cannot be read ({type(error).__name__}); a Git LFS pointer "
+            f"{setting}: the weights in {base.folder} cannot be read ({type(error).__name__}); a Git LFS pointer "
             "instead of the file? Fetch them again"
         ) from None
     if "talker.model.codec_embedding.weight" not in names:
         missing.append("talker.model.codec_embedding.weight")
     if missing:
-        raise UserError(f"INIT_MODEL_PATH: the weights in {base.folder} are not whole: no {', '.join(missing)}")
+        raise UserError(f"{setting}: the weights in {base.folder} are not whole: no {', '.join(missing)}")
 
 
 # --------------------------------------------------------------------------------------------------------- loading
@@ -287,20 +344,33 @@ def set_precision(model: Any, base: Base, train_in_bf16: bool = False) -> None:
 
 
 def load_speaker_encoder(base: Base, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
-    """The base's speaker encoder alone, in fp32: (num_samples,) float32 at 24 kHz -> (H,) float32.
+    """The base's speaker encoder: (num_samples,) float32 at 24 kHz -> (H,) float32.
 
     The same figures as ``extract_speaker_embedding`` of the whole model, which need not be loaded for it.
     """
+    encoder = load_encoder_module(base, device)
+    return lambda waveform: voice_vector(encoder, waveform).numpy()
+
+
+def voice_encoder(model: Any, base: Base) -> nn.Module | None:
+    """The speaker encoder of a loaded base, or what SPEAKER_ENCODER_PATH names; None where there is neither."""
+    if model.speaker_encoder is not None or base.encoder_base is None:
+        return model.speaker_encoder
+    return load_encoder_module(base, str(model.talker.codec_head.weight.device))
+
+
+def load_encoder_module(base: Base, device: str = "cpu") -> nn.Module:
+    """The speaker encoder alone, in fp32."""
     import_qwen_tts()
     from qwen_tts.core.models import Qwen3TTSConfig
     from qwen_tts.core.models.modeling_qwen3_tts import Qwen3TTSSpeakerEncoder
 
-    prefix = "speaker_encoder."
-    encoder = Qwen3TTSSpeakerEncoder(Qwen3TTSConfig.from_pretrained(str(base.folder)).speaker_encoder_config)
-    stored = base.stored_weights()
-    encoder.load_state_dict({name.removeprefix(prefix): part[:] for name, part in stored if name.startswith(prefix)})
-    encoder.float().eval().to(device)
-    return lambda waveform: voice_vector(encoder, waveform).numpy()
+    source = base.encoder_source
+    encoder = Qwen3TTSSpeakerEncoder(Qwen3TTSConfig.from_pretrained(str(source.folder)).speaker_encoder_config)
+    encoder.load_state_dict(
+        {name.removeprefix(ENCODER_PREFIX): weight for name, weight in base.encoder_weights().items()}
+    )
+    return encoder.float().eval().to(device)
 
 
 # -------------------------------------------------------------------------------------------------------- hardware

@@ -1,8 +1,9 @@
 """Exports: checkpoints that stock qwen-tts loads, each whole or not there (see ``disk``).
 
-An export is the base with three changes: trained weights in the base's dtypes, the speakers' vectors in their rows of
-the codec table, and a configuration of type ``custom_voice`` that names them. The package builds no speaker encoder for
-that type, so its weights are left out.
+An export is the base with three changes: trained weights in the base's dtypes, the vectors of speakers (and of new
+languages) in their rows of the codec table, and a configuration of type ``custom_voice`` that names them. The package
+builds no speaker encoder for that type, so its weights are left out. With EXPORT_TYPE=base the type is ``base``, the
+speaker encoder stays, and no speaker has a row.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,12 +24,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
+from torch import nn
 
-from finetuning.adapters import ADAPTER_FOLDER, is_adapter, merged, save_adapter, without_adapter
+from finetuning.adapters import ADAPTER_FOLDER, Learnt, is_adapter, merged, save_adapter, without_adapter
 from finetuning.base_model import UNPATCHED_TRANSFORMERS_VERSION, Base, tokenizer_files
 from finetuning.console import say
 from finetuning.disk import clean_up, files_of, free_bytes, nearest_existing, new_folder, remove_folder, write_json
 from finetuning.errors import UserError
+from finetuning.languages import Languages
+from finetuning.objective import TrainingObjective
 from finetuning.settings import Settings
 from finetuning.sharding import full_tensor
 from finetuning.speakers import Speakers
@@ -49,13 +55,23 @@ class Exporter:
 
     Args:
         model: ``Qwen3TTSForConditionalGeneration`` whose parameters are being trained.
+        objective: around it, with the vectors that train; not wrapped.
+        languages: that the run adds.
     """
 
     def __init__(
-        self, settings: Settings, base: Base, model: Any, speakers: Speakers, accelerator: Accelerator
+        self,
+        settings: Settings,
+        base: Base,
+        model: Any,
+        objective: TrainingObjective,
+        speakers: Speakers,
+        accelerator: Accelerator,
+        languages: Languages | None = None,
     ) -> None:
         self.settings, self.output_dir = settings, settings.output_dir
-        self.base, self.model, self.speakers, self.accelerator = base, model, speakers, accelerator
+        self.base, self.model, self.objective, self.accelerator = base, model, objective, accelerator
+        self.speakers, self.languages = speakers, languages
         self._dtypes = base.weight_dtypes()
         self._said_files = False
 
@@ -69,32 +85,63 @@ class Exporter:
         Raises:
             OSError: the disk refused (full, say), in all processes; older checkpoints stay.
         """
-        weights = self._weights()
-        attempt(self.accelerator, lambda: self._write(names, state, weights) if weights else None)
+        weights, speakers, languages = self._weights(), self._speakers(), self._languages()  # all processes take part
+        write = partial(self._write, names, state, weights, speakers, languages)
+        attempt(self.accelerator, write if self.accelerator.is_main_process else lambda: None)
 
     def required_bytes(self) -> int:
         """Size of one checkpoint's weights, with its adapter; the unchanged files of the base are linked or small."""
         sizes = {name: tensor.numel() * self._dtype(name).itemsize for name, tensor in self._tensors()}
         # What trains beside adapters is in both.
         twice = [sizes[name] for name in self._trained() if not is_adapter(name)] if self.settings.lora_rank else []
-        return sum(sizes.values()) + sum(twice)
+        encoder = self.base.encoder_weights().values() if self.settings.export_type == "base" else ()
+        return sum(sizes.values()) + sum(twice) + sum(tensor.nbytes for tensor in encoder)
 
-    def _write(self, names: Sequence[str], state: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> None:
+    def _write(
+        self,
+        names: Sequence[str],
+        state: Mapping[str, Any],
+        weights: dict[str, torch.Tensor],
+        speakers: Speakers,
+        languages: Languages | None,
+    ) -> None:
         first, *others = names
         with new_folder(self.output_dir / first) as folder:
-            self._fill(folder, state, weights)
+            self._fill(folder, state, weights, speakers, languages)
         for name in others:
             with new_folder(self.output_dir / name, is_sealed=True) as folder:
                 shutil.copytree(self.output_dir / first, folder, copy_function=link_or_copy, dirs_exist_ok=True)
         self._say_files(self.output_dir / first)
 
-    def _fill(self, folder: Path, state: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> None:
+    def _fill(
+        self,
+        folder: Path,
+        state: Mapping[str, Any],
+        weights: dict[str, torch.Tensor],
+        speakers: Speakers,
+        languages: Languages | None,
+    ) -> None:
         settings = self.settings
         if settings.lora_rank:
-            save_adapter(folder / ADAPTER_FOLDER, settings, self.base.name, self.speakers, weights, self._trained())
+            learnt = Learnt(self.base.name, speakers, languages, weights, self._trained())
+            save_adapter(folder / ADAPTER_FOLDER, settings, learnt)
             weights = merged(weights, settings.lora_export_scale * settings.lora_alpha / settings.lora_rank)
-        insert_speakers(weights, self.speakers)
-        write_checkpoint(folder, self.base, self.speakers, weights, state)
+        insert_speakers(weights, speakers)
+        if languages is not None:
+            insert_rows(weights, languages.rows.values(), languages.vectors)
+        write_checkpoint(folder, self.base, speakers, weights, state, settings.export_type)
+
+    def _speakers(self) -> Speakers:
+        """With their vectors as they are now."""
+        if isinstance(self.objective.speaker_vectors, nn.Parameter):
+            return replace(self.speakers, vectors=_on_host(self.objective.speaker_vectors))
+        return self.speakers
+
+    def _languages(self) -> Languages | None:
+        """With their vectors as they are now."""
+        if self.languages is None:
+            return None
+        return replace(self.languages, vectors=_on_host(self.objective.language_vectors))
 
     def _trained(self) -> list[str]:
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -123,6 +170,11 @@ class Exporter:
         self._said_files = True
         lines = [f"  {file.stat().st_size:>13,}  {file.relative_to(folder)}" for file in files_of(folder)]
         say("\n".join([f"files of {folder} (bytes):", *lines]))
+
+
+def _on_host(parameter: nn.Parameter) -> torch.Tensor:
+    """(n, H) float32, whole."""
+    return full_tensor(parameter).detach().float().cpu().clone()
 
 
 def attempt(accelerator: Accelerator, work: Callable[[], Any]) -> None:
@@ -158,44 +210,62 @@ def _step_folders(output_dir: Path, kind: str) -> list[Path]:
 
 
 def write_checkpoint(
-    folder: Path, base: Base, speakers: Speakers, weights: dict[str, torch.Tensor], state: Mapping[str, Any]
+    folder: Path,
+    base: Base,
+    speakers: Speakers,
+    weights: dict[str, torch.Tensor],
+    state: Mapping[str, Any],
+    export_type: str = "custom_voice",
 ) -> None:
     """Fills a folder with what stock qwen-tts loads.
 
     Args:
+        base: a base export gets its speaker encoder.
         weights: by the names of the base, in the dtypes of the export, on the CPU.
         state: JSON values for training_state.json.
+        export_type: EXPORT_TYPE.
     """
+    if export_type == "base":
+        weights = weights | base.encoder_weights()
     for file in unchanged_files(base):
         link_or_copy(file, folder / file.name)
     shutil.copytree(base.codec_folder, folder / "speech_tokenizer", copy_function=link_or_copy)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     num_layers = 1 + max(int(match[1]) for match in map(_TALKER_LAYER.match, weights) if match)
-    write_json(folder / "config.json", export_config(base, speakers, num_layers))
+    write_json(folder / "config.json", export_config(base, speakers, num_layers, export_type))
     (folder / "speaker_encoder").mkdir()
     write_json(folder / "speaker_encoder" / "speaker_config.json", speaker_config(speakers))
     write_json(folder / "training_state.json", {**state, "base": base.name})
-    (folder / "README.md").write_text(model_card(base, speakers, state), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(base, speakers, state, export_type), encoding="utf-8")
 
 
 def insert_speakers(weights: dict[str, torch.Tensor], speakers: Speakers) -> None:
-    """Puts the speakers' vectors into their rows of the codec table, in place."""
+    """Puts the speakers' vectors into their rows of the codec table, in place; a base export has no such rows."""
+    if None not in speakers.codec_rows:
+        insert_rows(weights, speakers.codec_rows, speakers.vectors)
+
+
+def insert_rows(weights: dict[str, torch.Tensor], rows: Iterable[int], vectors: torch.Tensor) -> None:
+    """Puts (n, H) vectors into n rows of the codec table, in place."""
     table = weights[CODEC_TABLE].clone()
-    table[list(speakers.codec_rows)] = speakers.vectors.to(table.dtype)
+    table[list(rows)] = vectors.to(table.dtype)
     weights[CODEC_TABLE] = table
 
 
-def export_config(base: Base, speakers: Speakers, num_layers: int) -> dict[str, Any]:
-    """The base's config.json as a custom_voice checkpoint with our speakers.
+def export_config(base: Base, speakers: Speakers, num_layers: int, export_type: str = "custom_voice") -> dict[str, Any]:
+    """The base's config.json as a checkpoint of ``export_type``, a custom_voice one with our speakers.
 
     Edited as JSON: ``Qwen3TTSConfig.save_pretrained`` writes a speaker_encoder_config that the package cannot read.
     """
     config = copy.deepcopy(dict(base.config))
     talker = config["talker_config"]
-    config["tts_model_type"] = "custom_voice"
+    config["tts_model_type"] = export_type
     config["tts_model_size"] = base.model_size
     config["transformers_version"] = UNPATCHED_TRANSFORMERS_VERSION
     talker["num_hidden_layers"] = num_layers
+    if export_type == "base":
+        config["speaker_encoder_config"] = base.encoder_source.config["speaker_encoder_config"]
+        return config
     names = [name.lower() for name in speakers.names]  # stock looks up speaker.lower()
     talker["spk_id"] = {**(talker.get("spk_id") or {}), **dict(zip(names, speakers.codec_rows, strict=True))}
     known_dialects = talker.get("spk_is_dialect") or {}
@@ -207,13 +277,20 @@ def export_config(base: Base, speakers: Speakers, num_layers: int) -> dict[str, 
 def speaker_config(speakers: Speakers) -> dict[str, Any]:
     """speaker_encoder/speaker_config.json: names, rows, width, references."""
     entries = {
-        name: {"codec_id": row, "references": list(references)}
+        name: {**({} if row is None else {"codec_id": row}), "references": list(references)}
         for name, row, references in zip(speakers.names, speakers.codec_rows, speakers.references, strict=True)
     }
     return {"embedding_dim": speakers.vectors.shape[1], "speakers": entries}
 
 
-def model_card(base: Base, speakers: Speakers, state: Mapping[str, Any]) -> str:
+#: How stock speaks with a checkpoint.
+_USES = {
+    "custom_voice": 'model.generate_custom_voice(text="Hello.", speaker="{speaker}")',
+    "base": 'model.generate_voice_clone(text="Hello.", ref_audio="me.wav", ref_text="What I say there.")',
+}
+
+
+def model_card(base: Base, speakers: Speakers, state: Mapping[str, Any], export_type: str = "custom_voice") -> str:
     """README.md of a checkpoint: what it is and how to speak with it."""
     made = f"Trained from `{base.name}` for {state.get('step', 0)} optimizer steps."
     if merged_adapters := state.get("merged"):
@@ -233,7 +310,7 @@ Speakers: {", ".join(f"`{name}`" for name in speakers.names)}.
 from qwen_tts import Qwen3TTSModel
 
 model = Qwen3TTSModel.from_pretrained("path/to/this/folder")
-waveforms, sample_rate = model.generate_custom_voice(text="Hello.", speaker="{speakers.names[0]}")
+waveforms, sample_rate = {_USES[export_type].format(speaker=speakers.names[0])}
 ```
 
 Use a voice only with the consent of the person it belongs to.

@@ -7,10 +7,11 @@ The batch (all tensors on the CPU; B rows, L positions, N real ones among the B 
 ``codec_ids``       (B, L) int64        ids of the talker's codec table, or NO_CODEC (-1)
 ``attention_mask``  (B, L) int64        1 on real positions
 ``labels``          (B, L) int64        next codec id, or IGNORE (-100)
-``frame_mask``      (B, L) bool         the F frames
+``frame_mask``      (B, L) bool         the F frames, those of references in context among them
 ``codes``           (F, 16) int64       the frames' codes, in the order of ``frame_mask.nonzero()``
 ``speaker_positions``  (B,) int64       where the speaker vector stands, or -1
 ``speaker_index``   (B,) int64          row of the objective's speaker vectors; 0 where there is none
+``row_vectors``     (B, H) float32      only where rows bring vectors of their own, instead of ``speaker_index``
 ``lines``           (B,) int64          line numbers in the JSONL, for messages
 ``weight``          () float32          0 for a batch that only keeps a process in step, else 1
 ==================  ==================  =================================================================
@@ -27,8 +28,8 @@ batch says it as well ("among N": counted over the real positions):
 ``frame_places``         (F,) int64      the frames among N
 ``label_places``         (F + B,) int64  the positions with a label among N
 ``speaker_places``       (B,) int64      the speaker vectors among N, or -1
-``sub_talker_frames``    (M,) int64      only with SUB_TALKER_FRAME_FRACTION: the frames that the sub-talker trains on
-``sub_talker_weights``   (M,) float32    and what each of them counts, so that they stand for all
+``sub_talker_frames``    (M,) int64      the frames that the sub-talker trains on, where it is not all F
+``sub_talker_weights``   (M,) float32    with SUB_TALKER_FRAME_FRACTION what each counts, so that they stand for all
 =======================  ==============  =================================================================
 """
 
@@ -36,25 +37,28 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from finetuning.codec import NUM_CODEBOOKS
+from finetuning.draws import Draws
 from finetuning.manifest import MIN_CODEC_FRAMES, check_codes
 from finetuning.prompt import (
     IGNORE,
     NO_CODEC,
     AlignedIds,
+    InContext,
     LayoutIds,
     append_frames,
     assistant_turn,
     build_prompt,
     instruct_turn,
     language_codec_id,
+    reference_turn,
     resolve_language,
 )
 from finetuning.row_index import Manifest
@@ -87,6 +91,32 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Whose voice a row is said in, where every row has a reference of its own.
+
+    Attributes:
+        vector: (H,) float32.
+        file: that it was computed from.
+        text, codes: what it says and its (R, 16) frames; None where it cannot stand in the row's context.
+    """
+
+    vector: np.ndarray
+    file: str
+    text: str | None = None
+    codes: np.ndarray | None = None
+
+
+class ReferenceSource(Protocol):
+    """The references of a manifest's rows."""
+
+    depends_on_epoch: bool
+
+    def of(self, index: int, row: Mapping[str, Any], draws: Draws) -> Reference: ...
+
+    def context_frames(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
 class RowEncoder:
     """Row to aligned ids, for one base.
 
@@ -95,8 +125,7 @@ class RowEncoder:
         speaker_index: speaker's lower-case name -> row of the objective's speaker vectors.
         dialects: lower-case name -> dialect, for preset speakers that have one.
         uses_instruct: False for a 0.6B base, whose stock inference drops instructions.
-        layout: TRAIN_LAYOUT.
-        seed, epoch: which rows are in which layout, where both are trained.
+        draws: what is drawn for each row.
     """
 
     tokenizer: Any
@@ -104,13 +133,11 @@ class RowEncoder:
     speaker_index: Mapping[str, int]
     dialects: Mapping[str, str]
     uses_instruct: bool = True
-    layout: str = "non_streaming"
-    seed: int = 0
-    epoch: int = 0
+    draws: Draws = field(default_factory=Draws)
 
     def at_epoch(self, epoch: int) -> RowEncoder:
         """The one for the rows of an epoch."""
-        return replace(self, epoch=epoch) if self.layout == "both" else self
+        return replace(self, draws=replace(self.draws, epoch=epoch)) if self.draws.depend_on_epoch else self
 
     def encode(self, row: Mapping[str, Any]) -> AlignedIds:
         """The whole row: prompt, frames and labels.
@@ -122,26 +149,45 @@ class RowEncoder:
             raise ValueError("text is empty")
         codes = check_codes(row["codes"])  # on a GPU one out of range would end the process without naming the row
         assistant_ids = self._tokenize(assistant_turn(row["text"]))
-        instruct = row["instruct"] if self.uses_instruct else None
-        try:
-            language = resolve_language(row["language"], self.ids.languages)
-        except KeyError:
-            language = None  # trained as Auto; `unknown_languages` tells the user
+        instruct = self.instruct_of(row)
         prompt = build_prompt(
             assistant_ids,
             self.ids,
             instruct_ids=self._tokenize(instruct_turn(instruct)) if instruct else None,
-            language_id=language_codec_id(language, self.ids, self.dialects.get(row["speaker"].lower())),
-            is_streaming=self.is_streaming(row),
+            language_id=self._language_id(row),
+            is_streaming=self.draws.is_streaming(row),
+            reference=self._in_context(row),
         )
         return append_frames(prompt, codes, self.ids)
 
-    def is_streaming(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row is laid out for streaming; of both layouts each row has either with the same probability, drawn
-        from what identifies it and anew in every epoch."""
-        if self.layout == "both":
-            return bool(np.random.default_rng([self.seed, self.epoch, row["line"], 1]).integers(2))
-        return self.layout == "streaming"
+    def language_of(self, row: Mapping[str, Any]) -> str | None:
+        """The base's name of the language that a row is laid out in; None for Auto."""
+        try:
+            language = resolve_language(row["language"], self.ids.languages)
+        except KeyError:
+            return None  # `unknown_languages` tells the user
+        return language if language and self.draws.has_language(row) else None
+
+    def instruct_of(self, row: Mapping[str, Any]) -> str | None:
+        """The instruction that a row is laid out with."""
+        instruct = row["instruct"] if self.uses_instruct else None
+        return instruct if instruct and self.draws.has_instruct(row) else None
+
+    def reference_of(self, row: Mapping[str, Any]) -> Reference | None:
+        """What stands in a row's context."""
+        reference: Reference | None = row.get("reference")
+        if reference is None or reference.codes is None or not self.draws.is_in_context(row):
+            return None
+        return reference
+
+    def _language_id(self, row: Mapping[str, Any]) -> int | None:
+        return language_codec_id(self.language_of(row), self.ids, self.dialects.get(row["speaker"].lower()))
+
+    def _in_context(self, row: Mapping[str, Any]) -> InContext | None:
+        reference = self.reference_of(row)
+        if reference is None:
+            return None
+        return InContext(self._tokenize(reference_turn(reference.text)), check_codes(reference.codes))
 
     def speaker_row(self, speaker: str | None) -> int:
         """The speaker's row of the objective's speaker vectors.
@@ -159,10 +205,21 @@ class RowEncoder:
 
 
 class StepDataset(Dataset):
-    """Indexed by a ``StepPlan``: gives the ``Step``, its micro-batches collated; see ``make_step`` for ``share``."""
+    """Indexed by a ``StepPlan``: gives the ``Step``, its micro-batches collated; see ``make_step`` for ``share``.
 
-    def __init__(self, manifest: Manifest, encoder: RowEncoder, share: FrameShare | None = None) -> None:
-        self.manifest, self.encoder, self.share = manifest, encoder, share
+    Args:
+        references: of the rows, where each has one of its own.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        encoder: RowEncoder,
+        share: FrameShare | None = None,
+        references: ReferenceSource | None = None,
+    ) -> None:
+        self.manifest, self.encoder, self.share, self.references = manifest, encoder, share, references
+        self._epoch = 0
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -173,9 +230,17 @@ class StepDataset(Dataset):
     def at_epoch(self, epoch: int, share: FrameShare | None) -> StepDataset:
         """The same rows, with the sub-talker's frames and the layouts of an epoch."""
         encoder = self.encoder.at_epoch(epoch)
-        if encoder is self.encoder and share == self.share:
+        is_same_voice = self.references is None or not self.references.depends_on_epoch
+        if encoder is self.encoder and share == self.share and is_same_voice:
             return self
-        return StepDataset(self.manifest, encoder, share)
+        dataset = StepDataset(self.manifest, encoder, share, self.references)
+        dataset._epoch = epoch
+        return dataset
+
+    def lengths(self) -> np.ndarray:
+        """(num_rows,) frames of each row, with those that stand in its context at most."""
+        frames = self.manifest.column("num_codec_frames")
+        return frames if self.references is None else frames + self.references.context_frames()
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """One micro-batch.
@@ -189,9 +254,12 @@ class StepDataset(Dataset):
         return batch
 
     def read(self, index: int) -> dict[str, Any] | SkippedRow:
-        """A row, or why it cannot be read."""
+        """A row, with its ``reference`` where it has one of its own; or why it cannot be read."""
         try:
-            return self.manifest[index]
+            row = self.manifest[index]
+            if self.references is not None:
+                row["reference"] = self.references.of(index, row, replace(self.encoder.draws, epoch=self._epoch))
+            return row
         except ROW_ERRORS as error:
             return SkippedRow(self._line(index), reason_of(error))
 
@@ -262,21 +330,36 @@ def _make_batch(
             continue
         try:
             speaker = encoder.speaker_row(row["speaker"])
-            encoded.append((encoder.encode(row), speaker, row["line"]))
+            encoded.append((encoder.encode(row), speaker, row["line"], row.get("reference")))
         except ROW_ERRORS as error:
             skipped.append(SkippedRow(row["line"], reason_of(error)))
     weight = 1.0 if encoded else 0.0
-    aligned, speakers, lines = zip(*(encoded or [_encoded_dummy(encoder)]), strict=True)
+    aligned, speakers, lines, references = zip(*(encoded or [_encoded_dummy(encoder)]), strict=True)
     batch = collate(aligned, speakers, lines) | {"weight": torch.tensor(weight)}
-    return batch | (share.choose(lines, [len(row.codes) for row in aligned]) if share else {})
+    if None not in references:
+        batch["row_vectors"] = torch.from_numpy(np.stack([reference.vector for reference in references]))
+    return batch | _sub_talker_frames(aligned, lines, share)
 
 
-def _encoded_dummy(encoder: RowEncoder) -> tuple[AlignedIds, int, int]:
-    """A row that stands in no file: ids, speaker's row, line 0."""
+def _sub_talker_frames(aligned: Sequence[AlignedIds], lines: Sequence[int], share: FrameShare | None) -> Batch:
+    """What the sub-talker trains on: of each row's own frames all, or a share; {} where that is all of the batch."""
+    if share is None and not any(row.num_reference_frames for row in aligned):
+        return {}
+    ends = np.cumsum([len(row.codes) for row in aligned])
+    counts = [len(row.codes) - row.num_reference_frames for row in aligned]
+    own = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+    if share is None:
+        return {"sub_talker_frames": torch.from_numpy(own)}
+    chosen = share.choose(lines, counts)
+    return chosen | {"sub_talker_frames": torch.from_numpy(own)[chosen["sub_talker_frames"]]}
+
+
+def _encoded_dummy(encoder: RowEncoder) -> tuple[AlignedIds, int, int, None]:
+    """A row that stands in no file: ids, speaker's row, line 0, and no reference."""
     speaker = next(iter(encoder.speaker_index))
     codes = np.zeros((MIN_CODEC_FRAMES, NUM_CODEBOOKS), dtype=np.int16)
     row = {"text": "-", "language": "Auto", "speaker": speaker, "instruct": None, "codes": codes, "line": 0}
-    return encoder.encode(row), encoder.speaker_row(speaker), 0
+    return encoder.encode(row), encoder.speaker_row(speaker), 0, None
 
 
 def reason_of(error: Exception) -> str:
@@ -360,6 +443,8 @@ def split_batch(batch: Batch, num_parts: int) -> list[Batch]:
         part |= {name: tensor[:, :length] for name, tensor in part.items() if tensor.ndim == 2}
         first, last = first_frames[start], first_frames[stop]
         part |= {"codes": batch["codes"][first:last], "weight": batch["weight"]}
+        if "row_vectors" in batch:
+            part["row_vectors"] = batch["row_vectors"][start:stop]
         parts.append(part | places_of(part) | _chosen_between(batch, int(first), int(last)))
     return parts
 
@@ -370,10 +455,10 @@ def _chosen_between(batch: Batch, first: int, last: int) -> Batch:
         return {}
     frames = batch["sub_talker_frames"]
     is_inside = (frames >= first) & (frames < last)
-    return {
-        "sub_talker_frames": frames[is_inside] - first,
-        "sub_talker_weights": batch["sub_talker_weights"][is_inside],
-    }
+    part = {"sub_talker_frames": frames[is_inside] - first}
+    if "sub_talker_weights" in batch:
+        part["sub_talker_weights"] = batch["sub_talker_weights"][is_inside]
+    return part
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -390,8 +475,8 @@ def count_tokens(batches: Sequence[Batch]) -> tuple[int, int]:
     """(talker labels, sub-talker labels) of some micro-batches; dummy batches count nothing."""
     real = [batch for batch in batches if batch["weight"] > 0]
     num_talker = sum(int((batch["labels"] != IGNORE).sum()) for batch in real)
-    num_sub_talker = sum(batch["codes"].shape[0] * (batch["codes"].shape[1] - 1) for batch in real)
-    return num_talker, num_sub_talker
+    num_frames = num_talker - sum(len(batch["labels"]) for batch in real)  # each row's own, and codec_eos
+    return num_talker, num_frames * (NUM_CODEBOOKS - 1)
 
 
 def unknown_languages(manifest: Manifest, languages: Mapping[str, int]) -> list[str]:

@@ -174,11 +174,17 @@ def _count(module: nn.Module) -> tuple[int, int]:
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
+def embeddings_of(module: nn.Module) -> set[nn.Parameter]:
+    """Tables, and what the module holds itself: the objective's vectors of speakers and languages."""
+    tables = {part.weight for part in module.modules() if isinstance(part, nn.Embedding)}
+    return tables | set(module.parameters(recurse=False))
+
+
 def optimizer_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices decay; embeddings, norms and biases do not."""
-    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    embeddings = embeddings_of(module)
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    decays = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
-    stays = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
+    decays = [p for p in trainable if p.ndim >= 2 and p not in embeddings]
+    stays = [p for p in trainable if p.ndim < 2 or p in embeddings]
     groups = [{"params": decays, "weight_decay": weight_decay}, {"params": stays, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

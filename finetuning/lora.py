@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 from finetuning.adapters import (
     CONFIG_FILE,
     FILE_PREFIX,
+    LANGUAGE_VECTORS_FILE,
+    LANGUAGES_FILE,
     MATRICES_FILE,
     OTHERS_FILE,
     SPEAKERS_FILE,
@@ -34,12 +36,14 @@ from finetuning.adapters import (
     pairs,
 )
 from finetuning.base_model import Base, resolve_base
-from finetuning.checkpoint import CODEC_TABLE, insert_speakers, write_checkpoint
+from finetuning.checkpoint import CODEC_TABLE, insert_rows, insert_speakers, write_checkpoint
+from finetuning.codec_rows import allocate_codec_rows
 from finetuning.console import say
 from finetuning.disk import new_folder
 from finetuning.errors import UserError, run_main
+from finetuning.languages import Languages, with_languages
 from finetuning.settings import Settings
-from finetuning.speakers import Speakers, allocate_codec_rows
+from finetuning.speakers import Speakers
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,12 @@ class Adapter:
     factor: float
     others: dict[str, torch.Tensor]
     speakers: Speakers
+    languages: Languages | None = None
+
+    @property
+    def export_type(self) -> str:
+        """EXPORT_TYPE of the run."""
+        return "base" if None in self.speakers.codec_rows else "custom_voice"
 
     @classmethod
     def load(cls, folder: Path) -> Adapter:
@@ -87,10 +97,12 @@ class Adapter:
             *((entry["name"], entry["codec_id"], entry["references"]) for entry in listed), strict=True
         )
         matrices = pairs({name.removeprefix(FILE_PREFIX): tensor for name, tensor in tensors.items()})
-        speakers = Speakers(names, vectors, rows, references)
-        return cls(
-            folder, config["base_model_name_or_path"], matrices, config["lora_alpha"] / config["r"], others, speakers
-        )
+        speakers, languages = Speakers(names, vectors, rows, references), None
+        if (folder / LANGUAGES_FILE).is_file():
+            ids = json.loads((folder / LANGUAGES_FILE).read_text(encoding="utf-8"))
+            languages = Languages(ids, load_file(folder / LANGUAGE_VECTORS_FILE)["vectors"])
+        base_name, factor = config["base_model_name_or_path"], config["lora_alpha"] / config["r"]
+        return cls(folder, base_name, matrices, factor, others, speakers, languages)
 
 
 def merge(base: Base, adapters: Sequence[Adapter], shares: Sequence[float], output: Path) -> None:
@@ -104,7 +116,10 @@ def merge(base: Base, adapters: Sequence[Adapter], shares: Sequence[float], outp
         UserError: the adapters belong to another base, or do not go together.
     """
     check_fit(base, adapters)
-    speakers = speakers_of_all(base, adapters)
+    languages = next((adapter.languages for adapter in adapters if adapter.languages), None)
+    base = replace(base, config=with_languages(base.config, languages.rows if languages else {}))
+    export_type = adapters[0].export_type
+    speakers = adapters[0].speakers if export_type == "base" else speakers_of_all(base, adapters)
     dtypes, weights = base.weight_dtypes(), {}
     others = next((adapter.others for adapter in adapters if adapter.others), {})
     for name, part in base.stored_weights():
@@ -117,12 +132,14 @@ def merge(base: Base, adapters: Sequence[Adapter], shares: Sequence[float], outp
         weights[name] = weight.to(dtypes[name]).contiguous()
     weights |= {name: tensor for name, tensor in others.items() if name not in weights}  # new layers
     insert_speakers(weights, speakers)
+    if languages:
+        insert_rows(weights, languages.rows.values(), languages.vectors)
     state = {
         "merged": [{"adapter": str(one.folder), "share": share} for one, share in zip(adapters, shares, strict=True)]
     }
     try:
         with new_folder(output) as folder:
-            write_checkpoint(folder, base, speakers, weights, state)
+            write_checkpoint(folder, base, speakers, weights, state, export_type)
     except OSError as error:
         raise UserError(f"--output: {output} cannot be written: {error}") from None
 
@@ -136,11 +153,28 @@ def check_fit(base: Base, adapters: Sequence[Adapter]) -> None:
                 raise UserError(f"--adapter: {adapter.folder} belongs to another base than {base.name}: {path} differs")
         if adapter.speakers.vectors.shape[1] != shapes[CODEC_TABLE][1]:
             raise UserError(f"--adapter: {adapter.folder} belongs to a base of another width than {base.name}")
-    if len(adapters) > 1 and (full := [str(adapter.folder) for adapter in adapters if adapter.others]):
+        _check_languages(base, adapter)
+    full = [str(adapter.folder) for adapter in adapters if adapter.others or adapter.languages]
+    if len(adapters) > 1 and full:
         raise UserError(
-            f"--adapter: {', '.join(full)} trained more than adapters (new layers or embeddings), which cannot be "
-            "mixed with others; merge it by itself"
+            f"--adapter: {', '.join(full)} trained more than adapters (new layers, embeddings or languages), which "
+            "cannot be mixed with others; merge it by itself"
         )
+    kinds = {adapter.export_type for adapter in adapters}
+    if len(kinds) > 1:
+        raise UserError("--adapter: EXPORT_TYPE of these runs differs; checkpoints that clone and that speak by name")
+    if kinds == {"base"} and not base.has_speaker_encoder:
+        raise UserError(f"--base: {base.name} has no speaker encoder, which a checkpoint of EXPORT_TYPE=base needs")
+
+
+def _check_languages(base: Base, adapter: Adapter) -> None:
+    """Raises UserError where a language that was added has no place in the base."""
+    known = base.talker_config.get("codec_language_id") or {}
+    names = {row: name for name, row in {**known, **(base.talker_config.get("spk_id") or {})}.items()}
+    for name, row in (adapter.languages.rows if adapter.languages else {}).items():
+        if name in known or row in names:
+            other = name if name in known else names[row]
+            raise UserError(f"--adapter: {adapter.folder} adds {name} (row {row}), but {base.name} has {other} already")
 
 
 def speakers_of_all(base: Base, adapters: Sequence[Adapter]) -> Speakers:
@@ -213,8 +247,10 @@ def run_merge(arguments: argparse.Namespace) -> None:
         if adapter.base_name != base.name:
             say(f"{adapter.folder} was trained on {adapter.base_name}; {base.name} should hold the same weights")
     merge(base, adapters, [arguments.scale * weight for weight in arguments.weights], arguments.output)
-    speaker = adapters[0].speakers.names[0]
-    say(f"Listen: python synthesize.py --checkpoint {arguments.output} --speaker {speaker} --text …")
+    how = f"--speaker {adapters[0].speakers.names[0]}"
+    if adapters[0].export_type == "base":
+        how = "--ref_audio … --ref_text …"
+    say(f"Listen: python synthesize.py --checkpoint {arguments.output} {how} --text …")
 
 
 if __name__ == "__main__":

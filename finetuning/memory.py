@@ -89,7 +89,7 @@ def weights_of(base: Base, settings: Settings) -> list[Weight]:
     for index in range(num_layers, num_layers + settings.add_new_layers):
         for name, size in one_layer.items():
             weights.append(Weight(name.replace(".0.", f".{index}.", 1), size, 4, True))
-    return [*weights, *_adapters(weights, shapes, settings)]
+    return [*weights, *_own_vectors(base, settings), *_adapters(weights, shapes, settings)]
 
 
 def layer_of(name: str) -> int | None:
@@ -112,6 +112,13 @@ def _trains(name: str, settings: Settings, first_new: int) -> bool:
         return settings.has_new_layers and name.startswith(("talker.model.norm.", "talker.codec_head."))
     is_sub_talker = name.startswith("talker.code_predictor.") and "embedding" not in name
     return is_sub_talker or name.startswith(("talker.model.norm.", "talker.codec_head."))
+
+
+def _own_vectors(base: Base, settings: Settings) -> list[Weight]:
+    """What the objective holds itself and trains: next to nothing, but it lies below the lowest layer."""
+    width = base.talker_config["hidden_size"]
+    vectors = {"language_embedding": len(base.new_languages), "speaker_embedding": settings.speaker_embedding_trainable}
+    return [Weight(name, count * width, 4, True) for name, count in vectors.items() if count]
 
 
 def _adapters(weights: Sequence[Weight], shapes: Mapping[str, Sequence[int]], settings: Settings) -> list[Weight]:

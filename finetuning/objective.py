@@ -39,16 +39,36 @@ class TrainingObjective(nn.Module):
 
     Args:
         talker: ``Qwen3TTSTalkerForConditionalGeneration``; its attention is made to take rows (see ``attention``).
-        speaker_vectors: (num_speakers, H) float32, inserted as they are; no gradient reaches them.
+        speaker_vectors: (num_speakers, H) float32, inserted as they are.
         gradient_checkpointing: keep only the inputs of the talker's layers for the backward pass.
+        train_speakers: the speaker vectors train as well; else no gradient reaches them.
+        language_ids: (K,) int64, rows of the talker's codec table that are not read from it: languages that train
+            whether the table does or not.
+        language_vectors: (K, H) float32, what stands in these rows at first.
     """
 
-    def __init__(self, talker: nn.Module, speaker_vectors: torch.Tensor, gradient_checkpointing: bool = False) -> None:
+    language_ids: torch.Tensor | None
+    language_vectors: nn.Parameter | None
+
+    def __init__(
+        self,
+        talker: nn.Module,
+        speaker_vectors: torch.Tensor,
+        gradient_checkpointing: bool = False,
+        train_speakers: bool = False,
+        language_ids: torch.Tensor | None = None,
+        language_vectors: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         assert talker.config.sliding_window is None, "the rows' attention is causal, without a window"
         self.talker = talker
         self.gradient_checkpointing = gradient_checkpointing
-        self.register_buffer("speaker_vectors", speaker_vectors.clone(), persistent=False)
+        if train_speakers:
+            self.speaker_vectors = nn.Parameter(speaker_vectors.clone())
+        else:
+            self.register_buffer("speaker_vectors", speaker_vectors.clone(), persistent=False)
+        self.register_buffer("language_ids", language_ids, persistent=False)
+        self.register_parameter("language_vectors", _parameter(language_vectors))
         tables = [talker.model.codec_embedding, *talker.code_predictor.model.codec_embedding]
         sizes = torch.tensor([0, *(table.num_embeddings for table in tables[:-1])], device=speaker_vectors.device)
         self.register_buffer("first_rows", sizes.cumsum(0), persistent=False)
@@ -57,9 +77,9 @@ class TrainingObjective(nn.Module):
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Sums over the batch's real tokens, float32 scalars on the model's device:
 
-        ``talker_loss`` over F + B labels, ``sub_talker_loss`` over 15 x F labels (of M frames, weighted to stand for
-        all F, where the batch says so); in eval mode also ``talker_correct`` () and ``sub_talker_correct`` (15,), the
-        numbers of right top-1 predictions.
+        ``talker_loss`` over the rows' own frames and their B ends, ``sub_talker_loss`` over 15 labels of each of these
+        frames (of M frames, weighted to stand for all of them, where the batch says so); in eval mode also
+        ``talker_correct`` () and ``sub_talker_correct`` (15,), the numbers of right top-1 predictions.
         """
         embedded = None if "prefix" in batch else self.code_embeddings(batch["codes"])
         hidden = self.hidden_states(batch, embedded)
@@ -86,9 +106,14 @@ class TrainingObjective(nn.Module):
         """So many layers from the bottom are frozen, with all that they read; 0 where an embedding trains."""
         talker, predictor = self.talker, self.talker.code_predictor.model
         tables = (talker.model.text_embedding, talker.model.codec_embedding, predictor.codec_embedding)
-        if trains((*tables, talker.text_projection)):
+        if trains((*tables, talker.text_projection)) or self.trains_own_vectors:
             return 0
         return sum(1 for _ in takewhile(lambda layer: not trains([layer]), talker.model.layers))
+
+    @property
+    def trains_own_vectors(self) -> bool:
+        """Whether speaker vectors or languages train: what goes into the lowest layer."""
+        return any(parameter.requires_grad for parameter in self.parameters(recurse=False))
 
     def _through(self, layers: nn.ModuleList, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """(N, H) in and out."""
@@ -116,11 +141,19 @@ class TrainingObjective(nn.Module):
         distinct = self.talker.text_projection(model.text_embedding(batch["distinct_text_ids"]).float())
         text = F.embedding(batch["text_places"], distinct).float()
         codec_ids = batch["codec_ids"].flatten().index_select(0, batch["real"])
-        codec = model.codec_embedding(codec_ids.clamp(min=0)).float() * (codec_ids != NO_CODEC).unsqueeze(-1)
+        codec = self.codec_embedding(codec_ids.clamp(min=0)).float() * (codec_ids != NO_CODEC).unsqueeze(-1)
         places = batch["speaker_places"]
-        vectors = self.speaker_vectors[batch["speaker_index"]] * (places >= 0).unsqueeze(-1)
+        vectors = batch["row_vectors"] if "row_vectors" in batch else self.speaker_vectors[batch["speaker_index"]]
+        vectors = vectors * (places >= 0).unsqueeze(-1)
         embeddings = (text + codec).index_add(0, places.clamp(min=0), vectors)
         return embeddings.index_add(0, batch["frame_places"], embedded[:, 1:].sum(1))
+
+    def codec_embedding(self, ids: torch.Tensor) -> torch.Tensor:
+        """(N,) ids to (N, H): the talker's codec table, with the new languages in their rows."""
+        if self.language_vectors is None:
+            return self.talker.model.codec_embedding(ids)
+        table = self.talker.model.codec_embedding.weight.float()
+        return F.embedding(ids, table.index_copy(0, self.language_ids, self.language_vectors))
 
     def code_embeddings(self, codes: torch.Tensor) -> torch.Tensor:
         """(F, C) codes to (F, C, H) float32, in one lookup: codebook 0 from the talker's table, the others from the
@@ -235,6 +268,10 @@ class _Sums:
         device = self.objective.speaker_vectors.device.type
         is_fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         return not is_fp16 and not isinstance(self.objective, FSDPModule)
+
+
+def _parameter(values: torch.Tensor | None) -> nn.Parameter | None:
+    return None if values is None else nn.Parameter(values.clone())
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:

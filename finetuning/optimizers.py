@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from finetuning.errors import UserError
-from finetuning.layer_utils import optimizer_groups
+from finetuning.layer_utils import embeddings_of, optimizer_groups
 from finetuning.settings import Settings
 from finetuning.sharding import asks_for_fsdp
 
@@ -71,8 +71,7 @@ def _matrices(module: nn.Module) -> set[nn.Parameter]:
     Not embeddings. Most steps give a row no gradient; then a second moment that is 0 in 8 bits, as it is for values
     that are a thousandth of the largest beside them, would leave what is left of the first one undivided.
     """
-    embeddings = {part.weight for part in module.modules() if isinstance(part, nn.Embedding)}
-    return {parameter for parameter in module.parameters() if parameter.requires_grad} - embeddings
+    return {parameter for parameter in module.parameters() if parameter.requires_grad} - embeddings_of(module)
 
 
 def leaves_out_bad_steps(optimizer: torch.optim.Optimizer) -> bool:

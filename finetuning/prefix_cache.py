@@ -60,7 +60,7 @@ class PrefixCache:
     ) -> None:
         self.objective, self.accelerator, self.dtype, self.store = objective, accelerator, dtype, store
         self._width = objective.speaker_vectors.shape[1]
-        self._vectors = [vector.tobytes() for vector in objective.speaker_vectors.cpu().numpy()]
+        self._vectors = objective.speaker_vectors.cpu()
 
     def attach(self, batch: Batch) -> Batch:
         """The batch, on the CPU, with ``prefix``: (N, H), see ``TrainingObjective.prefix``, rounded to the dtype."""
@@ -76,13 +76,14 @@ class PrefixCache:
     def _keys(self, batch: Batch) -> Iterator[str]:
         lengths, frames = batch["attention_mask"].sum(1).tolist(), batch["frame_mask"].sum(1).tolist()
         text_ids, codec_ids, codes = (batch[name].numpy() for name in ("text_ids", "codec_ids", "codes"))
+        vectors = batch.get("row_vectors", self._vectors[batch["speaker_index"]]).numpy()
         first = 0
         for row, (length, num_frames) in enumerate(zip(lengths, frames, strict=True)):
-            speaker, position = int(batch["speaker_index"][row]), int(batch["speaker_positions"][row])
+            position = int(batch["speaker_positions"][row])
             digest = xxhash.xxh3_128(text_ids[row, :length].tobytes())
             digest.update(codec_ids[row, :length].tobytes())
             digest.update(codes[first : first + num_frames].tobytes())
-            digest.update(self._vectors[speaker] + str(position).encode())
+            digest.update(vectors[row].tobytes() + str(position).encode())
             first += num_frames
             yield digest.hexdigest()
 

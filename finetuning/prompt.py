@@ -21,6 +21,9 @@ The streaming layout is the same up to tts_bos; then the text runs beside the fr
     next T          the other text tokens, then     the frame's 16 codes, summed
                     tts_eos, then tts_pad for ever
 
+In context (``generate_voice_clone`` with a reference's text) the reference's text stands before the text, as one run of
+tokens, and the reference's R frames stand between codec_bos and the T frames, in either layout. They are no labels.
+
 Position p predicts what stands at p+1; behind the last frame stands codec_eos, which is a label and never an input.
 Everything here is a pure function of its arguments; ids come from the base's configuration.
 """
@@ -38,6 +41,8 @@ IGNORE = -100
 NO_CODEC = -1
 #: What stock cuts off the tokenized assistant turn: three role tokens before the text, five tokens behind it.
 NUM_ROLE_TOKENS, NUM_CLOSING_TOKENS = 3, 5
+#: What it cuts off behind the text of a reference, before which the same role stands.
+NUM_REFERENCE_CLOSING_TOKENS = 2
 
 #: ISO 639-1 and 639-3 codes of the languages that Qwen3-TTS names in full.
 LANGUAGE_CODES = {
@@ -91,9 +96,12 @@ class AlignedIds:
         text: (L,) int64, id of the text table at every position.
         codec: (L,) int64, id of the talker's codec table, or NO_CODEC. On frames this is the code of codebook 0.
         speaker_position: where the speaker vector stands in the codec channel, or -1.
-        codes: (T, num_codebooks) int64; codebooks 1 and up are added to the codec channel of the last T positions.
-        labels: (L,) int64; ``labels[p]`` is the codec id at p+1 where that is a frame or codec_eos, else IGNORE.
+        codes: (R + T, num_codebooks) int64; codebooks 1 and up are added to the codec channel of the last R + T
+            positions.
+        labels: (L,) int64; ``labels[p]`` is the codec id at p+1 where that is one of the T frames or codec_eos, else
+            IGNORE.
         trailing: of a prompt, ids of the text channel beside the frames to come; tts_pad stands behind them.
+        num_reference_frames: R, of the reference in context; 0 without one.
     """
 
     text: np.ndarray
@@ -102,10 +110,11 @@ class AlignedIds:
     codes: np.ndarray
     labels: np.ndarray
     trailing: Sequence[int] = ()
+    num_reference_frames: int = 0
 
     @property
     def first_frame(self) -> int:
-        """Position of the first frame, which is also the length of the prompt."""
+        """Position of the first frame, be it the reference's."""
         return len(self.text) - len(self.codes)
 
 
@@ -115,6 +124,11 @@ class AlignedIds:
 def assistant_turn(text: str) -> str:
     """The string that stock qwen-tts tokenizes for a text (``_build_assistant_text``)."""
     return f"<|im_start|>assistant\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def reference_turn(text: str) -> str:
+    """The string that stock qwen-tts tokenizes for what a reference says (``_build_ref_text``)."""
+    return f"<|im_start|>assistant\n{text}<|im_end|>\n"
 
 
 def instruct_turn(instruct: str) -> str:
@@ -152,6 +166,19 @@ def language_codec_id(language: str | None, ids: LayoutIds, dialect: str | None 
 # --------------------------------------------------------------------------------------------------- ids to layout
 
 
+@dataclass(frozen=True)
+class InContext:
+    """A reference in the prompt.
+
+    Attributes:
+        text_ids: the tokenized ``reference_turn``, role and closing tokens included.
+        codes: (R, num_codebooks).
+    """
+
+    text_ids: np.ndarray
+    codes: np.ndarray
+
+
 def build_prompt(
     assistant_ids: np.ndarray,
     ids: LayoutIds,
@@ -160,40 +187,49 @@ def build_prompt(
     language_id: int | None = None,
     has_speaker: bool = True,
     is_streaming: bool = False,
+    reference: InContext | None = None,
 ) -> AlignedIds:
-    """The prompt, from the instruction to codec_bos; see the module's tables.
+    """The prompt, from the instruction to codec_bos or the reference's last frame; see the module's tables.
 
     Args:
         assistant_ids: the tokenized ``assistant_turn``, role and closing tokens included.
         instruct_ids: the tokenized ``instruct_turn``, or None.
         language_id: from ``language_codec_id``.
     """
-    text_ids = assistant_ids[NUM_ROLE_TOKENS:-NUM_CLOSING_TOKENS]
     instruct = [] if instruct_ids is None else list(instruct_ids)
     tag = [ids.codec_nothink, ids.codec_think_bos, ids.codec_think_eos]
     if language_id is not None:
         tag = [ids.codec_think, ids.codec_think_bos, language_id, ids.codec_think_eos]
     head = [NO_CODEC] * (len(instruct) + NUM_ROLE_TOKENS) + tag
     speaker = [NO_CODEC] if has_speaker else []
-    spoken = [*text_ids, ids.tts_eos]
-    beside_bos, trailing = (spoken[0], spoken[1:]) if is_streaming else (ids.tts_pad, [])
-    before_bos = [ids.tts_bos] if is_streaming else [ids.tts_bos, *spoken]
-    codec = [*head, *speaker, *[ids.codec_pad] * len(before_bos), ids.codec_bos]
+    reference_codes = np.zeros((0, 0), dtype=np.int64)
+    spoken = [*assistant_ids[NUM_ROLE_TOKENS:-NUM_CLOSING_TOKENS], ids.tts_eos]
+    if reference is not None:
+        reference_codes = np.asarray(reference.codes, dtype=np.int64)
+        spoken = [*reference.text_ids[NUM_ROLE_TOKENS:-NUM_REFERENCE_CLOSING_TOKENS], *spoken]
+    acoustic = [ids.codec_bos, *(frame[0] for frame in reference_codes)]
+    # Streaming: text and codec_bos start together; else the whole text comes first.
+    before_bos, beside = ([], spoken) if is_streaming else (spoken, [])
+    beside_acoustic, trailing = beside[: len(acoustic)], beside[len(acoustic) :]
+    codec = [*head, *speaker, *[ids.codec_pad] * (1 + len(before_bos)), *acoustic]
     text = [
         *instruct,
         *assistant_ids[:NUM_ROLE_TOKENS],
         *[ids.tts_pad] * (len(tag) + len(speaker)),
+        ids.tts_bos,
         *before_bos,
-        beside_bos,
+        *beside_acoustic,
+        *[ids.tts_pad] * (len(acoustic) - len(beside_acoustic)),
     ]
     assert len(text) == len(codec)
     return AlignedIds(
         text=np.asarray(text, dtype=np.int64),
         codec=np.asarray(codec, dtype=np.int64),
         speaker_position=len(head) if has_speaker else -1,
-        codes=np.zeros((0, 0), dtype=np.int64),
+        codes=reference_codes,
         labels=np.full(len(text), IGNORE, dtype=np.int64),
         trailing=trailing,
+        num_reference_frames=len(reference_codes),
     )
 
 
@@ -209,6 +245,7 @@ def append_frames(prompt: AlignedIds, codes: np.ndarray, ids: LayoutIds) -> Alig
         text=np.concatenate([prompt.text, beside]),
         codec=np.concatenate([prompt.codec, codes[:, 0]]),
         speaker_position=prompt.speaker_position,
-        codes=codes,
+        codes=np.concatenate([prompt.codes, codes]) if prompt.num_reference_frames else codes,
         labels=labels,
+        num_reference_frames=prompt.num_reference_frames,
     )

@@ -6,7 +6,8 @@ checkpoint in a process that has only qwen-tts::
     python finetuning/roundtrip.py SPEC.json …     # a line for each: {"reproduced": …, "right_length": …, "rows": […]}
 
 SPEC is {"checkpoint": folder, "rows": [{"text", "audio_codes", "speaker", optional "language", "instruct",
-"is_streaming"}]}, and optionally "wav_folder", where the generated speech of each row is written.
+"is_streaming"}]}, and optionally "wav_folder", where the generated speech of each row is written. Rows for a base
+checkpoint have "ref_audio" instead of "speaker", and "ref_text" where it stands in their context.
 """
 
 from __future__ import annotations
@@ -54,18 +55,28 @@ def judge(
 
 
 def _generate(stock: Any, row: Mapping[str, Any]) -> Any:
-    """(T', 16) codes on the CPU, from the same calls that ``generate_custom_voice`` makes."""
+    """(T', 16) codes on the CPU, from the calls that ``generate_custom_voice`` or ``generate_voice_clone`` make."""
     instruct = row.get("instruct")
+    voice = (
+        {"speakers": [row["speaker"]]} if "speaker" in row else _cloned(stock, row["ref_audio"], row.get("ref_text"))
+    )
     codes, _ = stock.model.generate(
         input_ids=stock._tokenize_texts([stock._build_assistant_text(row["text"])]),
         instruct_ids=[stock._tokenize_texts([stock._build_instruct_text(instruct)])[0] if instruct else None],
         languages=[row.get("language") or "Auto"],
-        speakers=[row["speaker"]],
         non_streaming_mode=not row.get("is_streaming"),
         max_new_tokens=len(row["audio_codes"]) + SPARE_FRAMES,
+        **voice,
         **GREEDY,
     )
     return codes[0].cpu()
+
+
+def _cloned(stock: Any, ref_audio: str, ref_text: str | None) -> dict[str, Any]:
+    """The voice of a reference, which stands in context where its text is given."""
+    items = stock.create_voice_clone_prompt(ref_audio, ref_text, x_vector_only_mode=not ref_text)
+    ref_ids = stock._tokenize_texts([stock._build_ref_text(ref_text)]) if ref_text else None
+    return {"voice_clone_prompt": stock._prompt_items_to_voice_clone_prompt(items), "ref_ids": ref_ids}
 
 
 def _num_equal(got: Any, want: Any) -> int:

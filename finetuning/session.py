@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
@@ -40,7 +41,9 @@ from finetuning.console import say
 from finetuning.dataset import RowEncoder, StepDataset, unknown_languages
 from finetuning.direct import DirectData, DirectRows
 from finetuning.disk import bytes_of
+from finetuning.draws import Draws
 from finetuning.errors import UserError
+from finetuning.languages import MAX_COVERAGE_TEXTS, Languages, coverage, initial_languages
 from finetuning.layer_utils import check_layer_count, print_model_summary, replace_and_add_layers
 from finetuning.manifest import RowFormat, remove_empty_folders
 from finetuning.memory import pick_for_memory, weights_of
@@ -51,6 +54,7 @@ from finetuning.preparer import prepare_missing_rows
 from finetuning.processes import Processes
 from finetuning.progress import Progress, total_steps
 from finetuning.prompt import LayoutIds, resolve_language
+from finetuning.references import References, prepare_references, speakers_of
 from finetuning.resume import (
     Resume,
     begin_or_resume,
@@ -244,10 +248,14 @@ def build_run(
         UserError: among others, when the rows are not those of the state that is resumed.
     """
     verbose = verbose and accelerator.is_main_process
+    if isinstance(rows, TrainingRows):
+        check_new_languages(rows.train, base)
     state = resume.state() if resume else None
     attention = choose_attention(settings, accelerator.device.type)
     model = load_model(base, attention, device_name(accelerator), keeps_bf16(settings))
-    speakers = find_speakers(settings, base, rows, model, state)
+    languages = initial_languages(model.talker.model.codec_embedding.weight, base.new_languages)
+    references, held_out = find_references_of_rows(settings, base, rows, model, accelerator)
+    speakers = find_speakers(settings, base, rows, model, state, references)
     replace_and_add_layers(
         model,
         settings.replace_last_n_layers,
@@ -268,13 +276,13 @@ def build_run(
         if verbose:
             print_model_summary(model)
     encoder = make_row_encoder(settings, base, speakers)
-    objective = TrainingObjective(model.talker, speakers.vectors, settings.gradient_checkpointing)
+    objective = make_objective(settings, model, speakers, languages)
     objective.to(accelerator.device)
     if settings.compile:
         compile_layers(objective)
-    train = make_steps(settings, rows, encoder, accelerator)
-    validation = StepDataset(rows.validation, encoder) if rows.validation else None
-    exporter = Exporter(settings, base, model, speakers, accelerator)
+    train = make_steps(settings, rows, encoder, accelerator, references)
+    validation = StepDataset(rows.validation, encoder, references=held_out) if rows.validation else None
+    exporter = Exporter(settings, base, model, objective, speakers, accelerator, languages)
     run = Run(
         settings, base, accelerator, model, speakers, objective, train, validation, exporter, resume=resume, state=state
     )
@@ -282,8 +290,9 @@ def build_run(
         check_same_rows(state, run.fingerprints)
     if verbose:
         if isinstance(rows, TrainingRows):
-            say_row_notes(rows.train, base)
-            say_long_rows(rows.train, settings)
+            say_row_notes(rows.train, base, settings)
+            say_coverage(rows.train, base, encoder.tokenizer)
+            say_long_rows(train.dataset, settings)
         say(describe_run(run, attention))
     return run
 
@@ -293,47 +302,87 @@ def keeps_bf16(settings: Settings) -> bool:
     return settings.mixed_precision == "bf16" and not asks_for_fsdp()
 
 
+def find_references_of_rows(
+    settings: Settings, base: Base, rows: TrainingRows | DirectRows, model: Any, accelerator: Accelerator
+) -> tuple[References | None, References | None]:
+    """The references of the training and the validation rows, where each row has its own (EXPORT_TYPE=base)."""
+    if settings.export_type != "base" or isinstance(rows, DirectRows):
+        return None, None
+    with accelerator.main_process_first():
+        return prepare_references(
+            rows.train, rows.validation, model, base, settings, device_name(accelerator), accelerator.is_main_process
+        )
+
+
 def find_speakers(
-    settings: Settings, base: Base, rows: TrainingRows | DirectRows, model: Any, state: State | None
+    settings: Settings,
+    base: Base,
+    rows: TrainingRows | DirectRows,
+    model: Any,
+    state: State | None,
+    references: References | None,
 ) -> Speakers:
     """The speakers with their vectors: those of the state, bit for bit, or from their references."""
     if state:
         return Speakers(vectors=state["speakers.vectors"], **state.record["speakers"])
     if isinstance(rows, DirectRows):
-        return make_speakers(list(rows.references), lambda: rows.references, model, base)
+        return make_speakers(list(rows.references), lambda _: rows.references, model, base, settings)
+    if references is not None:
+        return speakers_of(rows.train.distinct("speaker"), references)
     return prepare_speakers(rows.train, model, base, settings)
 
 
+def make_objective(
+    settings: Settings, model: Any, speakers: Speakers, languages: Languages | None
+) -> TrainingObjective:
+    """The objective over the model's talker, with the vectors that are its own."""
+    of_languages = {}
+    if languages is not None:
+        ids = torch.tensor(list(languages.rows.values()))
+        of_languages = {"language_ids": ids, "language_vectors": languages.vectors}
+    return TrainingObjective(
+        model.talker,
+        speakers.vectors,
+        settings.gradient_checkpointing,
+        train_speakers=settings.speaker_embedding_trainable,
+        **of_languages,
+    )
+
+
 def make_steps(
-    settings: Settings, rows: TrainingRows | DirectRows, encoder: RowEncoder, accelerator: Accelerator
+    settings: Settings,
+    rows: TrainingRows | DirectRows,
+    encoder: RowEncoder,
+    accelerator: Accelerator,
+    references: References | None = None,
 ) -> TrainingSteps:
     """This process's steps over the rows."""
     accumulation, max_frames = settings.gradient_accumulation_steps, settings.max_frames_per_batch
     fraction = settings.sub_talker_frame_fraction
     if isinstance(rows, DirectRows):
         return StreamedSteps(rows.stream, encoder, rows.row_format, settings.batch_size, accumulation, fraction)
-    lengths, batch_size = rows.train.column("num_codec_frames"), 0 if max_frames else settings.batch_size
+    dataset = StepDataset(rows.train, encoder, references=references)
+    lengths, batch_size = dataset.lengths(), 0 if max_frames else settings.batch_size
     processes, seed = accelerator.num_processes, settings.seed
     sampler = StepSampler(lengths, batch_size, accumulation, processes, seed, max_frames=max_frames)
-    dataset = StepDataset(rows.train, encoder)
     return MappedSteps(dataset, sampler, accelerator.process_index, settings.num_workers, fraction)
 
 
 def make_row_encoder(settings: Settings, base: Base, speakers: Speakers) -> RowEncoder:
     """Row to ids for this base and these speakers."""
-    dialects = base.talker_config.get("spk_is_dialect") or {}
+    # Stock knows no speakers where it clones.
+    dialects = {} if settings.export_type == "base" else base.talker_config.get("spk_is_dialect") or {}
     return RowEncoder(
         tokenizer=load_tokenizer(base.folder),
         ids=LayoutIds.from_config(base.config),
         speaker_index=speakers.index,
         dialects={name: dialect for name, dialect in dialects.items() if dialect},
         uses_instruct=base.model_size != "0b6",
-        layout=settings.train_layout,
-        seed=settings.seed,
+        draws=Draws.from_settings(settings),
     )
 
 
-def say_row_notes(rows: Manifest, base: Base) -> None:
+def say_row_notes(rows: Manifest, base: Base, settings: Settings) -> None:
     """Says once what inference would not do with these rows as they stand."""
     unknown = unknown_languages(rows, base.talker_config.get("codec_language_id") or {})
     if unknown:
@@ -341,12 +390,45 @@ def say_row_notes(rows: Manifest, base: Base) -> None:
         say(f"languages unknown to the base are trained as Auto: {', '.join(unknown)} (it knows {known})")
     if base.model_size == "0b6" and rows.has("instruct").any():
         say("instructions are ignored: stock qwen-tts drops them for 0.6B models")
+    elif settings.export_type == "base" and rows.has("instruct").any():
+        say("instructions are trained, but generate_voice_clone has no argument for one; it passes on instruct_ids")
 
 
-def say_long_rows(rows: Manifest, settings: Settings) -> None:
+def check_new_languages(rows: Manifest, base: Base) -> None:
+    """Raises UserError where no row is in a language of NEW_LANGUAGES: it would learn nothing."""
+    named = rows.distinct("language")
+    found = {language for name in named if (language := find_language(name, base)) is not None}
+    missing = [language.name for language in base.new_languages if language.name not in found]
+    if missing:
+        raise UserError(
+            f"NEW_LANGUAGES: no row is in {missing[0]}; the rows' languages are {', '.join(sorted(named))}. Name it as "
+            "the rows do, or name the column of the language in LANGUAGE_COLUMN"
+        )
+
+
+def find_language(name: str, base: Base) -> str | None:
+    """The base's name of a row's language, or None for Auto and unknown ones."""
+    try:
+        return resolve_language(name, base.talker_config.get("codec_language_id") or {})
+    except KeyError:
+        return None
+
+
+def say_coverage(rows: Manifest, base: Base, tokenizer: Any) -> None:
+    """How well the text tokenizer suits each new language."""
+    names, languages = rows.labels("language")
+    for language in base.new_languages:
+        places = [place for place, name in enumerate(names) if find_language(name, base) == language.name]
+        some = np.flatnonzero(np.isin(languages, places))
+        some = some[np.linspace(0, len(some) - 1, min(len(some), MAX_COVERAGE_TEXTS)).astype(int)]
+        texts = rows.select(some).column("text")
+        say(f"New language {language.name} (id {language.codec_id}): {coverage(tokenizer, texts).describe()}")
+
+
+def say_long_rows(rows: StepDataset, settings: Settings) -> None:
     """Says how many rows do not fit into MAX_FRAMES_PER_BATCH."""
     max_frames = settings.max_frames_per_batch
-    lengths = rows.column("num_codec_frames")
+    lengths = rows.lengths()
     if max_frames and (num_long := int((lengths > max_frames).sum())):
         say(
             f"{num_long} training rows are longer than MAX_FRAMES_PER_BATCH={max_frames} (the longest has "
@@ -360,7 +442,8 @@ def describe_run(run: Run, attention: str) -> str:
     num_validation = len(run.validation) if run.validation else 0
     in_frames = settings.max_frames_per_batch is not None
     speakers = ", ".join(
-        f"{name} (codec row {row})" for name, row in zip(run.speakers.names, run.speakers.codec_rows, strict=True)
+        name if row is None else f"{name} (codec row {row})"
+        for name, row in zip(run.speakers.names, run.speakers.codec_rows, strict=True)
     )
     return "\n".join(
         [
@@ -556,18 +639,17 @@ def verify_roundtrip(run: Run, tracker: Tracker) -> None:
 
 def roundtrip_row(run: Run, row: dict[str, Any]) -> dict[str, Any]:
     """One training row as ``roundtrip.judge`` takes it: what the row was trained as."""
-    languages = run.base.talker_config.get("codec_language_id") or {}
-    try:
-        language = resolve_language(row["language"], languages) or "Auto"
-    except KeyError:
-        language = "Auto"
-    instruct = row["instruct"] if run.train.encoder.uses_instruct else None
-    codes = row["codes"].tolist()
-    return {
+    encoder: RowEncoder = run.train.encoder
+    spec = {
         "text": row["text"],
-        "audio_codes": codes,
-        "speaker": row["speaker"],
-        "language": language,
-        "instruct": instruct,
-        "is_streaming": run.train.encoder.is_streaming(row),
+        "audio_codes": row["codes"].tolist(),
+        "language": encoder.language_of(row) or "Auto",
+        "instruct": encoder.instruct_of(row),
+        "is_streaming": encoder.draws.is_streaming(row),
     }
+    if run.settings.export_type == "custom_voice":
+        return spec | {"speaker": row["speaker"]}
+    if "reference" not in row:  # streamed: one vector stands for the speaker
+        return spec | {"ref_audio": run.speakers.references[run.speakers.index[row["speaker"].lower()]][0]}
+    context = encoder.reference_of(row)
+    return spec | {"ref_audio": row["reference"].file, "ref_text": context.text if context else None}

@@ -138,6 +138,20 @@ class Settings(BaseSettings):
     speaker_name: str = _setting("reference_speaker", "speaker of rows that name none; the name to speak with later")
     ref_audio_path: UserPath | None = _setting(None, "reference clip for rows that name none; default one is chosen")
     ref_text: str | None = _setting(None, "transcript of REF_AUDIO_PATH; written into prepared rows")
+    speaker_embedding: Literal["mean", "first", "longest"] = _setting(
+        "mean", "vector of a speaker with several references: their mean, that of the first, or of the longest"
+    )
+    speaker_embedding_trainable: bool = _setting(
+        False, "the speakers' vectors train as well, from what the speaker encoder gives"
+    )
+    speaker_encoder_path: str | None = _setting(
+        None, "Base model (Hub id or folder) whose speaker encoder is used, where INIT_MODEL_PATH has none"
+    )
+    export_type: Literal["custom_voice", "base"] = _setting(
+        "custom_voice",
+        "what checkpoints are: custom_voice (speaks by name, generate_custom_voice) or base (keeps the speaker encoder "
+        "and clones, generate_voice_clone)",
+    )
     freeze_speaker_encoder: bool = _setting(
         True, "the encoder is only read before training; false is accepted and says so"
     )
@@ -169,6 +183,31 @@ class Settings(BaseSettings):
         "non_streaming",
         "how rows are laid out: non_streaming (the whole text first, generate_custom_voice's default), streaming (a "
         "text token a frame, non_streaming_mode=False), both (either for each row, drawn anew in every epoch)",
+    )
+    language_mix: float = _setting(
+        0.0,
+        "share of the rows with a language, drawn anew in every epoch, that train as Auto, so that both work",
+        ge=0,
+        le=1,
+    )
+    new_languages: str | None = _setting(
+        None,
+        "languages to add, such as hausa,yoruba; hausa:english starts from English, else from the mean of all",
+    )
+    instruct_dropout: float = _setting(
+        0.0, "share of the rows with an instruction, drawn anew in every epoch, that train without it", ge=0, le=1
+    )
+    icl_fraction: float = _setting(
+        0.0,
+        "share of the rows, drawn anew in every epoch, that train in context: behind the transcript and the codes of "
+        "their reference, as generate_voice_clone speaks; needs EXPORT_TYPE=base",
+        ge=0,
+        le=1,
+    )
+    reference_sampling: Literal["fixed", "same_speaker"] = _setting(
+        "fixed",
+        "EXPORT_TYPE=base: a row's reference is its ref_audio (fixed), or another clip of its speaker, drawn anew in "
+        "every epoch (same_speaker), so that cloning generalises",
     )
     sub_talker_loss_weight: float = _setting(0.3, "weight of codebooks 1-15 beside codebook 0", ge=0, le=100)
     sub_talker_frame_fraction: float = _setting(
@@ -246,6 +285,12 @@ class Settings(BaseSettings):
     def lora_words(self) -> list[str]:
         """The words of LORA_TARGETS."""
         return [word.strip() for word in self.lora_targets.split(",") if word.strip()]
+
+    def new_language_names(self) -> list[tuple[str, str | None]]:
+        """NEW_LANGUAGES as (name, the language that it starts from or None), in lower case."""
+        words = [word.strip().lower() for word in (self.new_languages or "").split(",") if word.strip()]
+        pairs = [word.partition(":") for word in words]
+        return [(name.strip(), relative.strip() or None) for name, _, relative in pairs]
 
     def rows_per_step(self, num_processes: int) -> int:
         """Rows of an optimizer step, over all processes."""
@@ -535,6 +580,41 @@ def _check_speaker(settings: Settings, _: int) -> str | None:
     return speaker_name_problem(settings.speaker_name)
 
 
+def _check_new_languages(settings: Settings, _: int) -> str | None:
+    names = [name for name, _ in settings.new_language_names()]
+    if settings.new_languages is not None and not names:
+        return "names no language"
+    for name in names:
+        if (
+            not name or not name.isprintable() or name == "auto" or "dialect" in name
+        ):  # what stock does not take for one
+            return f'"{name}" cannot be the name of a language; give names such as hausa,yoruba or hausa:english'
+    if repeated := [name for name in names if names.count(name) > 1]:
+        return f"names {repeated[0]} twice; keep one"
+    return None
+
+
+def _check_export_type(settings: Settings, _: int) -> str | None:
+    if settings.export_type == "custom_voice":
+        return None
+    if settings.speaker_embedding_trainable:
+        return "a base checkpoint takes vectors from its speaker encoder; set SPEAKER_EMBEDDING_TRAINABLE=false"
+    if settings.prefix_cache != "off" and (settings.reference_sampling == "same_speaker" or settings.icl_fraction % 1):
+        return "with other references in every epoch there is nothing to keep; set PREFIX_CACHE=off"
+    return None
+
+
+def _check_references(settings: Settings, _: int) -> str | None:
+    name = "ICL_FRACTION" if settings.icl_fraction else "REFERENCE_SAMPLING=same_speaker"
+    if not settings.icl_fraction and settings.reference_sampling == "fixed":
+        return None
+    if settings.export_type != "base":
+        return f"{name} is for EXPORT_TYPE=base; a custom_voice checkpoint clones nobody, its speakers have one vector"
+    if settings.data_mode == "direct":
+        return f"{name} needs all rows ahead, which DATA_MODE=direct does not have; set DATA_MODE=jsonl"
+    return None
+
+
 def _check_unbuilt_upload(settings: Settings, _: int) -> str | None:
     return (
         "uploading is not built yet; set it to false and upload the finished folder" if settings.upload_to_hub else None
@@ -546,6 +626,9 @@ def _check_prefix_cache(settings: Settings, _: int) -> str | None:
         return None
     if settings.lora_rank and {"attention", "mlp", "all"} & set(settings.lora_words()):
         return "there is nothing to keep, since adapters train in the lowest layer; set off, or LORA_TARGETS=sub_talker"
+    if settings.new_languages or settings.speaker_embedding_trainable:
+        name = "NEW_LANGUAGES" if settings.new_languages else "SPEAKER_EMBEDDING_TRAINABLE"
+        return f"there is nothing to keep, since what {name} trains stands below the first layer; set it to off"
     if settings.freeze_original_layers and not (settings.train_text_embedding or settings.train_codec_embedding):
         return None
     return (
@@ -593,6 +676,12 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("train_jsonl", "validation_jsonl"), _check_files),
     (("output_dir",), _check_output),
     (("speaker_name",), _check_speaker),
+    (("new_languages",), _check_new_languages),
+    (
+        ("export_type", "speaker_embedding_trainable", "prefix_cache", "reference_sampling", "icl_fraction"),
+        _check_export_type,
+    ),
+    (("icl_fraction", "reference_sampling", "export_type", "data_mode"), _check_references),
     (("upload_to_hub",), _check_unbuilt_upload),
     (("weights_precision", "mixed_precision", "optimizer"), _check_weights_precision),
     (("data_mode", "dataset_name"), _check_direct),
@@ -604,6 +693,8 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
             "train_codec_embedding",
             "lora_rank",
             "lora_targets",
+            "new_languages",
+            "speaker_embedding_trainable",
         ),
         _check_prefix_cache,
     ),

@@ -1,8 +1,12 @@
 """One fp32 vector per speaker, computed before training and exported bit for bit.
 
-Each distinct reference goes through the base's speaker encoder once and alone: references of different lengths cannot
-be batched, and padding would change the vector. A speaker's vector is the mean over its distinct references, rounded to
-the dtype that the export stores, so that what training inserts is what inference looks up.
+Each distinct reference goes through the speaker encoder once and alone: references of different lengths cannot be
+batched, and padding would change the vector. A speaker's vector is the mean over its distinct references (or that of
+one of them, SPEAKER_EMBEDDING), rounded to the dtype that the export stores, so that what training inserts is what
+inference looks up. Speakers that a custom_voice base knows already keep their rows.
+
+A checkpoint of EXPORT_TYPE=base has no rows for speakers: there every row of the data has the vector of its own
+reference (see ``references``), and the mean stands for the speaker where rows have none.
 """
 
 from __future__ import annotations
@@ -12,28 +16,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from finetuning.audio import SAMPLE_RATE_HZ, AudioError, load_audio
+from finetuning.audio import AudioError, audio_duration_seconds, load_audio
+from finetuning.base_model import Base, voice_encoder
 from finetuning.codec import FRAMES_PER_SECOND
+from finetuning.codec_rows import allocate_codec_rows
 from finetuning.console import say
 from finetuning.errors import UserError
 from finetuning.quality import BEST_REFERENCE_SECONDS, REFERENCE_SECONDS, cleanliness_db
 from finetuning.row_index import Manifest
 from finetuning.settings import Settings
-from finetuning.stock import import_qwen_tts
+from finetuning.voice import reference_vector
 
-if TYPE_CHECKING:
-    from finetuning.base_model import Base
-
-#: New speakers take free rows of the codec table from here up; the presets of the CustomVoice release lie below.
-FIRST_SPEAKER_ROW = 3000
 #: At most so many candidates are read, those nearest to 7.5 s first.
 MAX_REFERENCE_CANDIDATES = 32
 #: So many distinct references of a speaker are read at most; the mean over more would be the same voice.
@@ -49,13 +49,13 @@ class Speakers:
     Attributes:
         names: as the rows spell them; keys of the export are the lower-case forms.
         vectors: (num_speakers, H) float32, already rounded to the export's dtype.
-        codec_rows: each speaker's row of the codec table.
-        references: the distinct reference files of each; empty for a preset of the base.
+        codec_rows: each speaker's row of the codec table; None where checkpoints have no speakers (EXPORT_TYPE=base).
+        references: the distinct reference files that each vector was computed from; none for a speaker of the base.
     """
 
     names: Sequence[str]
     vectors: torch.Tensor
-    codec_rows: Sequence[int]
+    codec_rows: Sequence[int | None]
     references: Sequence[Sequence[str]]
 
     @property
@@ -71,58 +71,83 @@ def prepare_speakers(manifest: Manifest, model: Any, base: Base, settings: Setti
         UserError: no reference can be had, a name is a preset's, or the table is full.
     """
     names = manifest.distinct("speaker")
-    return make_speakers(names, lambda: find_references(manifest, names, settings), model, base)
+    return make_speakers(
+        names, lambda wanted: find_references(manifest, wanted, settings), model, base, settings=settings
+    )
 
 
 def make_speakers(
-    names: list[str], references_of: Callable[[], Mapping[str, Sequence[str]]], model: Any, base: Base
+    names: list[str],
+    references_of: Callable[[list[str]], Mapping[str, Sequence[str]]],
+    model: Any,
+    base: Base,
+    settings: Settings,
 ) -> Speakers:
     """``prepare_speakers`` for names and references that come from elsewhere.
 
     Args:
-        references_of: gives the reference files by name; not called for a base without a speaker encoder.
+        references_of: gives the reference files of some names; asked for new speakers only.
     """
-    presets = base.talker_config.get("spk_id") or {}
-    if not base.has_speaker_encoder:
-        return _preset_speakers(names, presets, model, base)
-    taken = [name for name in names if name.lower() in presets]
-    if taken:
-        raise UserError(f'speaker "{taken[0]}" is a preset of the base; use another name, so that the preset stays')
-    codec_rows = allocate_codec_rows(base.config, len(names))
-    references = references_of()
-    dtype = base.weight_dtypes()["talker.model.codec_embedding.weight"]
-    vectors = [_mean_vector(model, references[name]) for name in tqdm(names, desc="speakers", disable=len(names) < 4)]
-    stored = torch.stack(vectors).to(dtype).float()
-    return Speakers(names, stored, codec_rows, [references[name] for name in names])
-
-
-def _preset_speakers(names: list[str], presets: Mapping[str, int], model: Any, base: Base) -> Speakers:
-    """A custom_voice base has no speaker encoder; its own speakers can be trained further, with their stored rows."""
-    unknown = [name for name in names if name.lower() not in presets]
-    if unknown:
-        raise UserError(
-            f"INIT_MODEL_PATH: {base.name} is a custom_voice checkpoint without a speaker encoder, so speaker "
-            f'"{unknown[0]}" cannot get a vector; start from a Base model, or name one of its own speakers '
-            f"(SPEAKER_NAME or the rows' speaker): {', '.join(sorted(presets)) or 'it has none'}"
-        )
-    rows = [presets[name.lower()] for name in names]
+    stored = _stored_rows(names, base, settings)
+    new = [name for name in names if name not in stored]
+    rows = stored | dict(zip(new, _new_rows(new, base, settings), strict=True))
+    references = _chosen(references_of(new), settings.speaker_embedding) if new else {}
+    encoder = voice_encoder(model, base) if new else None
     table = model.talker.model.codec_embedding.weight.detach()
-    return Speakers(names, table[rows].float().cpu().clone(), rows, [[] for _ in names])
+    vectors = [
+        table[stored[name]].float().cpu() if name in stored else _mean_vector(encoder, references[name])
+        for name in tqdm(names, desc="speakers", disable=len(names) < 4)
+    ]
+    dtype = base.weight_dtypes()["talker.model.codec_embedding.weight"]
+    return Speakers(
+        names,
+        torch.stack(vectors).to(dtype).float(),
+        [rows[name] for name in names],
+        [list(references.get(name, ())) for name in names],
+    )
 
 
-def allocate_codec_rows(config: Mapping[str, Any], count: int) -> list[int]:
-    """Free rows of the codec table for new speakers: from 3000 up, none that the configuration names.
+def _stored_rows(names: Sequence[str], base: Base, settings: Settings) -> dict[str, int]:
+    """Rows of the speakers that a custom_voice base has; they are trained further as they are.
 
     Raises:
-        UserError: fewer rows are free.
+        UserError: others are named, and nothing can give them a vector; or a Base model has a preset of that name.
     """
-    talker = config["talker_config"]
-    used = {value for key, value in talker.items() if key.startswith("codec_") and isinstance(value, int)}
-    used |= set((talker.get("codec_language_id") or {}).values()) | set((talker.get("spk_id") or {}).values())
-    free = [row for row in range(FIRST_SPEAKER_ROW, talker["vocab_size"]) if row not in used]
-    if count > len(free):
-        raise UserError(f"{count} speakers, but the codec table has only {len(free)} free rows for new ones")
-    return free[:count]
+    if settings.export_type == "base":
+        return {}
+    presets = base.talker_config.get("spk_id") or {}
+    stored = {name: presets[name.lower()] for name in names if name.lower() in presets}
+    if stored and not base.is_custom_voice:
+        raise UserError(f'speaker "{next(iter(stored))}" is a preset of the base; use another name, so that it stays')
+    unknown = [name for name in names if name not in stored]
+    if unknown and not base.has_speaker_encoder:
+        raise UserError(
+            f"INIT_MODEL_PATH: {base.name} is a custom_voice checkpoint without a speaker encoder, so speaker "
+            f'"{unknown[0]}" cannot get a vector; name the Base model of its size in SPEAKER_ENCODER_PATH, or one of '
+            "its own speakers (SPEAKER_NAME or the rows' speaker): "
+            f"{', '.join(sorted(presets)) or 'it has none'}"
+        )
+    return stored
+
+
+def _new_rows(names: Sequence[str], base: Base, settings: Settings) -> list[int | None]:
+    if settings.export_type == "base":
+        return [None] * len(names)
+    return [*allocate_codec_rows(base.config, len(names))]
+
+
+def _chosen(references: Mapping[str, Sequence[str]], which: str) -> dict[str, list[str]]:
+    """What SPEAKER_EMBEDDING takes of each speaker's references."""
+    choose = {"mean": list, "first": lambda files: list(files[:1]), "longest": _longest}[which]
+    return {name: choose(files) for name, files in references.items()}
+
+
+def _longest(files: Sequence[str]) -> list[str]:
+    return [max(files, key=_seconds)] if len(files) > 1 else list(files)
+
+
+def _seconds(file: str) -> float:
+    return audio_duration_seconds(file) or 0.0  # reading it says what is wrong, if it is chosen
 
 
 # ------------------------------------------------------------------------------------------------------ references
@@ -213,32 +238,14 @@ def _cleanest(candidates: Sequence[str]) -> str | None:
 # --------------------------------------------------------------------------------------------------------- vectors
 
 
-def _mean_vector(model: Any, references: Sequence[str]) -> torch.Tensor:
-    return torch.stack([speaker_vector(model, path) for path in references]).mean(0)
+def _mean_vector(encoder: nn.Module, references: Sequence[str]) -> torch.Tensor:
+    return torch.stack([reference_vector(encoder, path) for path in references]).mean(0)
 
 
-@torch.no_grad()
 def speaker_vector(model: Any, reference: str | Path) -> torch.Tensor:
     """(H,) float32 on the CPU: the base's speaker encoder on one reference, as stock's extract_speaker_embedding.
 
     Raises:
         UserError: the reference cannot be used.
     """
-    try:
-        waveform = load_audio(reference)
-    except AudioError as error:
-        raise UserError(f"reference {reference}: {error}") from None
-    return voice_vector(model.speaker_encoder, waveform)
-
-
-@torch.no_grad()
-def voice_vector(encoder: nn.Module, waveform: np.ndarray) -> torch.Tensor:
-    """(num_samples,) float32 at 24 kHz -> (H,) float32 on the CPU: stock's ``extract_speaker_embedding`` in the
-    encoder's own precision, whatever the talker's is."""
-    import_qwen_tts()
-    from qwen_tts.core.models import Qwen3TTSForConditionalGeneration
-
-    weight = next(encoder.parameters())
-    model = SimpleNamespace(speaker_encoder=encoder, device=weight.device, dtype=weight.dtype)
-    vector = Qwen3TTSForConditionalGeneration.extract_speaker_embedding(model, waveform, SAMPLE_RATE_HZ)
-    return vector.float().cpu().clone()
+    return reference_vector(model.speaker_encoder, reference)

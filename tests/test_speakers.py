@@ -16,11 +16,11 @@ from reference import load_stock
 
 from finetuning.audio import load_audio
 from finetuning.base_model import Base, load_model, resolve_base
+from finetuning.codec_rows import allocate_codec_rows
 from finetuning.errors import UserError
 from finetuning.manifest import RowFormat
 from finetuning.row_index import Manifest, open_rows
 from finetuning.speakers import (
-    allocate_codec_rows,
     choose_reference,
     find_references,
     prepare_speakers,
@@ -220,7 +220,9 @@ def test_custom_voice_base(loaded: Any, manifest_of: Callable, make_settings: Ca
     """Its own speakers go on with their stored vectors; others cannot get one, and the message says what to do."""
     config = config_with(loaded.base, spk_id={"vivian": 3065}) | {"tts_model_type": "custom_voice"}
     base = with_config(loaded.base, config)
-    speakers = prepare_speakers(manifest_of([{"speaker": "Vivian"}, {"speaker": "Vivian"}]), loaded.model, base, None)
+    speakers = prepare_speakers(
+        manifest_of([{"speaker": "Vivian"}, {"speaker": "Vivian"}]), loaded.model, base, make_settings()
+    )
     assert speakers.codec_rows == [3065]
     assert torch.equal(speakers.vectors[0], loaded.model.talker.model.codec_embedding.weight[3065])
     with pytest.raises(UserError, match=r'speaker "anna" .* Base model.* vivian'):
