@@ -265,6 +265,8 @@ def dropout_as_on_a_gpu() -> Any:
 class BaseOnPaper:
     """What ``finetuning.memory`` reads of a base, from a configuration alone: all weights stored in bf16."""
 
+    new_languages = ()
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.talker_config = config["talker_config"]
         model = build_model(config, torch.device("meta"))

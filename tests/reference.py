@@ -35,6 +35,29 @@ def as_custom_voice(stock: Any, vector: torch.Tensor, name: str = "anna") -> Non
         stock.model.talker.model.codec_embedding.weight[SPEAKER_ROW] = vector
 
 
+@contextmanager
+def as_base(stock: Any) -> Iterator[None]:
+    """Lets a model of ``as_custom_voice`` clone inside."""
+    stock.model.tts_model_type = "base"
+    try:
+        yield
+    finally:
+        stock.model.tts_model_type = "custom_voice"
+
+
+def clone_item(vector: torch.Tensor, text: str | None, codes: torch.Tensor | None) -> Any:
+    """What ``create_voice_clone_prompt`` makes of a reference; without a text the vector alone is used.
+
+    Args:
+        vector: (H,) float32.
+        codes: (R, 16).
+    """
+    from qwen_tts.inference.qwen3_tts_model import VoiceClonePromptItem
+
+    is_in_context = text is not None
+    return VoiceClonePromptItem(codes if is_in_context else None, vector, not is_in_context, is_in_context, text)
+
+
 class _Captured(Exception):
     pass
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import unicodedata
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,19 +13,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHAPES
-from reference import as_custom_voice, captured_prompt, load_stock, stepwise_logits
+from reference import as_base, as_custom_voice, captured_prompt, clone_item, load_stock, stepwise_logits
 
 from finetuning.base_model import load_tokenizer
 from finetuning.dataset import collate
 from finetuning.objective import TrainingObjective, before_frames
 from finetuning.prompt import (
+    IGNORE,
     AlignedIds,
+    InContext,
     LayoutIds,
     append_frames,
     assistant_turn,
     build_prompt,
     instruct_turn,
     language_codec_id,
+    reference_turn,
 )
 from finetuning.tiny_model import embedded_model_folder
 
@@ -50,7 +54,13 @@ def case(request: pytest.FixtureRequest) -> SimpleNamespace:
 
 
 def our_prompt(
-    case: Any, text: str, language: str | None, speaker: str | None, instruct: str | None, is_streaming: bool = False
+    case: Any,
+    text: str,
+    language: str | None,
+    speaker: str | None,
+    instruct: str | None,
+    is_streaming: bool = False,
+    reference: tuple[str, torch.Tensor] | None = None,
 ) -> AlignedIds:
     tokenize = lambda turn: np.asarray(case.tokenizer(turn)["input_ids"])  # noqa: E731
     return build_prompt(
@@ -60,6 +70,7 @@ def our_prompt(
         language_id=language_codec_id(language, case.ids),
         has_speaker=speaker is not None,
         is_streaming=is_streaming,
+        reference=InContext(tokenize(reference_turn(reference[0])), reference[1].numpy()) if reference else None,
     )
 
 
@@ -118,6 +129,125 @@ def test_stock_drops_instructions_of_small_models_and_so_do_we(case: Any) -> Non
     uses_instruct = case.stock.model.tts_model_size != "0b6"
     prompt = our_prompt(case, TEXTS[0], None, "anna", INSTRUCT if uses_instruct else None)
     assert seen["inputs_embeds"].shape[1] == len(prompt.text)
+
+
+#: What references say, and their frames: fewer than, and more than the tokens of all texts.
+REFERENCES = (("Yes, of course.", 3), ("I said that, once.", 150), ("Oh", 9))
+
+
+def references(case: Any, is_in_context: bool = True) -> list[tuple[torch.Tensor, tuple[str, torch.Tensor] | None]]:
+    """Random vectors, and what stands in context."""
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for text, num_frames in REFERENCES:
+        vector = torch.randn(case.stock.model.config.talker_config.hidden_size, generator=generator)
+        codes = torch.randint(0, 2048, (num_frames, 16), generator=generator)
+        found.append((vector, (text, codes) if is_in_context else None))
+    return found
+
+
+def cloning_prompt(
+    case: Any, texts: Any, voices: Any, language: str | None, instruct: str | None, is_streaming: bool
+) -> dict:
+    """What generate_voice_clone hands on; it passes instructions through as ids."""
+    stock = case.stock
+    items = [clone_item(vector, *(context or (None, None))) for vector, context in voices]
+    turns = [stock._build_instruct_text(instruct)] * len(texts)
+    instructed = {"instruct_ids": stock._tokenize_texts(turns)} if instruct else {}
+    with as_base(stock), captured_prompt(stock) as seen:
+        stock.generate_voice_clone(
+            list(texts), language=language or "Auto", voice_clone_prompt=items, non_streaming_mode=not is_streaming,
+            **instructed,
+        )  # fmt: skip
+    return seen
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize(("language", "instruct"), list(itertools.product([None, "english"], [None, INSTRUCT])))
+@pytest.mark.parametrize("is_streaming", [False, True], ids=["whole text", "streaming"])
+@pytest.mark.parametrize("is_in_context", [False, True], ids=["vector only", "in context"])
+def test_cloning_prompts_equal_stock(
+    case: Any, language: str | None, instruct: str | None, is_streaming: bool, is_in_context: bool, padding_side: str
+) -> None:
+    """Each row with a reference of its own, in context or by its vector alone."""
+    voices = references(case, is_in_context)
+    want = cloning_prompt(case, TEXTS, voices, language, instruct, is_streaming)
+    prompts = [
+        our_prompt(case, text, language, "its own", instruct, is_streaming, context)
+        for text, (_, context) in zip(TEXTS, voices, strict=True)
+    ]
+    no_codes = np.zeros((0, 16), dtype=np.int64)
+    prompts = [replace(prompt, codes=prompt.codes if is_in_context else no_codes) for prompt in prompts]
+    batch = collate(prompts, [0] * len(TEXTS), padding_side=padding_side)
+    batch["row_vectors"] = torch.stack([vector for vector, _ in voices])
+    with torch.no_grad():
+        got = case.objective.input_embeddings(batch)
+    for index, prompt in enumerate(prompts):
+        length = int(want["attention_mask"][index].sum())
+        assert length == len(prompt.text)
+        ours = got[batch["row_starts"][index] : batch["row_starts"][index + 1]]
+        # Frames are sums of 17 embeddings, in another order.
+        torch.testing.assert_close(ours, want["inputs_embeds"][index, -length:], atol=1e-5, rtol=0)
+        # Beside the frames to come: the rest of the text, then tts_pad.
+        trailing = want["trailing_text_hidden"][index]
+        text = case.stock.model.talker.text_projection(
+            case.stock.model.talker.model.text_embedding(torch.tensor([*prompt.trailing, case.ids.tts_pad]))
+        )
+        torch.testing.assert_close(trailing[: len(text)], text[: len(trailing)], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["more text than frames", "more frames than text"])
+@pytest.mark.parametrize(("language", "instruct"), [(None, None), ("english", INSTRUCT)])
+@pytest.mark.parametrize("is_streaming", [False, True], ids=["whole text", "streaming"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_logits_in_context_equal_stepwise_decoding(
+    case: Any, language: str | None, instruct: str | None, is_streaming: bool, number: int, padded: bool
+) -> None:
+    """A whole row in context, alone and padded beside one without, against KV-cached decoding."""
+    codes = torch.randint(0, 2048, (13, 16), generator=torch.Generator().manual_seed(3))
+    voice = references(case)[number]
+    prompt = cloning_prompt(case, TEXTS[:1], [voice], language, instruct, is_streaming)
+    want_talker, want_sub_talker = stepwise_logits(case.stock, prompt, codes)
+    ours = our_prompt(case, TEXTS[0], language, "its own", instruct, is_streaming, voice[1])
+    row = append_frames(ours, codes.numpy(), case.ids)
+    assert (row.labels != IGNORE).sum() == len(codes) + 1  # the reference's frames are no labels
+    others = [append_frames(our_prompt(case, TEXTS[1], None, "anna", None), np.zeros((40, 16)), case.ids)] * padded
+    batch = collate([row, *others], [0] * (1 + len(others)))
+    batch["row_vectors"] = voice[0].expand(1 + len(others), -1)
+    num_reference = len(voice[1][1])
+    with torch.no_grad():
+        objective = case.objective
+        hidden = objective.hidden_states(batch)
+        talker = objective.talker_logits(hidden[batch["label_places"]])[: len(codes) + 1]
+        embedded = objective.code_embeddings(batch["codes"])[:, :-1]
+        sub_talker = objective.sub_talker_logits(hidden[before_frames(batch)], embedded)
+    torch.testing.assert_close(talker, want_talker, atol=1e-4, rtol=0)
+    own = slice(num_reference, num_reference + len(codes))
+    torch.testing.assert_close(sub_talker[own], want_sub_talker, atol=1e-4, rtol=0)
+
+
+def test_a_language_that_trains_stands_in_its_row(case: Any) -> None:
+    """The objective reads it from a vector of its own; stock, after the export, from the table."""
+    row, config, model = 2200, case.stock.model.config.talker_config, case.stock.model
+    vector = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(2))
+    ids = replace(case.ids, languages={**case.ids.languages, "hausa": row})
+    objective = TrainingObjective(
+        model.talker, case.objective.speaker_vectors, language_ids=torch.tensor([row]), language_vectors=vector
+    )
+    prompt = our_prompt(SimpleNamespace(ids=ids, tokenizer=case.tokenizer), TEXTS[0], "hausa", "anna", None)
+    prompt = append_frames(prompt, np.zeros((2, 16)), ids)
+    with torch.no_grad():
+        got = objective.input_embeddings(collate([prompt], [0]))
+        before = model.talker.model.codec_embedding.weight[row].clone()
+        model.talker.model.codec_embedding.weight[row] = vector[0]
+    config.codec_language_id["hausa"] = row
+    model.supported_languages = [*model.supported_languages, "hausa"]
+    want = stock_prompt(case, TEXTS[:1], "Hausa", "anna", None)["inputs_embeds"][0]
+    torch.testing.assert_close(got[: len(want)], want, atol=1e-6, rtol=0)
+    assert not torch.equal(before, vector[0])
+    with torch.no_grad():
+        model.talker.model.codec_embedding.weight[row] = before
+    del config.codec_language_id["hausa"]
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -1,0 +1,348 @@
+"""The reference of every row, where a checkpoint clones (EXPORT_TYPE=base): a vector, and what may stand in context.
+
+REFERENCE_SAMPLING says which: a row's own ``ref_audio``, else REF_AUDIO_PATH, else one clip of its speaker (fixed); or
+some other clip of its speaker, drawn anew in every epoch (same_speaker). The vectors are computed once and kept in
+``OUTPUT_DIR/rows/references-<key>/`` with the codes of references that are no clips of the rows; all processes read
+them from there, memory-mapped.
+
+A clip never stands in its own context: it would learn to copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from finetuning.audio import load_audio
+from finetuning.base_model import Base, voice_encoder
+from finetuning.codec import FRAMES_PER_SECOND, Codec
+from finetuning.console import say
+from finetuning.dataset import Reference
+from finetuning.disk import library_errors, new_folder, remove_folder
+from finetuning.draws import Draws
+from finetuning.errors import UserError
+from finetuning.quality import REFERENCE_SECONDS
+from finetuning.row_index import Manifest
+from finetuning.settings import Settings
+from finetuning.speakers import Speakers, choose_reference
+from finetuning.voice import reference_vector
+
+#: REFERENCE_SAMPLING=same_speaker draws among so many clips of a speaker, evenly spread over its rows.
+POOL_CLIPS = 100
+#: Raise it when the same key would hold something else.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The references of a run, each once.
+
+    Attributes:
+        files: absolute paths.
+        vectors: (num_references, H) float32.
+        texts: what each says; None where nobody knows.
+        rows: (num_references,) the training row whose clip it is, or -1.
+        encoded: (R, 16) codes of those that are no row's clip.
+        train: the training rows.
+    """
+
+    files: Sequence[str]
+    vectors: np.ndarray
+    texts: Sequence[str | None]
+    rows: np.ndarray
+    encoded: Mapping[int, np.ndarray]
+    train: Manifest
+
+    def reference(self, number: int, has_context: bool) -> Reference:
+        """One of them, with what stands in context where it may."""
+        vector, row, file = np.array(self.vectors[number]), int(self.rows[number]), self.files[number]
+        if not has_context:
+            return Reference(vector, file)
+        codes = self.train[row]["codes"] if row >= 0 else self.encoded[number]
+        return Reference(vector, file, self.texts[number], codes)
+
+    def num_frames(self) -> np.ndarray:
+        """(num_references,) of each, 0 where it was not encoded."""
+        frames = self.train.column("num_codec_frames")[np.maximum(self.rows, 0)]
+        encoded = [len(self.encoded.get(number, ())) for number in range(len(self.files))]
+        return np.where(self.rows >= 0, frames, encoded)
+
+
+@dataclass(frozen=True)
+class References:
+    """The references of a manifest's rows; see ``dataset.ReferenceSource``.
+
+    Attributes:
+        choices: speaker's number -> the clips (numbers in ``clips``) that its rows may have.
+        speakers: (num_rows,) each row's speaker.
+        fixed: (num_rows,) the clip that each row has, or -1 where it is drawn.
+        itself: (num_rows,) the number that the row's own clip has among the references, or -1.
+        in_context: whether rows may stand in context of their reference.
+    """
+
+    clips: Clips
+    choices: Sequence[np.ndarray]
+    speakers: np.ndarray
+    fixed: np.ndarray
+    itself: np.ndarray
+    in_context: bool
+
+    @property
+    def depends_on_epoch(self) -> bool:
+        return bool((self.fixed < 0).any())
+
+    def of(self, index: int, row: Mapping[str, Any], draws: Draws) -> Reference:
+        """The reference of the row at ``index``."""
+        itself, number = int(self.itself[index]), int(self.fixed[index])
+        if number < 0:
+            number = self._drawn(self.choices[self.speakers[index]], itself, row, draws)
+        return self.clips.reference(number, self.in_context and number != itself)
+
+    def context_frames(self) -> np.ndarray:
+        """(num_rows,) frames that stand in a row's context at most."""
+        if not self.in_context:
+            return np.zeros(len(self.fixed), dtype=np.int64)
+        frames = self.clips.num_frames()
+        longest = np.array([frames[choices].max(initial=0) for choices in self.choices], dtype=np.int64)
+        return np.where(self.fixed >= 0, frames[np.maximum(self.fixed, 0)], longest[self.speakers])
+
+    def of_speaker(self, number: int) -> np.ndarray:
+        """The references of a speaker's rows, in the order of first use."""
+        if len(self.choices[number]):
+            return self.choices[number]
+        used, first = np.unique(self.fixed[self.speakers == number], return_index=True)
+        return used[np.argsort(first)]
+
+    def _drawn(self, choices: np.ndarray, itself: int, row: Mapping[str, Any], draws: Draws) -> int:
+        others = choices[choices != itself]
+        if not len(others):
+            return int(choices[0])
+        return int(others[draws.one_of(row, len(others))])
+
+
+# ------------------------------------------------------------------------------------------------------- preparing
+
+
+def speakers_of(names: list[str], references: References) -> Speakers:
+    """Each speaker with the mean over its references, for where a row has none of its own; no rows of the table.
+
+    Args:
+        names: in the order of ``references.speakers``.
+    """
+    numbers = [references.of_speaker(number) for number in range(len(names))]
+    vectors = [torch.from_numpy(references.clips.vectors[some].mean(0)) for some in numbers]
+    files = [[references.clips.files[number] for number in some[:POOL_CLIPS]] for some in numbers]
+    return Speakers(names, torch.stack(vectors), [None] * len(names), files)
+
+
+def prepare_references(
+    train: Manifest,
+    validation: Manifest | None,
+    model: Any,
+    base: Base,
+    settings: Settings,
+    device: str,
+    is_main: bool = True,
+) -> tuple[References, References | None]:
+    """The references of the training and the validation rows. The main process computes what others read.
+
+    Args:
+        device: for the codec, where references have to be encoded.
+
+    Raises:
+        UserError: a speaker has no usable reference; or, for rows in context, no transcript of it is known.
+    """
+    plan = _Plan.drawn(train, settings) if settings.reference_sampling == "same_speaker" else None
+    plan = plan or _Plan.of_rows([rows for rows in (train, validation) if rows is not None], train, settings)
+    if settings.icl_fraction:
+        plan.check_texts(settings)
+    folder = settings.output_dir / "rows" / f"references-{plan.key(base, settings)}"
+    if is_main and not folder.is_dir():
+        _compute(folder, plan, model, base, settings, device)
+    clips = _load(folder, plan, train)
+    return plan.references(clips, train, settings), plan.references(clips, validation, settings) if validation else None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which references there are, before anything is computed.
+
+    Attributes:
+        files, texts, rows: as in ``Clips``.
+        lines: where each reference is named first, for messages.
+        of_file: path as the rows have it -> number; {} where references are drawn.
+        default: speaker's lower-case name -> number of the reference of rows that name none.
+        pools: speaker's lower-case name -> numbers to draw from; {} where references are fixed.
+        number_of: file -> its number.
+    """
+
+    files: list[str] = field(default_factory=list)
+    texts: list[str | None] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    of_file: dict[str, int] = field(default_factory=dict)
+    default: dict[str, int] = field(default_factory=dict)
+    pools: dict[str, list[int]] = field(default_factory=dict)
+    number_of: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of_rows(cls, manifests: Sequence[Manifest], train: Manifest, settings: Settings) -> _Plan:
+        """The references that rows name, and one for each speaker with rows that name none."""
+        plan, audio_rows = cls(), _rows_by_file(train)
+        spelling = {name.lower(): name for name in train.distinct("speaker")}
+        for manifest in manifests:
+            numbers = manifest.label_numbers("ref_audio")
+            _, first = np.unique(numbers, return_index=True)
+            firsts = manifest.select(np.sort(first[numbers[first] >= 0]))
+            for path, text, line in zip(
+                *(firsts.column(name) for name in ("ref_audio", "ref_text", "line")), strict=True
+            ):
+                plan.of_file.setdefault(path, plan._add(path, text, int(line), audio_rows, train))
+            names, speakers = manifest.labels("speaker")
+            for place in sorted(set(speakers[numbers < 0].tolist())):
+                if (name := names[place].lower()) not in plan.default:
+                    plan.default[name] = plan._default_of(spelling[name], settings, audio_rows, train)
+        return plan
+
+    @classmethod
+    def drawn(cls, train: Manifest, settings: Settings) -> _Plan:
+        """A pool of clips for every speaker."""
+        plan, audio_rows = cls(), {}
+        names, speakers = train.labels("speaker")
+        seconds, has_audio = train.column("num_codec_frames") / FRAMES_PER_SECOND, train.has("audio")
+        for place, name in enumerate(names):
+            rows = np.flatnonzero((speakers == place) & has_audio)
+            fitting = rows[(seconds[rows] >= REFERENCE_SECONDS[0]) & (seconds[rows] <= REFERENCE_SECONDS[1])]
+            clips = _spread(train, fitting)
+            clips = clips if len(clips) > 1 else _spread(train, rows)
+            if len(clips) < 2:
+                raise UserError(
+                    f'REFERENCE_SAMPLING: speaker "{name}" has {len(clips)} clip(s) whose audio file is there, two are '
+                    "needed to draw another one; set it to fixed, or leave the speaker out"
+                )
+            for row, path, text in clips:
+                audio_rows[_resolved(path)] = row
+                plan.pools.setdefault(name.lower(), []).append(plan._add(path, text, row, audio_rows, train))
+        return plan
+
+    def _add(self, path: str, text: str | None, line: int, audio_rows: Mapping[str, int], train: Manifest) -> int:
+        """The number of a file, new or known."""
+        file = _resolved(path)
+        if (number := self.number_of.get(file)) is not None:
+            self.texts[number] = self.texts[number] or text
+            return number
+        row = audio_rows.get(file, -1)
+        self.number_of[file] = len(self.files)
+        self.files.append(file)
+        self.rows.append(row)
+        self.texts.append(text or (train[row]["text"] if row >= 0 else None))
+        self.lines.append(line)
+        return len(self.files) - 1
+
+    def _default_of(self, speaker: str, settings: Settings, audio_rows: Mapping[str, int], train: Manifest) -> int:
+        path, text = settings.ref_audio_path, settings.ref_text
+        if path is None:
+            path, text = choose_reference(train, speaker), None
+        return self._add(str(path), text, 0, audio_rows, train)
+
+    def check_texts(self, settings: Settings) -> None:
+        """Raises UserError where rows in context would have nothing to read."""
+        silent = [number for number, text in enumerate(self.texts) if not text]
+        if silent:
+            line = self.lines[silent[0]]
+            where = f"{settings.train_jsonl} line {line}" if line else "REF_AUDIO_PATH"
+            raise UserError(
+                f"ICL_FRACTION: {len(silent)} of {len(self.files)} references have no transcript, the first of them "
+                f"{self.files[silent[0]]} ({where}); give the rows a ref_text (or set REF_TEXT), or set "
+                "REFERENCE_SAMPLING=same_speaker, which takes clips of the rows"
+            )
+
+    def key(self, base: Base, settings: Settings) -> str:
+        """A hash of all that is computed from."""
+        digest = hashlib.sha256(repr((_FORMAT, settings.icl_fraction > 0, str(base.encoder_source.folder))).encode())
+        for file, row in zip(self.files, self.rows, strict=True):
+            status = os.stat(file) if os.path.isfile(file) else None
+            digest.update(repr((file, row < 0, status and (status.st_size, status.st_mtime_ns))).encode())
+        return digest.hexdigest()[:16]
+
+    def references(self, clips: Clips, manifest: Manifest, settings: Settings) -> References:
+        """Each row's."""
+        names, speakers = manifest.labels("speaker")
+        files, places = manifest.labels("audio")
+        itself = np.array([self.number_of.get(_resolved(file), -1) for file in files] + [-1], dtype=np.int32)[places]
+        choices = [np.array(self.pools.get(name.lower(), ()), dtype=np.int32) for name in names]
+        fixed = np.full(len(manifest), -1, dtype=np.int32)
+        if not self.pools:
+            files, places = manifest.labels("ref_audio")
+            numbers = np.array([self.of_file[file] for file in files] + [-1], dtype=np.int32)[places]
+            defaults = np.array([self.default.get(name.lower(), -1) for name in names], dtype=np.int32)[speakers]
+            fixed = np.where(numbers >= 0, numbers, defaults)
+        return References(clips, choices, speakers, fixed, itself, settings.icl_fraction > 0)
+
+
+def _rows_by_file(train: Manifest) -> dict[str, int]:
+    """Audio file -> the training row whose clip it is."""
+    files, places = train.labels("audio")
+    first = dict(zip(*(array.tolist() for array in np.unique(places, return_index=True)), strict=True))
+    return {_resolved(file): first[place] for place, file in enumerate(files)}
+
+
+def _spread(train: Manifest, rows: np.ndarray) -> list[tuple[int, str, str]]:
+    """(row, audio, text) of POOL_CLIPS rows at most, evenly spread, whose audio file is there."""
+    if len(rows) > POOL_CLIPS:
+        rows = rows[np.linspace(0, len(rows) - 1, POOL_CLIPS).astype(int)]
+    part = train.select(rows)
+    found = zip(rows.tolist(), part.column("audio"), part.column("text"), strict=True)
+    return [(row, path, text) for row, path, text in found if os.path.isfile(path)]
+
+
+def _resolved(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+# ------------------------------------------------------------------------------------------------------- on disk
+
+
+def _compute(folder: Path, plan: _Plan, model: Any, base: Base, settings: Settings, device: str) -> None:
+    """Writes the folder, and removes those of other references."""
+    encoder = voice_encoder(model, base)
+    vectors = [reference_vector(encoder, file) for file in tqdm(plan.files, desc="references", disable=None)]
+    outside = [number for number, row in enumerate(plan.rows) if row < 0]
+    codes = _encode([plan.files[number] for number in outside], base, settings, device) if settings.icl_fraction else []
+    for other in folder.parent.glob("references-*"):
+        remove_folder(other)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as unfinished, library_errors():
+        np.save(unfinished / "vectors.npy", torch.stack(vectors).numpy())
+        named = {str(number): torch.from_numpy(clip) for number, clip in zip(outside, codes, strict=False)}
+        save_file(named, unfinished / "codes.safetensors")
+
+
+def _encode(files: Sequence[str], base: Base, settings: Settings, device: str) -> list[np.ndarray]:
+    if not files:
+        return []
+    if settings.data_mode == "none":
+        raise UserError(
+            f"ICL_FRACTION: {len(files)} references are no clips of the rows and would have to be encoded, which "
+            f"DATA_MODE=none never does (the first is {files[0]}); set DATA_MODE=jsonl"
+        )
+    say(f"encoding {len(files)} references")
+    codec = Codec(base.codec_folder, device)
+    return [codec.encode([load_audio(file)])[0] for file in files]
+
+
+def _load(folder: Path, plan: _Plan, train: Manifest) -> Clips:
+    if not folder.is_dir():
+        raise UserError(f"OUTPUT_DIR: {folder} is not there; all processes must see OUTPUT_DIR")
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+    encoded = {int(name): codes.numpy() for name, codes in load_file(folder / "codes.safetensors").items()}
+    return Clips(plan.files, vectors, plan.texts, np.array(plan.rows, dtype=np.int64), encoded, train)
