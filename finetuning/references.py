@@ -323,7 +323,10 @@ def _compute(folder: Path, plan: _Plan, model: Any, base: Base, settings: Settin
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as unfinished, library_errors():
         np.save(unfinished / "vectors.npy", torch.stack(vectors).numpy())
-        named = {str(number): torch.from_numpy(clip) for number, clip in zip(outside, codes, strict=False)}
+        named = {
+            str(number): torch.from_numpy(np.ascontiguousarray(clip))
+            for number, clip in zip(outside, codes, strict=False)
+        }
         save_file(named, unfinished / "codes.safetensors")
 
 

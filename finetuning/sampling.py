@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from finetuning.balance import SpeakerBalance, rows_by_label
+
 #: One process's micro-batches of one optimizer step, as row indices; an empty one keeps the process in step.
 StepPlan = list[list[int]]
 
@@ -99,14 +101,16 @@ class StepSampler:
     """The plan of every epoch: a pure function of its fields, the epoch's number, and the position inside it.
 
     Rows are shuffled, then grouped by length inside windows of many steps, so that a micro-batch pads little and the
-    order stays random; each row is visited once an epoch. A micro-batch is cut from such rows for all processes
-    together and then dealt to them: ``batch_size x processes`` rows, or as many as keep every process within
-    ``max_frames``. A step takes the next ``accumulation`` of them, the last one what is left. One process with batch
-    size 2b and two with b see the same rows in the same steps.
+    order stays random; each row is visited once an epoch, unless speakers are balanced. A micro-batch is cut from such
+    rows for all processes together and then dealt to them: ``batch_size x processes`` rows, or as many as keep every
+    process within ``max_frames``. A step takes the next ``accumulation`` of them, the last one what is left. One
+    process with batch size 2b and two with b see the same rows in the same steps.
 
     Attributes:
         lengths: (num_rows,) int, codec frames of every row.
         batch_size, max_frames: see ``Geometry``.
+        balance: which rows an epoch visits, as many as there are; None for each once.
+        curriculum_epochs: so many epochs visit their rows in the order of their lengths, shortest first.
     """
 
     lengths: np.ndarray
@@ -116,6 +120,8 @@ class StepSampler:
     seed: int = 0
     window_steps: int = 32
     max_frames: int | None = None
+    balance: SpeakerBalance | None = None
+    curriculum_epochs: int = 0
 
     @property
     def geometry(self) -> Geometry:
@@ -151,7 +157,7 @@ class StepSampler:
                 another geometry left are planned anew.
         """
         gone, num_steps = split_position(done, self.geometry)
-        rows = np.arange(len(self.lengths), dtype=np.int32)
+        rows = self.balance.rows(epoch) if self.balance else np.arange(len(self.lengths), dtype=np.int32)
         for stage, part in enumerate(gone):
             order, bounds = self._order(rows, part.geometry, epoch, stage)
             num_batches = min(part.num_steps * part.geometry.accumulation, len(bounds) - 1)
@@ -163,11 +169,14 @@ class StepSampler:
         """The rows in the order in which a plan visits them, and the bounds of its micro-batches; see ``StepPlans``.
 
         Args:
-            rows: sorted.
+            rows: sorted; a row may stand there more than once.
             stage: how often the geometry has changed inside this epoch.
         """
         generator = np.random.default_rng([self.seed, epoch, stage])
         order = rows[generator.permutation(len(rows))]
+        if epoch < self.curriculum_epochs:
+            order = order[np.argsort(self.lengths[order], kind="stable")]
+            return order, self._cut(order, geometry)[0]
         window, sizes = self._rows_per_window(geometry), [np.zeros(0, dtype=np.int32)]
         for start in range(0, len(order), window):
             part = order[start : start + window]
@@ -278,31 +287,58 @@ class StepPlans(Sequence[StepPlan]):
 
 
 def sequential_plan(
-    num_rows: int, batch_size: int, process: int = 0, num_processes: int = 1, equal: bool = False
+    num_rows: int,
+    batch_size: int,
+    process: int = 0,
+    num_processes: int = 1,
+    equal: bool = False,
+    groups: np.ndarray | None = None,
 ) -> StepPlans:
-    """Every row once, in file order, one micro-batch of so many rows a step, for validation.
+    """Every row once, one micro-batch of so many rows a step, for validation.
 
     Args:
         equal: all processes get as many steps, the last of some without a row; else their numbers may differ.
+        groups: (num_rows,) int; no micro-batch has rows of two groups, and group follows group. None for one group.
+            Within a group rows come in file order.
     """
-    return _dealt_in_turn(bounds_by_rows(num_rows, batch_size), process, num_processes, equal)
+    parts = _groups_of(num_rows, groups)
+    bounds = [bounds_by_rows(len(rows), batch_size) for rows in parts]
+    return _dealt_in_turn(parts, bounds, process, num_processes, equal)
 
 
 def sequential_plan_by_frames(
-    lengths: np.ndarray, max_frames: int, process: int = 0, num_processes: int = 1, equal: bool = False
+    lengths: np.ndarray,
+    max_frames: int,
+    process: int = 0,
+    num_processes: int = 1,
+    equal: bool = False,
+    groups: np.ndarray | None = None,
 ) -> StepPlans:
     """The same with micro-batches of at most so many codec frames, or a single row.
 
     Args:
         lengths: (num_rows,) codec frames of every row.
     """
-    return _dealt_in_turn(bounds_by_frames(lengths, max_frames), process, num_processes, equal)
+    parts = _groups_of(len(lengths), groups)
+    bounds = [bounds_by_frames(lengths[rows], max_frames) for rows in parts]
+    return _dealt_in_turn(parts, bounds, process, num_processes, equal)
 
 
-def _dealt_in_turn(bounds: np.ndarray, process: int, num_processes: int, equal: bool) -> StepPlans:
-    """Micro-batch after micro-batch to one process after the other."""
-    sizes = np.diff(bounds)
-    rows = np.arange(bounds[-1], dtype=np.int32)
+def _groups_of(num_rows: int, groups: np.ndarray | None) -> list[np.ndarray]:
+    """The rows of each group, sorted."""
+    return [np.arange(num_rows, dtype=np.int32)] if groups is None else rows_by_label(groups)
+
+
+def _dealt_in_turn(
+    parts: Sequence[np.ndarray], bounds: Sequence[np.ndarray], process: int, num_processes: int, equal: bool
+) -> StepPlans:
+    """Micro-batch after micro-batch to one process after the other.
+
+    Args:
+        parts, bounds: rows, and the bounds of the micro-batches that each part of them is cut into.
+    """
+    sizes = np.concatenate([np.zeros(0, dtype=np.int32), *map(np.diff, bounds)])
+    rows = np.concatenate([np.zeros(0, dtype=np.int32), *parts])
     rows = rows[np.repeat(np.arange(len(sizes)) % num_processes == process, sizes)]
     least_steps = -(-len(sizes) // num_processes) if equal else 0
     return StepPlans(rows, _bounds_of(sizes[process::num_processes]), least_steps=least_steps)

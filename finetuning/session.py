@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from finetuning.adapters import add_adapters
+from finetuning.balance import SpeakerBalance, describe_shares
 from finetuning.base_model import (
     Base,
     choose_attention,
@@ -293,6 +294,7 @@ def build_run(
             say_row_notes(rows.train, base, settings)
             say_coverage(rows.train, base, encoder.tokenizer)
             say_long_rows(train.dataset, settings)
+            say_order(rows.train, settings)
         say(describe_run(run, attention))
     return run
 
@@ -364,8 +366,19 @@ def make_steps(
     dataset = StepDataset(rows.train, encoder, references=references)
     lengths, batch_size = dataset.lengths(), 0 if max_frames else settings.batch_size
     processes, seed = accelerator.num_processes, settings.seed
-    sampler = StepSampler(lengths, batch_size, accumulation, processes, seed, max_frames=max_frames)
+    order = {
+        "balance": make_balance(rows.train, settings),
+        "curriculum_epochs": settings.curriculum_epochs if settings.curriculum == "short_first" else 0,
+    }
+    sampler = StepSampler(lengths, batch_size, accumulation, processes, seed, max_frames=max_frames, **order)
     return MappedSteps(dataset, sampler, accelerator.process_index, settings.num_workers, fraction)
+
+
+def make_balance(rows: Manifest, settings: Settings) -> SpeakerBalance | None:
+    """What SPEAKER_BALANCE makes of an epoch; None where it takes every row once."""
+    if not settings.speaker_balance:
+        return None
+    return SpeakerBalance(rows.labels("speaker")[1], settings.speaker_balance, settings.seed)
 
 
 def make_row_encoder(settings: Settings, base: Base, speakers: Speakers) -> RowEncoder:
@@ -434,6 +447,15 @@ def say_long_rows(rows: StepDataset, settings: Settings) -> None:
             f"{num_long} training rows are longer than MAX_FRAMES_PER_BATCH={max_frames} (the longest has "
             f"{lengths.max()} frames): each is a micro-batch alone"
         )
+
+
+def say_order(rows: Manifest, settings: Settings) -> None:
+    """Says, of several speakers, how many clips each has and how much of an epoch; and what CURRICULUM does."""
+    names, speakers = rows.labels("speaker")
+    if len(names) > 1:
+        say(describe_shares(names, np.bincount(speakers).tolist(), settings.speaker_balance))
+    if settings.curriculum == "short_first":
+        say(f"CURRICULUM: {settings.curriculum_epochs} epoch(s) with the shortest clips first, then shuffled ones")
 
 
 def describe_run(run: Run, attention: str) -> str:

@@ -114,6 +114,17 @@ class Settings(BaseSettings):
     )
     max_train_samples: OptionalCount = _setting(None, "use only the first so many training rows; default all")
     max_eval_samples: OptionalCount = _setting(None, "use only the first so many validation rows; default all")
+    speaker_balance: float = _setting(
+        0.0,
+        "how far speakers are balanced: 0 (every clip once an epoch) to 1 (each speaker has the same share of an "
+        "epoch); between, n clips have a share like n^(1 - SPEAKER_BALANCE)",
+        ge=0,
+        le=1,
+    )
+    curriculum: Literal["none", "short_first"] = _setting(
+        "none", "none, or short_first: the first epochs take the clips in the order of their length, shortest first"
+    )
+    curriculum_epochs: Count = _setting(1, "so many epochs are in that order, the others are shuffled")
     text_column: ColumnName = _setting("text", "row key or column of the transcript")
     audio_column: ColumnName = _setting("audio", "row key or column of the audio file")
     speaker_column: ColumnName | None = _setting(None, "row key or column of the speaker; default the key speaker")
@@ -656,6 +667,20 @@ def _check_weights_precision(settings: Settings, _: int) -> str | None:
     return None
 
 
+def _check_speaker_balance(settings: Settings, _: int) -> str | None:
+    if settings.speaker_balance and settings.data_mode == "direct":
+        return (
+            "needs to know all clips of a speaker ahead, which DATA_MODE=direct does not; set it to 0, or prepare them"
+        )
+    return None
+
+
+def _check_curriculum(settings: Settings, _: int) -> str | None:
+    if settings.curriculum != "none" and settings.data_mode == "direct":
+        return "needs the lengths of all clips ahead, which DATA_MODE=direct does not know; set none, or prepare them"
+    return None
+
+
 def _check_direct(settings: Settings, _: int) -> str | None:
     if settings.data_mode == "direct" and not settings.is_set("dataset_name"):
         return "direct streams a dataset; name it in DATASET_NAME"
@@ -685,6 +710,8 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("upload_to_hub",), _check_unbuilt_upload),
     (("weights_precision", "mixed_precision", "optimizer"), _check_weights_precision),
     (("data_mode", "dataset_name"), _check_direct),
+    (("speaker_balance", "data_mode"), _check_speaker_balance),
+    (("curriculum", "data_mode"), _check_curriculum),
     (
         (
             "prefix_cache",

@@ -19,6 +19,9 @@ from finetuning.console import say
 from finetuning.dataset import SkippedRow
 from finetuning.settings import Settings
 
+#: More speakers than this are not told one by one, only those with the highest validation losses.
+MAX_SPEAKERS_TOLD, NUM_WORST_TOLD = 4, 3
+
 
 class Tracker:
     """Logs of one run; on processes other than the main one it does nothing.
@@ -97,8 +100,12 @@ class Tracker:
         except (OSError, ValueError, LookupError, TypeError):
             return []
 
-    def log_validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Appends to validation_log.jsonl and says the main figures."""
+    def log_validation(self, step: int, epoch: int, metrics: dict[str, Any]) -> None:
+        """Appends to validation_log.jsonl and says the main figures.
+
+        Args:
+            metrics: see ``Validator.evaluate``.
+        """
         figures = {name: value for name, value in metrics.items() if name != "loss"}
         self._append(
             "validation_log.jsonl", {"step": step, "epoch": epoch, "loss": metrics["loss"], "metrics": figures}
@@ -107,6 +114,7 @@ class Tracker:
             say(
                 f"Epoch {epoch} | Step {step} | Validation loss: {metrics['loss']:.4f} | "
                 f"accuracy: {metrics['accuracy']:.1%} (codebook 0), {metrics['sub_talker_accuracy']:.1%} (1-15)"
+                f"{told_of_speakers(metrics.get('speakers', {}))}"
             )
         self._log_wandb("validation", {"step": step, **metrics})
 
@@ -126,8 +134,7 @@ class Tracker:
     def _append(self, file: str, record: dict[str, Any]) -> None:
         if not self.is_main:
             return
-        record = {key: _json_value(value) for key, value in record.items()}  # NaN and inf are no JSON
-        record = {**record, "timestamp": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
+        record = {**_json_value(record), "timestamp": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
         self._pending.setdefault(file, []).append(json.dumps(record) + "\n")
         self._num_lines[file] = self._num_lines.get(file, 0) + 1
         try:
@@ -153,8 +160,7 @@ class Tracker:
 
     def _log_wandb(self, group: str, record: dict[str, Any]) -> None:
         if self._wandb is not None:
-            numbers = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
-            named = {f"{group}/{key}": value for key, value in numbers.items()}
+            named = flattened({key: value for key, value in record.items() if key != "step"}, group)
             self._try_wandb(self._wandb.log, named, step=record["step"])
 
     def _try_wandb(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
@@ -221,7 +227,38 @@ def _has_wandb_key() -> bool:
     return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(host))
 
 
+def told_of_speakers(figures: Mapping[str, Mapping[str, float]]) -> str:
+    """The validation losses of the speakers for the end of a line; of many only the highest. Nothing for one speaker.
+
+    Args:
+        figures: name -> figures; see ``Validator.evaluate``.
+    """
+    losses = {name: of_speaker["loss"] for name, of_speaker in figures.items()}
+    if len(losses) < 2:
+        return ""
+    heading = "speakers"
+    if len(losses) > MAX_SPEAKERS_TOLD:
+        heading = f"highest of {len(losses)} speakers"
+        worst = sorted(losses, key=lambda name: math.inf if math.isnan(losses[name]) else losses[name], reverse=True)
+        losses = {name: losses[name] for name in worst[:NUM_WORST_TOLD]}
+    return f" | {heading}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+
+
+def flattened(record: Mapping[str, Any], path: str) -> dict[str, int | float]:
+    """The numbers of a record under their paths: ``validation/loss``, ``validation/speakers/anna/loss``."""
+    numbers: dict[str, int | float] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            numbers |= flattened(value, f"{path}/{key}")
+        elif isinstance(value, (int, float)):
+            numbers[f"{path}/{key}"] = value
+    return numbers
+
+
 def _json_value(value: Any) -> Any:
+    """With None for NaN and infinite numbers, which are no JSON."""
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,4 +1,4 @@
-"""Validation loss and accuracies, summed exactly over all rows and processes."""
+"""Validation loss and accuracies, of all rows and of each speaker's, summed exactly over all rows and processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from finetuning.console import say
@@ -19,16 +20,24 @@ from finetuning.stepping import sum_dtype
 
 
 class Validator:
-    """Evaluates the objective on all validation rows; every process takes its share."""
+    """Evaluates the objective on all validation rows; every process takes its share.
+
+    Where the training has several speakers, no batch holds rows of two, so that its sums are those of one speaker.
+    """
 
     def __init__(self, settings: Settings, accelerator: Any, dataset: StepDataset) -> None:
         self.settings, self.accelerator, self.dataset = settings, accelerator, dataset
         self._said: set[SkippedRow] = set()
+        # None and no labels where there is one speaker: its figures are those of all rows.
+        self._speakers: list[str] | None = None
+        self._labels: np.ndarray | None = None
+        if len(dataset.encoder.speaker_index) > 1:
+            self._speakers, self._labels = dataset.manifest.labels("speaker")
 
     @torch.no_grad()
     def evaluate(
         self, objective: TrainingObjective, num_parts: int = 1, should_stop: Callable[[], bool] = lambda: False
-    ) -> dict[str, float] | None:
+    ) -> dict[str, Any] | None:
         """Means over the tokens of all batches of all processes.
 
         Args:
@@ -38,7 +47,9 @@ class Validator:
 
         Returns:
             ``loss`` (talker + weight x sub-talker), ``talker_loss``, ``sub_talker_loss``, ``perplexity`` and
-            ``accuracy`` of codebook 0, ``sub_talker_accuracy`` (mean over codebooks 1-15). None when it was stopped.
+            ``accuracy`` of codebook 0, ``sub_talker_accuracy`` (mean over codebooks 1-15). Where the training has
+            several speakers also ``speakers``: name -> ``loss``, ``talker_loss``, ``sub_talker_loss``, ``accuracy`` and
+            ``num_rows`` of that speaker's rows. None when it was stopped.
         """
         was_training = objective.training
         objective.eval()
@@ -51,14 +62,16 @@ class Validator:
     def _totals(
         self, objective: TrainingObjective, num_parts: int, should_stop: Callable[[], bool]
     ) -> torch.Tensor | None:
-        """(6,) float64, of this process; see ``_sums``. None when it was stopped."""
-        totals = torch.zeros(6, dtype=torch.float64)
-        for step in self._steps(is_sharded(objective)):
+        """(num_speakers, 7) float64, of this process; see ``_sums``. None when it was stopped."""
+        totals = torch.zeros(len(self._speakers or [""]), 7, dtype=torch.float64)
+        steps = self._steps(is_sharded(objective))
+        for (rows,), step in zip(steps.sampler, steps, strict=True):  # its plan, and what the loader makes of it
             self._say_skipped(step)
+            speaker = self._labels[rows[0]] if rows and self._labels is not None else 0
             for batch in split_batch(*step.batches, num_parts):
                 if should_stop():
                     return None
-                totals += batch["weight"] * self._sums(objective, batch)
+                totals[speaker] += batch["weight"] * self._sums(objective, batch)
         return totals
 
     def _say_skipped(self, step: Step) -> None:
@@ -68,28 +81,47 @@ class Validator:
 
     def _steps(self, equal: bool) -> Any:
         """Sharded processes gather parameters in every forward, so they need equal numbers of batches."""
-        shares = (self.accelerator.process_index, self.accelerator.num_processes, equal)
+        shares = (self.accelerator.process_index, self.accelerator.num_processes, equal, self._labels)
         if max_frames := self.settings.max_frames_per_batch:
-            lengths = self.dataset.manifest.column("num_codec_frames")
+            lengths = self.dataset.lengths()
             plan = sequential_plan_by_frames(lengths, max_frames, *shares)
         else:
             plan = sequential_plan(len(self.dataset), self.settings.batch_size, *shares)
         return step_loader(self.dataset, plan, self.settings.num_workers)
 
     def _sums(self, objective: TrainingObjective, batch: Batch) -> torch.Tensor:
-        """(6,) float64: both losses, both numbers of right predictions, both numbers of labels."""
+        """(7,) float64: both losses, both numbers of right predictions, both numbers of labels, the number of rows."""
         with self.accelerator.autocast():
             sums = objective(to_device(batch, self.accelerator.device))
         names = ("talker_loss", "sub_talker_loss", "talker_correct", "sub_talker_correct")
-        return torch.tensor([*(sums[name].sum().item() for name in names), *count_tokens([batch])], dtype=torch.float64)
+        values = [sums[name].sum().item() for name in names]
+        return torch.tensor([*values, *count_tokens([batch]), len(batch["lines"])], dtype=torch.float64)
 
-    def _means(self, totals: torch.Tensor) -> dict[str, float]:
+    def _means(self, totals: torch.Tensor) -> dict[str, Any]:
+        """What ``evaluate`` gives, from the sums of this process."""
         device = self.accelerator.device
-        totals = totals.to(device, sum_dtype(device))
-        totals = self.accelerator.reduce(totals, reduction="sum").tolist()
-        talker, sub_talker, right, sub_right, num_talker, num_sub_talker = totals
-        if not num_talker:
+        totals = self.accelerator.reduce(totals.to(device, sum_dtype(device)), reduction="sum").cpu().double()
+        figures = self._figures(totals.sum(0))
+        if figures is None:
             raise UserError("none of the validation rows can be read; prepare them again, or set VALIDATION_FRACTION=0")
+        if self._speakers is not None:
+            figures["speakers"] = self._figures_of_speakers(totals)
+        return figures
+
+    def _figures_of_speakers(self, totals: torch.Tensor) -> dict[str, dict[str, float]]:
+        """Of all that have a row that could be read."""
+        shown = ("loss", "talker_loss", "sub_talker_loss", "accuracy")
+        found = {}
+        for name, sums in zip(self._speakers, totals, strict=True):
+            if figures := self._figures(sums):
+                found[name] = {key: figures[key] for key in shown} | {"num_rows": int(sums[-1])}
+        return found
+
+    def _figures(self, sums: torch.Tensor) -> dict[str, float] | None:
+        """Means over the tokens, from (7,) sums; None where there are none."""
+        talker, sub_talker, right, sub_right, num_talker, num_sub_talker, _ = sums.tolist()
+        if not num_talker:
+            return None
         talker, sub_talker = talker / num_talker, sub_talker / num_sub_talker
         return {
             "loss": talker + self.settings.sub_talker_loss_weight * sub_talker,

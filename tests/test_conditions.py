@@ -101,3 +101,35 @@ def test_another_speaker_language_or_instruction_does_not(voices: Any) -> None:
     assert max(voices.wrong) < 0.2
 
 
+# ------------------------------------------------------------------------------------------------------- cloning
+
+REFERENCES = ((3, "She sells fresh bread."), (9, "The museum on the hill is closed on Monday."))
+
+
+@pytest.fixture(scope="module")
+def cloned(codes: list, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A base checkpoint, trained in and out of context and in both layouts, and what stock made of its rows."""
+    folder = tmp_path_factory.mktemp("cloned")
+    texts = (TEXT, TEXT, "Turn left at the church.", "Keep the change.")
+    rows = [
+        {"text": text, "audio_codes": some, "language": "English", "speaker": "anna"}
+        | {"ref_audio": clip(REFERENCES[number % 2][0]), "ref_text": REFERENCES[number % 2][1]}
+        for number, (text, some) in enumerate(zip(texts, codes, strict=False))
+    ]
+    made = trained(folder, rows, num_epochs=480, export_type="base", icl_fraction=0.5, train_layout="both")
+    variants = [{"is_streaming": layout} | context for layout in (False, True) for context in ({}, {"ref_text": None})]
+    spec = [
+        {name: value for name, value in (row | variant).items() if name != "speaker"}
+        for variant in variants
+        for row in rows
+    ]
+    others = [row | {"ref_audio": clip(REFERENCES[1][0]), "ref_text": REFERENCES[1][1]} for row in spec[:1]]
+    result = judged(folder, made.last, spec + others)
+    made.rows, made.right, made.wrong = rows, result["rows"][: len(spec)], result["rows"][len(spec) :]
+    return made
+
+
+def test_a_base_export_clones_in_and_out_of_context(cloned: Any) -> None:
+    print(cloned.right, cloned.wrong)
+    assert sum(cloned.right) / len(cloned.right) >= 0.99
+    assert max(cloned.wrong) < 0.2  # the other reference: the other row of that sentence

@@ -365,6 +365,8 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "precision": ({"mixed_precision": "bf16"}, "MIXED_PRECISION was no, is bf16"),
     "limit": ({"max_train_samples": 5}, "MAX_TRAIN_SAMPLES was unset, is 5"),
     "frozen": ({"freeze_original_layers": True}, "FREEZE_ORIGINAL_LAYERS was false, is true"),
+    "balance": ({"speaker_balance": 0.5}, "SPEAKER_BALANCE was 0.0, is 0.5"),
+    "curriculum": ({"curriculum": "short_first"}, "CURRICULUM was none, is short_first"),
     "rows": ({"batch_size": 4}, r"BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS x processes was 4, is 8 (rows of a step)"),
 }
 

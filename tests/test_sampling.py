@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -324,6 +325,58 @@ def test_sequential_plans_by_frames(num_rows: int, num_processes: int, equal: bo
     for process, plan in enumerate(plans):
         own = [[batch] for batch in batches[process::num_processes]]
         assert list(plan) == own + [[[]]] * (most - len(own) if equal else 0)
+
+
+@pytest.mark.parametrize("by_frames", [False, True])
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("num_processes", [1, 3, 4])
+def test_sequential_plans_keep_groups_apart(num_processes: int, equal: bool, by_frames: bool) -> None:
+    """Group after group, each cut as it would be alone, and dealt on from where the group before it ended."""
+    groups = np.random.default_rng(2).integers(0, 4, 50) * 3
+    batches = []
+    for group in (0, 3, 6, 9):
+        rows = np.flatnonzero(groups == group)
+        cuts = plain_bounds(LENGTHS[rows].tolist(), 400, 1) if by_frames else [*range(0, len(rows), 3), len(rows)]
+        batches += [rows[start:stop].tolist() for start, stop in pairwise(cuts)]
+    for process in range(num_processes):
+        arguments = (process, num_processes, equal, groups)
+        if by_frames:
+            plan = sequential_plan_by_frames(LENGTHS[:50], 400, *arguments)
+        else:
+            plan = sequential_plan(50, 3, *arguments)
+        own = [[batch] for batch in batches[process::num_processes]]
+        most = -(-len(batches) // num_processes)
+        assert list(plan) == own + [[[]]] * (most - len(own) if equal else 0)
+
+
+# ------------------------------------------------------------------------------------------------------ short first
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_the_first_epochs_take_the_shortest_rows_first(geometry: Geometry) -> None:
+    """Each row once, micro-batch after micro-batch no shorter than the one before; also after another geometry."""
+    plain, sampler = sampler_of(geometry), replace(sampler_of(geometry), curriculum_epochs=2)
+    for epoch in (0, 1):
+        for done in ((), (Part(geometry, 2),), (Part(GEOMETRIES[2], 2), Part(geometry, 1))):
+            plans = [sampler.epoch_plan(epoch, process, done) for process in range(geometry.num_processes)]
+            assert {len(plan) for plan in plans} == {sampler.num_steps(epoch, done)}
+            together = [
+                [row for batches in zip(*steps, strict=True) for batch in batches for row in batch]
+                for steps in zip(*plans, strict=True)
+            ]
+            steps = [LENGTHS[rows] for rows in together]
+            assert all(before.max() <= after.min() for before, after in pairwise(steps))
+            taken = sum(len(rows) for rows in together)
+            assert len({row for rows in together for row in rows}) == taken and (done or taken == 203)
+    for process in range(geometry.num_processes):
+        assert list(sampler.epoch_plan(2, process)) == list(plain.epoch_plan(2, process))
+
+
+def test_rows_of_the_same_length_are_shuffled_in_every_epoch() -> None:
+    sampler = StepSampler(np.array([5, 3, 5, 3] * 20), 4, seed=1, curriculum_epochs=3)
+    orders = [rows_of(sampler.epoch_plan(epoch)) for epoch in range(3)]
+    assert rows_of(sampler.epoch_plan(1)) == orders[1] and len(set(map(tuple, orders))) == 3
+    assert all(set(order[:40]) == {row for row in range(80) if row % 2} for order in orders)
 
 
 def test_one_of_rows_and_frames_decides() -> None:

@@ -45,6 +45,9 @@ DESIGN_DEFAULTS: dict[str, Any] = {
     "VALIDATION_FRACTION": 0.05,
     "MAX_TRAIN_SAMPLES": None,
     "MAX_EVAL_SAMPLES": None,
+    "SPEAKER_BALANCE": 0,
+    "CURRICULUM": "none",
+    "CURRICULUM_EPOCHS": 1,
     "REF_AUDIO_PATH": None,
     "REF_TEXT": None,
     "SPEAKER_NAME": "reference_speaker",
@@ -99,6 +102,7 @@ DESIGN_ALIASES = {
     "HF_BEST_MODEL_REPO": "HUB_MODEL_ID_BEST",
     "HF_LAST_MODEL_REPO": "HUB_MODEL_ID_LAST",
 }
+_DIRECT = {"DATA_MODE": "direct", "DATASET_NAME": "owner/name"}
 #: A value that differs from the default, for every alias.
 ALIAS_VALUES = {
     "MODEL_PATH": "my/model",
@@ -440,6 +444,9 @@ def test_nothing_is_exported_from_a_refused_file(load: Load, monkeypatch: pytest
         ("DATA_MODE", "json"),
         ("LAYER_INIT", "zeros"),
         ("TRAIN_LAYOUT", "stream"),
+        *[("SPEAKER_BALANCE", value) for value in ("-0.1", "1.1", "nan", "full")],
+        ("CURRICULUM", "long_first"),
+        *[("CURRICULUM_EPOCHS", value) for value in ("0", "-1", "1.5")],
         ("USE_WANDB", "maybe"),
     ],
 )
@@ -477,6 +484,8 @@ def test_wrong_effective_batch_size_shows_the_product(problems: Problems, world_
         ({"SPEAKER_NAME": " Ada"}, "SPEAKER_NAME", "white space"),
         ({"UPLOAD_TO_HF": "true"}, "UPLOAD_TO_HF", "not built yet"),
         ({"DATA_MODE": "direct"}, "DATA_MODE", "name it in DATASET_NAME"),
+        ({"SPEAKER_BALANCE": "0.5", **_DIRECT}, "SPEAKER_BALANCE", "which DATA_MODE=direct does not"),
+        ({"CURRICULUM": "short_first", **_DIRECT}, "CURRICULUM", "which DATA_MODE=direct does not know"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -493,6 +502,8 @@ def test_cross_check(problems: Problems, given: dict[str, str], blamed: str, par
         {"LR_NUM_CYCLES": "2"},
         {"LR_NUM_CYCLES": "2", "LR_SCHEDULER": "cosine_with_restarts"},
         {"LR_MIN": "0", "LR_SCHEDULER": "linear"},
+        {"SPEAKER_BALANCE": "0", "CURRICULUM": "none", "CURRICULUM_EPOCHS": "2", **_DIRECT},
+        {"SPEAKER_BALANCE": "1", "CURRICULUM": "short_first", "DATA_MODE": "none"},
     ],
     ids=lambda given: "-".join(given),
 )

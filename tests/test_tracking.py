@@ -15,7 +15,7 @@ import pytest
 from conftest import PROJECT
 
 from finetuning.dataset import SkippedRow
-from finetuning.tracking import Tracker, cut_log, format_seconds, start_wandb
+from finetuning.tracking import Tracker, cut_log, format_seconds, start_wandb, told_of_speakers
 
 SECRET = "hf_trackingSecret"
 
@@ -163,6 +163,52 @@ def test_other_processes_log_nothing(make_settings: Callable, capsys: pytest.Cap
         tracker.log_validation(1, 0, {"loss": 1.0, "accuracy": 0.5, "sub_talker_accuracy": 0.5})
     assert capsys.readouterr().out == ""
     assert not make_settings().output_dir.exists()
+
+
+class NotingRun:
+    """A W&B run that keeps what it is given."""
+
+    id = "first"
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, Any]] = []
+
+    def log(self, numbers: dict[str, Any], step: int) -> None:
+        self.logged.append({"step": step, **numbers})
+
+    def finish(self) -> None: ...
+
+
+def test_figures_of_speakers_are_nested(
+    make_settings: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the file as they are (NaN is no JSON), for W&B by paths, in the line in short."""
+    service = NotingRun()
+    monkeypatch.setattr("finetuning.tracking.start_wandb", lambda *_: service)
+    settings = make_settings(use_wandb=True)
+    settings.output_dir.mkdir()
+    speakers = {"Ada": {"loss": 1.25, "num_rows": 3}, "Bea": {"loss": float("nan"), "num_rows": 1}}
+    with Tracker(settings, total_steps=9, is_main=True) as tracker:
+        tracker.log_validation(3, 0, METRICS | {"speakers": speakers})
+    (record,) = map(json.loads, (settings.output_dir / "validation_log.jsonl").read_text().splitlines())
+    assert record["metrics"]["speakers"] == {"Ada": speakers["Ada"], "Bea": {"loss": None, "num_rows": 1}}
+    (logged,) = service.logged
+    assert logged.pop("validation/speakers/Bea/loss") != 0
+    of_speakers = {"Ada/loss": 1.25, "Ada/num_rows": 3, "Bea/num_rows": 1}
+    assert logged == {
+        "step": 3,
+        **{f"validation/{name}": value for name, value in METRICS.items()},
+        **{f"validation/speakers/{name}": value for name, value in of_speakers.items()},
+    }
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "Validation" in line]
+    assert line.endswith("(1-15) | speakers: Ada 1.2500, Bea nan")
+
+
+def test_of_many_speakers_only_the_worst_are_told() -> None:
+    losses = [2.0, 1.0, 5.0, float("nan"), 4.0, 3.0]
+    figures = {f"s{number}": {"loss": loss} for number, loss in enumerate(losses)}
+    assert told_of_speakers(figures) == " | highest of 6 speakers: s3 nan, s2 5.0000, s4 4.0000"
+    assert told_of_speakers({"Ada": {"loss": 1.0}}) == told_of_speakers({}) == ""
 
 
 def test_times_are_readable() -> None:
