@@ -13,7 +13,8 @@ from conftest import PROJECT
 #: A room imports only from rooms before it.
 ORDER = (
     "errors", "console", "signals", "disk", "processes", "settings", "stock", "tiny_model", "audio", "codec", "quality",
-    "manifest", "row_index", "dataset_files", "tables", "readers", "source", "encoding", "workspace", "encode_rows",
+    "manifest", "row_index", "dataset_files", "tables", "readers", "source", "augment", "encoding", "workspace",
+    "encode_rows",
     "prepare", "stream", "training_rows", "prompt", "sampling", "dataset", "steps", "progress", "speakers",
     "base_model", "layer_utils", "adapters", "preparer", "direct", "figures", "checks", "report", "mend",
     "check_rows", "attention", "chunked", "objective", "sharding", "prefix_cache", "small_adamw", "optimizers",
