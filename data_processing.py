@@ -43,6 +43,7 @@ DROP_FLAGGED_HELP = (
     "frozen codes, unspeakable characters, wrong script; short and long clips only where there is a warning); what "
     "--trim_silence or --loudness mends stays"
 )
+OUTPUT_HELP = "default data/<split>.jsonl or <input>.encoded.jsonl (with AUGMENT_COPIES <input>.augmented.jsonl)"
 #: Rows that `--mode direct` shows.
 NUM_SHOWN = 5
 
@@ -85,7 +86,8 @@ def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
 
 
 def encode(settings: Settings, arguments: argparse.Namespace) -> None:
-    """Raw JSONL -> JSONL with codes."""
+    """Raw JSONL -> JSONL with codes, and with copies where AUGMENT_COPIES asks for them (but for VALIDATION_JSONL)."""
+    from finetuning.augment import Augmentation
     from finetuning.base_model import resolve_base
     from finetuning.encode_rows import encode_jsonl, encoded_path
     from finetuning.manifest import RowFormat
@@ -93,12 +95,15 @@ def encode(settings: Settings, arguments: argparse.Namespace) -> None:
     from finetuning.processes import launched_processes
 
     input_jsonl = arguments.input_jsonl or settings.train_jsonl
+    is_validation = input_jsonl.resolve() == settings.validation_jsonl.resolve()
+    augmentation = None if is_validation else Augmentation.from_settings(settings)
+    own_output = encoded_path(input_jsonl, arguments.max_samples, is_augmented=augmentation is not None)
     device = device_of_this_process(settings)
     processes = launched_processes(device)
     base = resolve_base(settings)
     output = encode_jsonl(
         input_jsonl,
-        arguments.output_jsonl or encoded_path(input_jsonl, arguments.max_samples),
+        arguments.output_jsonl or own_output,
         base.codec_folder,
         RowFormat.from_settings(settings, base.special_tokens()),
         device=device,
@@ -108,6 +113,7 @@ def encode(settings: Settings, arguments: argparse.Namespace) -> None:
         num_workers=decoding_workers(settings),
         force=arguments.force,
         processes=processes,
+        augmentation=augmentation,
     )
     if processes.is_main:
         print(f"rows with codes: {output}")
@@ -165,7 +171,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mode", required=True, choices=["prepare", "encode", "direct", "info", "check"])
     parser.add_argument("--split", help="prepare, direct: the split; default all (prepare) or TRAIN_SPLIT (direct)")
     parser.add_argument("--input_jsonl", type=Path, help="encode, info, check: default TRAIN_JSONL")
-    parser.add_argument("--output_jsonl", type=Path, help="default data/<split>.jsonl or <input>.encoded.jsonl")
+    parser.add_argument("--output_jsonl", type=Path, help=OUTPUT_HELP)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], help="default DEVICE")
     parser.add_argument("--max_samples", type=whole_number, help="only the first so many rows")
     parser.add_argument("--batch_size", type=whole_number, default=32, help="clips per batch of the codec (default 32)")

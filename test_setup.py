@@ -166,6 +166,7 @@ class Preflight:
         return f"{self.settings.output_dir}{goes_on}"
 
     def data(self) -> str:
+        from finetuning.augment import Augmentation
         from finetuning.console import say
         from finetuning.manifest import RowFormat, Tally, read_rows
         from finetuning.preparer import open_dataset_split
@@ -173,6 +174,7 @@ class Preflight:
 
         settings = self.settings
         check_train_jsonl(settings)
+        Augmentation.from_settings(settings)  # looks at AUGMENT_NOISE_DIR
         if comes_from_dataset(settings):
             split = open_dataset_split(settings, settings.train_split)
             return f"{split.num_rows or 'an unknown number of'} rows in {split.dataset_name}, split {split.name}"
@@ -312,6 +314,7 @@ def _two_row_settings(settings: Settings, base: Base, folder: Path, write: bool)
         lines = [json.dumps(row) for row in find(settings, base, folder)]
         jsonl.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     changes = {"train_jsonl": jsonl, "validation_jsonl": jsonl, "output_dir": folder / "output", "batch_size": 2}
+    changes["augment_copies"] = 0  # they would cost time and show nothing
     data_mode = "none" if settings.data_mode == "none" else "jsonl"
     return settings.model_copy(update={**changes, "gradient_accumulation_steps": 1, "data_mode": data_mode})
 

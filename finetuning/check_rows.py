@@ -113,7 +113,7 @@ def check_jsonl(
     mending.check()
     base, row_format = _base_if_at_hand(settings)
     bad_rows, voices = _BadRows(), _VoiceSample(settings)
-    rows = read_rows(jsonl, setting, row_format, bad_rows, needs_codes=False, max_rows=max_rows)
+    rows = _originals(read_rows(jsonl, setting, row_format, bad_rows, needs_codes=False, max_rows=max_rows), bad_rows)
     figures = collect(_measured(rows, jsonl, bad_rows, voices, settings), reference_seconds=audio_duration_seconds)
     findings = [*find_problems(figures), *_unusable(bad_rows), *voices.findings(base, settings)]
     findings = sort_findings(findings)
@@ -123,6 +123,20 @@ def check_jsonl(
         _mend(jsonl, setting, row_format, findings, mending, max_rows)
     if any(finding.severity == "error" for finding in findings):
         raise UserError(f"{jsonl}: {verdict(findings)}")
+
+
+def _originals(rows: Iterable[Row], tally: Tally) -> Iterator[Row]:
+    """The rows without augmented copies, which are altered on purpose; the copies are counted neither as good nor as
+    bad."""
+    num_copies = 0
+    for row in rows:
+        if row.is_copy:
+            num_copies += 1
+            tally.num_good -= 1
+        else:
+            yield row
+    if num_copies:
+        say(f"{num_copies} augmented copies are not looked at")
 
 
 def _base_if_at_hand(settings: Settings) -> tuple[Base | None, RowFormat]:
@@ -308,7 +322,7 @@ def _mend(
     assert mending.output_jsonl is not None
     rows = read_rows(jsonl, setting, row_format, Tally(), needs_codes=False, max_rows=max_rows)
     summary = mend(
-        rows,
+        (row for row in rows if not row.is_copy),  # of mended clips they are made anew
         mending.output_jsonl,
         row_format,
         trim_silence=mending.trim_silence,
@@ -329,8 +343,11 @@ def check_at_start(rows: TrainingRows | DirectRows, settings: Settings) -> None:
     """
     if settings.data_check == "off":
         return
-    is_whole = isinstance(rows, TrainingRows) and len(rows.train) <= MAX_ROWS_AT_START
-    sample = _some_streamed(rows) if isinstance(rows, DirectRows) else _some_mapped(rows.train)
+    if isinstance(rows, DirectRows):
+        is_whole, sample = False, _some_streamed(rows)
+    else:
+        clips = rows.train.select(np.flatnonzero(~rows.train.has("augmentation")))
+        is_whole, sample = len(clips) <= MAX_ROWS_AT_START, _some_mapped(clips)
     figures = collect(sample)
     left_out = ("not_measured",) if is_whole else WHOLE_SET_CHECKS
     findings = [finding for finding in find_problems(figures) if finding.check not in left_out]

@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from finetuning.audio import Audio, AudioError, audio_duration_seconds, load_audio
+from finetuning.augment import AugmentedClip
 from finetuning.codec import FRAMES_PER_SECOND, NUM_CODEBOOKS, Codec
 from finetuning.console import say
-from finetuning.manifest import MAX_CODEC_FRAMES
+from finetuning.manifest import MAX_CODEC_FRAMES, is_copy
 from finetuning.quality import measure_clip
 
 #: Rows of a chunk: enough for batches of similar length, few enough to lose little to a kill.
@@ -41,6 +42,8 @@ BATCHES_AHEAD = 2
 SECONDS_BETWEEN_LINES = 30.0
 
 Key = TypeVar("Key")
+#: What can be encoded.
+Clip = Audio | AugmentedClip
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,13 @@ class EncodedClip:
         codes: (T, 16) int16, or None for a clip that cannot be used.
         measures: see ``quality.measure_clip``; None where codes are.
         problem: why it cannot be used.
+        augmentation: what was done to it; None for a clip as it is.
     """
 
     codes: np.ndarray | None = None
     measures: dict[str, Any] | None = None
     problem: str | None = None
+    augmentation: dict[str, Any] | None = None
 
 
 class ClipEncoder:
@@ -75,7 +80,7 @@ class ClipEncoder:
         self._codec: Codec | None = None
 
     def encode(
-        self, chunks: Iterable[tuple[Key, Sequence[Audio]]], progress: Progress | None = None
+        self, chunks: Iterable[tuple[Key, Sequence[Clip]]], progress: Progress | None = None
     ) -> Iterator[tuple[Key, list[EncodedClip]]]:
         """Each chunk's clips in their order.
 
@@ -109,11 +114,11 @@ class ClipEncoder:
                 encoded = {}
 
     def _batches(
-        self, chunks: Iterable[tuple[Key, Sequence[Audio]]], waiting: deque[tuple[Key, int]]
+        self, chunks: Iterable[tuple[Key, Sequence[Clip]]], waiting: deque[tuple[Key, int]]
     ) -> Iterator[_Batch]:
         for key, clips in chunks:
             waiting.append((key, len(clips)))
-            batches = plan_batches([audio_duration_seconds(clip) or 0.0 for clip in clips], self.max_clips_per_batch)
+            batches = plan_batches([_duration_seconds(clip) for clip in clips], self.max_clips_per_batch)
             for number, positions in enumerate(batches, 1):
                 chosen = {position: clips[position] for position in positions}
                 yield _Batch(chosen, is_last=number == len(batches))
@@ -123,10 +128,9 @@ class ClipEncoder:
     def _encode_batch(self, decoded: dict[int, _Decoded]) -> dict[int, EncodedClip]:
         usable = [position for position, clip in decoded.items() if clip.problem is None]
         codes = self._encode([decoded[position].waveform for position in usable])
-        measures = {position: decoded[position].measures for position in usable}
         failed = {position: EncodedClip(problem=clip.problem) for position, clip in decoded.items() if clip.problem}
         return failed | {
-            position: EncodedClip(clip_codes, measures[position])
+            position: EncodedClip(clip_codes, decoded[position].measures, augmentation=decoded[position].augmentation)
             for position, clip_codes in zip(usable, codes, strict=True)
         }
 
@@ -178,6 +182,7 @@ class _Decoded:
     waveform: np.ndarray | None = None
     measures: dict[str, Any] | None = None
     problem: str | None = None
+    augmentation: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -198,17 +203,22 @@ class _Decoder:
         raise TypeError("the number of batches is not known ahead")
 
 
-def _decode(clip: Audio) -> _Decoded:
+def _duration_seconds(clip: Clip) -> float:
+    seconds = clip.duration_seconds() if isinstance(clip, AugmentedClip) else audio_duration_seconds(clip)
+    return seconds or 0.0
+
+
+def _decode(clip: Clip) -> _Decoded:
     try:
-        seconds = audio_duration_seconds(clip) or 0.0
+        seconds = _duration_seconds(clip)
         if seconds * FRAMES_PER_SECOND > MAX_CODEC_FRAMES:
             raise AudioError(
                 f"{seconds:.0f} s long, more than the {MAX_CODEC_FRAMES} frames that can be generated; cut it"
             )
-        waveform = load_audio(clip)
+        waveform, augmentation = clip.load() if isinstance(clip, AugmentedClip) else (load_audio(clip), None)
     except AudioError as error:
         return _Decoded(problem=str(error))
-    return _Decoded(waveform, measure_clip(waveform))
+    return _Decoded(waveform, measure_clip(waveform), augmentation=augmentation)
 
 
 def _as_it_is(batch: _Batch) -> _Batch:
@@ -231,6 +241,11 @@ class EncodedChunk:
     records: list[dict[str, Any]]
     codes: list[np.ndarray]
     rejected: list[dict[str, Any]]
+
+    @property
+    def num_originals(self) -> int:
+        """Records that are no altered copies."""
+        return sum(not is_copy(record) for record in self.records)
 
     def save(self, path: Path) -> None:
         """Writes the file under a temporary name and renames it: it is there whole or not at all."""

@@ -2,7 +2,8 @@
 
 Keys: ``audio`` (path), ``text``, ``audio_codes`` (T lists of 16 ints; absent in a raw file), ``ref_audio``,
 ``ref_text``, ``language`` (default "Auto"), ``speaker`` (default SPEAKER_NAME), ``instruct``; others are kept. Paths
-are taken from the working directory, then from the JSONL's folder.
+are taken from the working directory, then from the JSONL's folder. A row with ``augmentation`` is an altered copy: its
+codes are not those of its ``audio``, which is the original's (see ``augment``).
 
 A bad row among many is skipped and listed; when more than a tenth is bad, nothing goes on.
 """
@@ -90,6 +91,16 @@ class Row:
     ref_text: str | None
     codes: np.ndarray | None
     raw: dict[str, Any]
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is an altered copy of a clip."""
+        return is_copy(self.raw)
+
+
+def is_copy(record: dict[str, Any]) -> bool:
+    """Whether a row's object is that of an altered copy."""
+    return isinstance(record.get("augmentation"), dict)
 
 
 # -------------------------------------------------------------------------------------------------------- reading

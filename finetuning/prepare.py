@@ -20,7 +20,7 @@ import numpy as np
 from finetuning.audio import Audio, audio_suffix
 from finetuning.codec import codec_fingerprint
 from finetuning.console import say
-from finetuning.encode_rows import Source, recorded_sources
+from finetuning.encode_rows import recorded_sources
 from finetuning.encoding import CHUNK_ROWS, ClipEncoder, EncodedChunk, EncodedClip, Progress, clip_has_changed
 from finetuning.errors import UserError
 from finetuning.manifest import RowError, RowFormat, Tally, check_fields, check_speaker_names
@@ -32,7 +32,7 @@ from finetuning.workspace import Digest, Workspace, disk_errors, read_stamp, unf
 #: Saved clips get this time (2000-01-01), so that a file is the same whenever it was made; an edited clip has another.
 SAVED_AUDIO_TIME_NS = 946_684_800 * 10**9
 #: Keys that a prepared row gets; a column of that name gives way.
-RESERVED_KEYS = ("audio_codes", "codes_source", "measures", "dataset_index")
+RESERVED_KEYS = ("audio_codes", "codes_source", "measures", "dataset_index", "augmentation")
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class DatasetRows:
         """A usable row as it will stand in the JSONL, without its codes; saves its audio where that is asked for."""
         audio = self._audio_file(row)
         record = {} if audio is None else {self.row_format.audio_key: audio}
-        source: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Source))
+        source: dict[str, Any] = dict.fromkeys(("audio", "num_bytes", "modified_ns"))
         if audio is not None:
             path = row.audio if isinstance(row.audio, Path) else self.audio_folder.parent / audio
             status = path.stat()

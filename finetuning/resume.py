@@ -29,7 +29,9 @@ MAY_CHANGE = frozenset({
     "MEMORY_PROFILE", "LORA_EXPORT_SCALE",
 })  # fmt: skip
 #: Settings that name what is compared by its content instead: files may move.
-COMPARED_BY_CONTENT = frozenset({"INIT_MODEL_PATH", "TRAIN_JSONL", "VALIDATION_JSONL", "DATASET_NAME"})
+COMPARED_BY_CONTENT = frozenset({
+    "INIT_MODEL_PATH", "TRAIN_JSONL", "VALIDATION_JSONL", "DATASET_NAME", "AUGMENT_NOISE_DIR",
+})  # fmt: skip
 #: Settings that may not change and that MEMORY_PROFILE picks.
 PICKED_FOR_MEMORY = ("OPTIMIZER", "WEIGHTS_PRECISION")
 #: Settings that may change as long as what a step holds, over all processes, stays.

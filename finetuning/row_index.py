@@ -46,7 +46,7 @@ from finetuning.manifest import (
 )
 
 #: Part of an index's format: raise it when the columns or the checks of a row change.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 #: Rows of one Arrow batch, the last one excepted; a row's batch follows from its number.
 ROWS_PER_BATCH = 256
 #: A build that another machine began is given up when nothing was written for so long.
@@ -58,7 +58,10 @@ MAX_TRIES = 10
 #: So many different speaker_id values are counted; more are "more than".
 MAX_SPEAKER_IDS = 1000
 
-_TEXT_COLUMNS = ("text", "language", "speaker", "instruct", "audio", "ref_audio", "ref_text", "codes_codec", "measures")
+_TEXT_COLUMNS = (
+    "text", "language", "speaker", "instruct", "audio", "ref_audio", "ref_text", "codes_codec", "measures",
+    "augmentation",
+)  # fmt: skip
 _INT64_COLUMNS = ("line", "audio_bytes", "audio_modified_ns")
 _TRAINED_COLUMNS = ["text", "language", "speaker", "instruct", "codes"]
 _TEMPORARY = re.compile(r"\.building-(?P<host>.+)-(?P<process>\d+)-[0-9a-f]{8}")
@@ -76,7 +79,8 @@ class Manifest:
 
     Columns: ``line``, ``text``, ``language``, ``speaker``, ``instruct``, ``audio``, ``ref_audio``, ``ref_text``,
     ``num_codec_frames`` (0 without codes), ``codes`` (T*16 int16), ``measures`` (JSON or None), and what the codes were
-    made of: ``audio_bytes``, ``audio_modified_ns``, ``codes_codec`` (None where the row does not say).
+    made of: ``audio_bytes``, ``audio_modified_ns``, ``codes_codec`` (None where the row does not say). Of an altered
+    copy ``augmentation`` says what was done to it (JSON); None for all others.
     """
 
     def __init__(self, arrow_file: Path, indices: np.ndarray | None = None, reader: Any = None) -> None:
@@ -217,18 +221,25 @@ def _groups(numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 def hold_out(manifest: Manifest, fraction: float, seed: int, min_rows: int = 20) -> tuple[Manifest, Manifest | None]:
     """Splits rows into (training, validation): the fraction of each speaker's rows, seeded.
 
-    Speakers with fewer than ``min_rows`` rows hold none out; without any held-out row the second part is None.
+    Speakers with fewer than ``min_rows`` rows hold none out; without any held-out row the second part is None. Altered
+    copies are never held out and change nothing about which rows are; those of a held-out clip are in neither part.
     """
     names, speakers = manifest.labels("speaker")
+    is_copy = manifest.has("augmentation")
     generator = np.random.default_rng(seed)
     is_held = np.zeros(len(manifest), dtype=bool)
     for speaker in range(len(names)):
-        rows = np.flatnonzero(speakers == speaker)
+        rows = np.flatnonzero((speakers == speaker) & ~is_copy)
         if fraction > 0 and len(rows) >= min_rows:
             is_held[generator.permutation(rows)[: max(1, round(fraction * len(rows)))]] = True
     if not is_held.any():
         return manifest, None
-    return manifest.select(np.flatnonzero(~is_held)), manifest.select(np.flatnonzero(is_held))
+    is_trained = ~is_held
+    if is_copy.any():
+        clips = manifest.label_numbers("audio")
+        # Of a copy without a file nobody knows whose it is.
+        is_trained &= ~(is_copy & ((clips < 0) | np.isin(clips, clips[is_held])))
+    return manifest.select(np.flatnonzero(is_trained)), manifest.select(np.flatnonzero(is_held))
 
 
 # --------------------------------------------------------------------------------------------------- finding indexes
@@ -639,6 +650,7 @@ def _columns(row: Row) -> dict[str, Any]:
         "audio_modified_ns": modified_ns,
         "codes_codec": codec,
         "measures": json.dumps(measures, ensure_ascii=False) if isinstance(measures, dict) else None,
+        "augmentation": json.dumps(row.raw["augmentation"], ensure_ascii=False) if row.is_copy else None,
     }
 
 

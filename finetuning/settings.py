@@ -141,6 +141,20 @@ class Settings(BaseSettings):
     shuffle_buffer_rows: int = _setting(1000, "direct: rows of the shuffle buffer; 0 = the order of the split", ge=0)
     codes_cache_dir: UserPath = _setting(Path("./data/codes_cache"), "direct: where codes are kept for later epochs")
     codes_cache_gb: float = _setting(20.0, "direct: how large that folder may grow; 0 = codes are not kept", ge=0)
+    augment_copies: int = _setting(
+        0, "altered copies of each training clip, encoded as extra rows; 0 = off", ge=0, le=20
+    )
+    augment_speed: float = _setting(
+        0.1, "copies: largest change of speed, at the same pitch (0.1 = 0.9 to 1.1); 0 = none", ge=0, le=0.5
+    )
+    augment_pitch_semitones: float = _setting(
+        2.0, "copies: largest change of pitch, at the same length, in semitones; 0 = none", ge=0, le=12
+    )
+    augment_gain_db: float = _setting(6.0, "copies: largest change of level, in dB; 0 = none", ge=0, le=40)
+    augment_noise_dir: UserPath | None = _setting(
+        None, "copies: folder of noise files, one of which lies behind each copy; default no noise"
+    )
+    augment_noise_snr_db: float = _setting(20.0, "copies: how far that noise lies below the clip, in dB", ge=-10, le=80)
     data_check: Literal["stop", "warn", "off"] = _setting(
         "stop", "check of the rows before training: stop (errors stop the run), warn (they are only shown), off"
     )
@@ -687,6 +701,28 @@ def _check_direct(settings: Settings, _: int) -> str | None:
     return None
 
 
+def _check_augment(settings: Settings, _: int) -> str | None:
+    if settings.augment_copies == 0:
+        return None
+    if settings.data_mode != "jsonl":
+        what = "streams its clips" if settings.data_mode == "direct" else "encodes nothing"
+        return f"copies are encoded into a file, but DATA_MODE={settings.data_mode} {what}; set 0, or DATA_MODE=jsonl"
+    changes = (settings.augment_speed, settings.augment_pitch_semitones, settings.augment_gain_db)
+    if not any(changes) and settings.augment_noise_dir is None:
+        return (
+            "copies would be the clips themselves; set AUGMENT_SPEED, AUGMENT_PITCH_SEMITONES, AUGMENT_GAIN_DB or "
+            "AUGMENT_NOISE_DIR, or 0 copies"
+        )
+    return None
+
+
+def _check_noise(settings: Settings, _: int) -> str | None:
+    folder = settings.augment_noise_dir
+    if settings.augment_copies and folder is not None and not folder.is_dir():
+        return f"{folder} is no folder; name one with noise files, or unset it"
+    return None
+
+
 #: (fields that the check reads, the blamed one first; check). A check is skipped when one of its fields is bad itself.
 _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None]], ...] = (
     (
@@ -712,6 +748,18 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("data_mode", "dataset_name"), _check_direct),
     (("speaker_balance", "data_mode"), _check_speaker_balance),
     (("curriculum", "data_mode"), _check_curriculum),
+    (
+        (
+            "augment_copies",
+            "augment_speed",
+            "augment_pitch_semitones",
+            "augment_gain_db",
+            "augment_noise_dir",
+            "data_mode",
+        ),
+        _check_augment,
+    ),
+    (("augment_noise_dir", "augment_copies"), _check_noise),
     (
         (
             "prefix_cache",

@@ -190,7 +190,9 @@ def _first_uses(rows: np.ndarray, references: np.ndarray, name: str) -> np.ndarr
 def choose_reference(manifest: Manifest, speaker: str) -> str:
     """The cleanest clip of a speaker: of 5–10 s if there is one, else of 3–30 s, else the longest."""
     names, speakers = manifest.labels("speaker")
-    rows = np.flatnonzero((speakers == names.index(speaker)) & manifest.has("audio"))
+    # Copies name the original's file: it would count once for each of them.
+    is_clip = manifest.has("audio") & ~manifest.has("augmentation")
+    rows = np.flatnonzero((speakers == names.index(speaker)) & is_clip)
     clips = manifest.select(rows)
     seconds = clips.column("num_codec_frames") / FRAMES_PER_SECOND
     for shortest, longest in (BEST_REFERENCE_SECONDS, REFERENCE_SECONDS):

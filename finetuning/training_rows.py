@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from finetuning.augment import Augmentation
 from finetuning.codec import codec_fingerprint
 from finetuning.console import say
 from finetuning.disk import write_json
@@ -38,7 +39,8 @@ class TrainingRows:
 def open_training_rows(
     settings: Settings, codec_folder: Path, row_format: RowFormat, device: str, build: bool = True
 ) -> TrainingRows:
-    """Training and validation rows as the settings name them, encoded first where codes are missing.
+    """Training and validation rows as the settings name them, encoded first where codes are missing, the training rows
+    with their copies (AUGMENT_COPIES).
 
     Args:
         build: encode and index (the main process); else open what the main process has opened.
@@ -50,13 +52,14 @@ def open_training_rows(
     names = ["TRAIN_JSONL"] + ["VALIDATION_JSONL"] * has_validation_file
     if build:
         check_files(settings)
-        opened = [_File(settings, name, codec_folder, row_format, device).open() for name in names]
+        copies = {"TRAIN_JSONL": Augmentation.from_settings(settings)}
+        opened = [_File(settings, name, codec_folder, row_format, device, copies.get(name)).open() for name in names]
         for name, rows in zip(names, opened, strict=True):
             _write_pointer(settings, name, rows)
     else:
         opened = [_follow_pointer(settings, name) for name in names]
     if has_validation_file:
-        train, validation = opened[0], _of_known_speakers(opened[1], opened[0])
+        train, validation = opened[0], _of_known_speakers(_without_copies(opened[1]), opened[0])
     else:
         train, validation = hold_out(opened[0], settings.validation_fraction, settings.seed)
     if validation is not None and settings.max_eval_samples:
@@ -107,6 +110,7 @@ def check_train_jsonl(settings: Settings) -> None:
 def check_files(settings: Settings) -> None:
     """Raises UserError for a named file that is missing; cheap enough to come before any heavy import."""
     check_train_jsonl(settings)
+    Augmentation.from_settings(settings)
     for field in ["ref_audio_path"] + ["validation_jsonl"] * (not comes_from_dataset(settings)):
         path = getattr(settings, field)
         if path is not None and settings.is_set(field) and not path.is_file():
@@ -118,13 +122,14 @@ def check_files(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class _File:
-    """TRAIN_JSONL or VALIDATION_JSONL on its way to rows with codes."""
+    """TRAIN_JSONL or VALIDATION_JSONL on its way to rows with codes; ``augmentation`` adds copies."""
 
     settings: Settings
     setting: str
     codec_folder: Path
     row_format: RowFormat
     device: str
+    augmentation: Augmentation | None = None
 
     def open(self) -> Manifest:
         """The rows as they stand where all have codes that are not stale, else the rows of the encoded file."""
@@ -132,7 +137,7 @@ class _File:
             return self._open(self.jsonl)
         if not self._is_encoded():
             codes = CodesCheck(self.jsonl, self.setting, self.codec_folder)
-            if (rows := self._find(self.jsonl)) is None or not codes.any_stale(rows):
+            if self.augmentation is None and ((rows := self._find(self.jsonl)) is None or not codes.any_stale(rows)):
                 try:
                     return self._open(self.jsonl, stop_at=codes.is_stale)
                 except RowStop:
@@ -157,17 +162,22 @@ class _File:
 
     @property
     def encoded(self) -> Path:
-        return encoded_path(self.jsonl, self.max_rows)
+        return encoded_path(self.jsonl, self.max_rows, is_augmented=self.augmentation is not None)
+
+    def _limit(self, jsonl: Path) -> int | None:
+        """How many rows of a file are wanted: with copies, which do not count, the encoded file has no others."""
+        return None if self.augmentation and jsonl == self.encoded else self.max_rows
 
     def _find(self, jsonl: Path) -> Manifest | None:
-        return find_index(jsonl, self.row_format, max_rows=self.max_rows, spare_folder=_rows_folder(self.settings))
+        spare_folder = _rows_folder(self.settings)
+        return find_index(jsonl, self.row_format, max_rows=self._limit(jsonl), spare_folder=spare_folder)
 
     def _open(self, jsonl: Path, stop_at: Any = None) -> Manifest:
         return open_rows(
             jsonl,
             self.row_format,
             self.setting,
-            max_rows=self.max_rows,
+            max_rows=self._limit(jsonl),
             rejected_file=self.settings.output_dir / f"rejected.{_name(self.setting)}.jsonl",
             spare_folder=_rows_folder(self.settings),
             stop_at=stop_at,
@@ -182,6 +192,7 @@ class _File:
             device=self.device,
             setting=self.setting,
             max_rows=self.max_rows,
+            augmentation=self.augmentation,
         )
 
     def _is_encoded(self) -> bool:
@@ -192,13 +203,20 @@ class _File:
         return not CodesCheck(self.encoded, self.setting, self.codec_folder).any_stale(rows)
 
     def _note_origin(self, rows: Manifest) -> None:
-        # A clip that was left out may be mended without a trace in this file: then the encoder has to look.
-        if not rejected_path(self.encoded).exists():
+        # A clip or a copy that was left out may be mended without a trace in this file: then the encoder has to look.
+        if not rejected_path(self.encoded).exists() and self._has_all_copies(rows):
             with contextlib.suppress(OSError):  # somebody else's index: it only takes longer
                 write_json(_origin_file(rows), self._origin())
 
+    def _has_all_copies(self, rows: Manifest) -> bool:
+        if self.augmentation is None:
+            return True
+        num_copies = int(rows.has("augmentation").sum())
+        return num_copies == self.augmentation.copies * (len(rows) - num_copies)
+
     def _origin(self) -> dict[str, str]:
-        return {"jsonl": os.path.abspath(self.jsonl), "stamp": file_stamp(self.jsonl)}
+        made_of = {"augmentation": self.augmentation.digest()} if self.augmentation else {}
+        return {"jsonl": os.path.abspath(self.jsonl), "stamp": file_stamp(self.jsonl)} | made_of
 
 
 class CodesCheck:
@@ -288,7 +306,15 @@ def _read_json(file: Path) -> dict[str, str] | None:
         return None
 
 
-# ----------------------------------------------------------------------------------------------------------- speakers
+# -------------------------------------------------------------------------------------------------- validation rows
+
+
+def _without_copies(validation: Manifest) -> Manifest:
+    """Validation is on clips as they are."""
+    is_copy = validation.has("augmentation")
+    if is_copy.any():
+        say(f"{is_copy.sum()} rows of VALIDATION_JSONL are augmented copies and are left out")
+    return validation.select(np.flatnonzero(~is_copy)) if is_copy.any() else validation
 
 
 def _of_known_speakers(validation: Manifest, train: Manifest) -> Manifest | None:

@@ -106,7 +106,7 @@ class Workspace:
                         record = edit(record) if edit else record
                         rows.write(json.dumps(record | {"audio_codes": codes.tolist()}, ensure_ascii=False) + "\n")
                     bad.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in chunk.rejected)
-                    tally.add(len(chunk.records), chunk.rejected)
+                    tally.add(chunk.num_originals, chunk.rejected)
             tally.check_share()
             rows_file.rename(self.output_jsonl)
             if tally.num_bad:

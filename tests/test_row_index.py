@@ -652,7 +652,7 @@ def three(build: Build, write_jsonl: WriteJsonl, clip: Path) -> Manifest:
     full = {
         "audio": str(clip), "ref_audio": str(clip), "ref_text": "R.", "language": "English", "speaker": "Ada",
         "instruct": "Softly.", "codes_source": {"num_bytes": 5, "modified_ns": 1 << 60, "codec": "abc"},
-        "measures": {"peak_db": -1.5, "ü": None},
+        "measures": {"peak_db": -1.5, "ü": None}, "augmentation": {"speed": 1.1},
     }  # fmt: skip
     rows = [
         row(0, audio_codes=codes(0, 2), **full),
@@ -671,6 +671,7 @@ def test_rows_come_back_exactly(three: Manifest, clip: Path) -> None:
         "line": 1, "text": "Sentence 0.", "language": "English", "speaker": "Ada", "instruct": "Softly.",
         "audio": audio, "ref_audio": audio, "ref_text": "R.", "num_codec_frames": 2, "audio_bytes": 5,
         "audio_modified_ns": 1 << 60, "codes_codec": "abc", "measures": '{"peak_db": -1.5, "ü": null}',
+        "augmentation": '{"speed": 1.1}',
     }  # fmt: skip
     names = (
         "instruct",
@@ -681,6 +682,7 @@ def test_rows_come_back_exactly(three: Manifest, clip: Path) -> None:
         "audio_modified_ns",
         "codes_codec",
         "measures",
+        "augmentation",
     )
     nothing = dict.fromkeys(names)
     default = {"language": "Auto", "speaker": "reference_speaker"}

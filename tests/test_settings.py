@@ -36,6 +36,12 @@ DESIGN_DEFAULTS: dict[str, Any] = {
     "DATASET_CONFIG": None,
     "TRAIN_SPLIT": "train",
     "VALIDATION_SPLIT": "validation",
+    "AUGMENT_COPIES": 0,
+    "AUGMENT_SPEED": 0.1,
+    "AUGMENT_PITCH_SEMITONES": 2,
+    "AUGMENT_GAIN_DB": 6,
+    "AUGMENT_NOISE_DIR": None,
+    "AUGMENT_NOISE_SNR_DB": 20,
     "TEXT_COLUMN": "text",
     "AUDIO_COLUMN": "audio",
     "SPEAKER_COLUMN": None,
@@ -112,6 +118,9 @@ ALIAS_VALUES = {
     "HF_BEST_MODEL_REPO": "me/best",
     "HF_LAST_MODEL_REPO": "me/last",
 }
+
+
+NAMES_OF_CHANGES = ("COPIES", "SPEED", "PITCH_SEMITONES", "GAIN_DB")
 
 
 @pytest.fixture(autouse=True)
@@ -435,6 +444,10 @@ def test_nothing_is_exported_from_a_refused_file(load: Load, monkeypatch: pytest
         *[("LORA_RANK", value) for value in ("-1", "2.5", "2000")],
         *[(name, value) for name in ("LORA_ALPHA", "LORA_EXPORT_SCALE") for value in ("0", "-1", "nan")],
         *[("LORA_DROPOUT", value) for value in ("-0.1", "1", "nan")],
+        *[("AUGMENT_COPIES", value) for value in ("-1", "1.5", "21", "some")],
+        *[("AUGMENT_SPEED", value) for value in ("-0.1", "0.6", "nan")],
+        *[(f"AUGMENT_{name}", value) for name in ("PITCH_SEMITONES", "GAIN_DB") for value in ("-1", "50", "nan")],
+        *[("AUGMENT_NOISE_SNR_DB", value) for value in ("-11", "inf")],
         ("SEED", str(2**32)),
         ("LEARNING_RATE", "100"),
         ("BATCH_SIZE", "9" * 5000),
@@ -486,6 +499,18 @@ def test_wrong_effective_batch_size_shows_the_product(problems: Problems, world_
         ({"DATA_MODE": "direct"}, "DATA_MODE", "name it in DATASET_NAME"),
         ({"SPEAKER_BALANCE": "0.5", **_DIRECT}, "SPEAKER_BALANCE", "which DATA_MODE=direct does not"),
         ({"CURRICULUM": "short_first", **_DIRECT}, "CURRICULUM", "which DATA_MODE=direct does not know"),
+        (
+            {"AUGMENT_COPIES": "1", "DATA_MODE": "direct", "DATASET_NAME": "me/speech"},
+            "AUGMENT_COPIES",
+            "DATA_MODE=direct streams",
+        ),
+        ({"AUGMENT_COPIES": "1", "DATA_MODE": "none"}, "AUGMENT_COPIES", "DATA_MODE=none encodes nothing"),
+        (
+            {f"AUGMENT_{name}": value for name, value in zip(NAMES_OF_CHANGES, "1000", strict=True)},
+            "AUGMENT_COPIES",
+            "would be the clips themselves",
+        ),
+        ({"AUGMENT_COPIES": "1", "AUGMENT_NOISE_DIR": "no/where"}, "AUGMENT_NOISE_DIR", "no/where is no folder"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -504,6 +529,10 @@ def test_cross_check(problems: Problems, given: dict[str, str], blamed: str, par
         {"LR_MIN": "0", "LR_SCHEDULER": "linear"},
         {"SPEAKER_BALANCE": "0", "CURRICULUM": "none", "CURRICULUM_EPOCHS": "2", **_DIRECT},
         {"SPEAKER_BALANCE": "1", "CURRICULUM": "short_first", "DATA_MODE": "none"},
+        {"AUGMENT_COPIES": "2"},
+        {"AUGMENT_COPIES": "2", "AUGMENT_NOISE_DIR": "."},
+        {f"AUGMENT_{name}": value for name, value in zip(NAMES_OF_CHANGES, "1004", strict=True)},
+        {"AUGMENT_SPEED": "0", "AUGMENT_NOISE_DIR": "no/where", "DATA_MODE": "none"},
     ],
     ids=lambda given: "-".join(given),
 )
