@@ -42,13 +42,20 @@ class Codec:
         Each clip's codes are independent of its neighbours in the batch (see ``pad_to_whole_frames``), but for ties:
         two codewords may be equally near to within fp32's rounding, which depends on the batch's shape.
         """
+        return self._encode([pad_to_whole_frames(waveform) for waveform in waveforms])
+
+    def encode_reference(self, waveform: np.ndarray) -> np.ndarray:
+        """A reference's (R, 16) int16 codes as ``create_voice_clone_prompt`` has them: alone, and not padded, which
+        makes a difference to its last frame."""
+        return self._encode([waveform])[0]
+
+    def _encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         import torch
 
-        padded = [pad_to_whole_frames(waveform) for waveform in waveforms]
         cudnn = torch.backends.cudnn
         kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
         with cudnn.flags(**kept, allow_tf32=False):  # a GPU's convolutions would round to 10 bits by default
-            codes = self._tokenizer.encode(padded, sr=SAMPLE_RATE_HZ).audio_codes
+            codes = self._tokenizer.encode(waveforms, sr=SAMPLE_RATE_HZ).audio_codes
         return [clip.cpu().numpy().astype(np.int16) for clip in codes]
 
     def decode(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:

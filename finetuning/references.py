@@ -1,9 +1,9 @@
 """The reference of every row, where a checkpoint clones (EXPORT_TYPE=base): a vector, and what may stand in context.
 
 REFERENCE_SAMPLING says which: a row's own ``ref_audio``, else REF_AUDIO_PATH, else one clip of its speaker (fixed); or
-some other clip of its speaker, drawn anew in every epoch (same_speaker). The vectors are computed once and kept in
-``OUTPUT_DIR/rows/references-<key>/`` with the codes of references that are no clips of the rows; all processes read
-them from there, memory-mapped.
+some other clip of its speaker, drawn anew in every epoch (same_speaker). Vectors and codes are computed once, as
+``create_voice_clone_prompt`` computes them, and kept in ``OUTPUT_DIR/rows/references-<key>/``, from where all processes
+read them, memory-mapped.
 
 A clip never stands in its own context: it would learn to copy.
 """
@@ -19,15 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from finetuning.audio import load_audio
 from finetuning.base_model import Base, voice_encoder
-from finetuning.codec import FRAMES_PER_SECOND, Codec
-from finetuning.console import say
+from finetuning.codec import FRAMES_PER_SECOND, NUM_CODEBOOKS, Codec
 from finetuning.dataset import Reference
-from finetuning.disk import library_errors, new_folder, remove_folder
+from finetuning.disk import new_folder, remove_folder
 from finetuning.draws import Draws
 from finetuning.errors import UserError
 from finetuning.quality import REFERENCE_SECONDS
@@ -48,33 +46,30 @@ class Clips:
 
     Attributes:
         files: absolute paths.
-        vectors: (num_references, H) float32.
         texts: what each says; None where nobody knows.
-        rows: (num_references,) the training row whose clip it is, or -1.
-        encoded: (R, 16) codes of those that are no row's clip.
-        train: the training rows.
+        vectors: (num_references, H) float32.
+        codes: (R_0 + R_1 + …, 16) int16, the frames of all of them; none where no row stands in context.
+        ends: (num_references,) where the frames of each end.
     """
 
     files: Sequence[str]
-    vectors: np.ndarray
     texts: Sequence[str | None]
-    rows: np.ndarray
-    encoded: Mapping[int, np.ndarray]
-    train: Manifest
+    vectors: np.ndarray
+    codes: np.ndarray
+    ends: np.ndarray
 
     def reference(self, number: int, has_context: bool) -> Reference:
         """One of them, with what stands in context where it may."""
-        vector, row, file = np.array(self.vectors[number]), int(self.rows[number]), self.files[number]
+        vector, file = np.array(self.vectors[number]), self.files[number]
         if not has_context:
             return Reference(vector, file)
-        codes = self.train[row]["codes"] if row >= 0 else self.encoded[number]
+        end = int(self.ends[number])
+        codes = np.array(self.codes[end - int(self.num_frames()[number]) : end])
         return Reference(vector, file, self.texts[number], codes)
 
     def num_frames(self) -> np.ndarray:
-        """(num_references,) of each, 0 where it was not encoded."""
-        frames = self.train.column("num_codec_frames")[np.maximum(self.rows, 0)]
-        encoded = [len(self.encoded.get(number, ())) for number in range(len(self.files))]
-        return np.where(self.rows >= 0, frames, encoded)
+        """(num_references,) R of each."""
+        return np.diff(self.ends, prepend=0)
 
 
 @dataclass(frozen=True)
@@ -167,9 +162,10 @@ def prepare_references(
         plan.check_texts(settings)
     folder = settings.output_dir / "rows" / f"references-{plan.key(base, settings)}"
     if is_main and not folder.is_dir():
-        _compute(folder, plan, model, base, settings, device)
-    clips = _load(folder, plan, train)
-    return plan.references(clips, train, settings), plan.references(clips, validation, settings) if validation else None
+        _compute(folder, plan, train, model, base, settings, device)
+    clips = _load(folder, plan)
+    held_out = plan.references(clips, validation, settings) if validation else None
+    return plan.references(clips, train, settings), held_out
 
 
 @dataclass(frozen=True)
@@ -177,7 +173,8 @@ class _Plan:
     """Which references there are, before anything is computed.
 
     Attributes:
-        files, texts, rows: as in ``Clips``.
+        files, texts: as in ``Clips``.
+        rows: the training row whose clip each is, or -1.
         lines: where each reference is named first, for messages.
         of_file: path as the rows have it -> number; {} where references are drawn.
         default: speaker's lower-case name -> number of the reference of rows that name none.
@@ -218,9 +215,10 @@ class _Plan:
         """A pool of clips for every speaker."""
         plan, audio_rows = cls(), {}
         names, speakers = train.labels("speaker")
-        seconds, has_audio = train.column("num_codec_frames") / FRAMES_PER_SECOND, train.has("audio")
+        seconds = train.column("num_codec_frames") / FRAMES_PER_SECOND
+        is_clip = train.has("audio") & ~train.has("augmentation")
         for place, name in enumerate(names):
-            rows = np.flatnonzero((speakers == place) & has_audio)
+            rows = np.flatnonzero((speakers == place) & is_clip)
             fitting = rows[(seconds[rows] >= REFERENCE_SECONDS[0]) & (seconds[rows] <= REFERENCE_SECONDS[1])]
             clips = _spread(train, fitting)
             clips = clips if len(clips) > 1 else _spread(train, rows)
@@ -268,10 +266,11 @@ class _Plan:
 
     def key(self, base: Base, settings: Settings) -> str:
         """A hash of all that is computed from."""
-        digest = hashlib.sha256(repr((_FORMAT, settings.icl_fraction > 0, str(base.encoder_source.folder))).encode())
-        for file, row in zip(self.files, self.rows, strict=True):
+        how = (_FORMAT, settings.icl_fraction > 0, settings.data_mode == "none", str(base.codec_folder))
+        digest = hashlib.sha256(repr((*how, str(base.encoder_source.folder))).encode())
+        for file in self.files:
             status = os.stat(file) if os.path.isfile(file) else None
-            digest.update(repr((file, row < 0, status and (status.st_size, status.st_mtime_ns))).encode())
+            digest.update(repr((file, status and (status.st_size, status.st_mtime_ns))).encode())
         return digest.hexdigest()[:16]
 
     def references(self, clips: Clips, manifest: Manifest, settings: Settings) -> References:
@@ -290,10 +289,11 @@ class _Plan:
 
 
 def _rows_by_file(train: Manifest) -> dict[str, int]:
-    """Audio file -> the training row whose clip it is."""
-    files, places = train.labels("audio")
-    first = dict(zip(*(array.tolist() for array in np.unique(places, return_index=True)), strict=True))
-    return {_resolved(file): first[place] for place, file in enumerate(files)}
+    """Audio file -> the training row whose clip it is; copies of a clip have other codes."""
+    clips = np.flatnonzero(train.has("audio") & ~train.has("augmentation"))
+    files, places = train.select(clips).labels("audio")
+    _, first = np.unique(places, return_index=True)
+    return {_resolved(file): int(row) for file, row in zip(files, clips[first], strict=True)}
 
 
 def _spread(train: Manifest, rows: np.ndarray) -> list[tuple[int, str, str]]:
@@ -312,40 +312,44 @@ def _resolved(path: str) -> str:
 # ------------------------------------------------------------------------------------------------------- on disk
 
 
-def _compute(folder: Path, plan: _Plan, model: Any, base: Base, settings: Settings, device: str) -> None:
+def _compute(
+    folder: Path, plan: _Plan, train: Manifest, model: Any, base: Base, settings: Settings, device: str
+) -> None:
     """Writes the folder, and removes those of other references."""
     encoder = voice_encoder(model, base)
     vectors = [reference_vector(encoder, file) for file in tqdm(plan.files, desc="references", disable=None)]
-    outside = [number for number, row in enumerate(plan.rows) if row < 0]
-    codes = _encode([plan.files[number] for number in outside], base, settings, device) if settings.icl_fraction else []
+    codes = _codes_of(plan, train, base, settings, device) if settings.icl_fraction else []
     for other in folder.parent.glob("references-*"):
         remove_folder(other)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(folder) as unfinished, library_errors():
+    with new_folder(folder) as unfinished:
         np.save(unfinished / "vectors.npy", torch.stack(vectors).numpy())
-        named = {
-            str(number): torch.from_numpy(np.ascontiguousarray(clip))
-            for number, clip in zip(outside, codes, strict=False)
-        }
-        save_file(named, unfinished / "codes.safetensors")
+        np.save(unfinished / "codes.npy", np.concatenate([np.empty((0, NUM_CODEBOOKS), np.int16), *codes]))
+        np.save(unfinished / "ends.npy", np.cumsum([len(clip) for clip in codes], dtype=np.int64))
 
 
-def _encode(files: Sequence[str], base: Base, settings: Settings, device: str) -> list[np.ndarray]:
-    if not files:
-        return []
+def _codes_of(plan: _Plan, train: Manifest, base: Base, settings: Settings, device: str) -> list[np.ndarray]:
     if settings.data_mode == "none":
-        raise UserError(
-            f"ICL_FRACTION: {len(files)} references are no clips of the rows and would have to be encoded, which "
-            f"DATA_MODE=none never does (the first is {files[0]}); set DATA_MODE=jsonl"
-        )
-    say(f"encoding {len(files)} references")
+        return [_kept_codes(plan, train, number) for number in range(len(plan.files))]
     codec = Codec(base.codec_folder, device)
-    return [codec.encode([load_audio(file)])[0] for file in files]
+    bar = tqdm(plan.files, desc="codes of references", disable=None)
+    return [codec.encode_reference(load_audio(file)) for file in bar]
 
 
-def _load(folder: Path, plan: _Plan, train: Manifest) -> Clips:
+def _kept_codes(plan: _Plan, train: Manifest, number: int) -> np.ndarray:
+    """Those of the rows, which were padded to whole frames, so that the last frame is not quite inference's."""
+    if plan.rows[number] < 0:
+        raise UserError(
+            f"ICL_FRACTION: the reference {plan.files[number]} is no clip of the rows and would have to be encoded, "
+            "which DATA_MODE=none never does; set DATA_MODE=jsonl"
+        )
+    return train[plan.rows[number]]["codes"]
+
+
+def _load(folder: Path, plan: _Plan) -> Clips:
     if not folder.is_dir():
         raise UserError(f"OUTPUT_DIR: {folder} is not there; all processes must see OUTPUT_DIR")
-    vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
-    encoded = {int(name): codes.numpy() for name, codes in load_file(folder / "codes.safetensors").items()}
-    return Clips(plan.files, vectors, plan.texts, np.array(plan.rows, dtype=np.int64), encoded, train)
+    arrays = [
+        np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("vectors", "codes", "ends")
+    ]
+    return Clips(plan.files, plan.texts, *arrays)

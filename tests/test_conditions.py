@@ -10,11 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
+import soundfile
 from conftest import PROJECT, VOICE
-from reference import load_stock
-from safetensors.torch import load_file
 from training import FULL, train
 
 from finetuning.settings import load_settings
@@ -103,27 +102,29 @@ def test_another_speaker_language_or_instruction_does_not(voices: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------------- cloning
 
-REFERENCES = ((3, "She sells fresh bread."), (9, "The museum on the hill is closed on Monday."))
-
 
 @pytest.fixture(scope="module")
 def cloned(codes: list, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A base checkpoint, trained in and out of context and in both layouts, and what stock made of its rows."""
     folder = tmp_path_factory.mktemp("cloned")
+    # To a random speaker encoder all speech is nearly the same voice.
+    hum = 0.4 * np.sin(2 * np.pi * 220 * np.arange(30_000) / 24_000)
+    soundfile.write(folder / "hum.wav", hum, 24_000)
+    references = ((clip(3), "Please open the window."), (str(folder / "hum.wav"), "Hum, hum, hum."))
     texts = (TEXT, TEXT, "Turn left at the church.", "Keep the change.")
     rows = [
         {"text": text, "audio_codes": some, "language": "English", "speaker": "anna"}
-        | {"ref_audio": clip(REFERENCES[number % 2][0]), "ref_text": REFERENCES[number % 2][1]}
+        | dict(zip(("ref_audio", "ref_text"), references[number % 2], strict=True))
         for number, (text, some) in enumerate(zip(texts, codes, strict=False))
     ]
-    made = trained(folder, rows, num_epochs=480, export_type="base", icl_fraction=0.5, train_layout="both")
+    made = trained(folder, rows, num_epochs=320, export_type="base", icl_fraction=0.5, train_layout="both")
     variants = [{"is_streaming": layout} | context for layout in (False, True) for context in ({}, {"ref_text": None})]
     spec = [
         {name: value for name, value in (row | variant).items() if name != "speaker"}
         for variant in variants
         for row in rows
     ]
-    others = [row | {"ref_audio": clip(REFERENCES[1][0]), "ref_text": REFERENCES[1][1]} for row in spec[:1]]
+    others = [row | dict(zip(("ref_audio", "ref_text"), references[1], strict=True)) for row in spec[:1]]
     result = judged(folder, made.last, spec + others)
     made.rows, made.right, made.wrong = rows, result["rows"][: len(spec)], result["rows"][len(spec) :]
     return made
