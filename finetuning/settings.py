@@ -231,8 +231,8 @@ class Settings(BaseSettings):
     )
     reference_sampling: Literal["fixed", "same_speaker"] = _setting(
         "fixed",
-        "EXPORT_TYPE=base: a row's reference is its ref_audio (fixed), or another clip of its speaker, drawn anew in "
-        "every epoch (same_speaker), so that cloning generalises",
+        "with EXPORT_TYPE=base a row's reference is its ref_audio (fixed), or another clip of its speaker, drawn anew "
+        "in every epoch (same_speaker), so that cloning generalises",
     )
     sub_talker_loss_weight: float = _setting(0.3, "weight of codebooks 1-15 beside codebook 0", ge=0, le=100)
     sub_talker_frame_fraction: float = _setting(
@@ -629,14 +629,20 @@ def _check_export_type(settings: Settings, _: int) -> str | None:
     return None
 
 
-def _check_references(settings: Settings, _: int) -> str | None:
-    name = "ICL_FRACTION" if settings.icl_fraction else "REFERENCE_SAMPLING=same_speaker"
-    if not settings.icl_fraction and settings.reference_sampling == "fixed":
-        return None
+def _check_in_context(settings: Settings, _: int) -> str | None:
+    return _what_references_need(settings) if settings.icl_fraction else None
+
+
+def _check_reference_sampling(settings: Settings, _: int) -> str | None:
+    return _what_references_need(settings) if settings.reference_sampling != "fixed" else None
+
+
+def _what_references_need(settings: Settings) -> str | None:
+    """Why rows cannot have references of their own, or None."""
     if settings.export_type != "base":
-        return f"{name} is for EXPORT_TYPE=base; a custom_voice checkpoint clones nobody, its speakers have one vector"
+        return "is for EXPORT_TYPE=base; a custom_voice checkpoint clones nobody, its speakers have one vector each"
     if settings.data_mode == "direct":
-        return f"{name} needs all rows ahead, which DATA_MODE=direct does not have; set DATA_MODE=jsonl"
+        return "needs all rows ahead, which DATA_MODE=direct does not have; set DATA_MODE=jsonl"
     return None
 
 
@@ -742,7 +748,8 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
         ("export_type", "speaker_embedding_trainable", "prefix_cache", "reference_sampling", "icl_fraction"),
         _check_export_type,
     ),
-    (("icl_fraction", "reference_sampling", "export_type", "data_mode"), _check_references),
+    (("icl_fraction", "export_type", "data_mode"), _check_in_context),
+    (("reference_sampling", "export_type", "data_mode"), _check_reference_sampling),
     (("upload_to_hub",), _check_unbuilt_upload),
     (("weights_precision", "mixed_precision", "optimizer"), _check_weights_precision),
     (("data_mode", "dataset_name"), _check_direct),
