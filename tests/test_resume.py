@@ -49,10 +49,12 @@ class Killed(BaseException):
 @pytest.fixture
 def settings_for(make_settings: Callable, write_jsonl: Callable, demo_rows: list[dict]) -> Callable[..., Any]:
     """5 steps an epoch (the last one short), 2 micro-batches a step, 3 epochs; evaluation inside the epochs, too."""
+    said = {"language": "Hausa", "instruct": "Slowly, please."}
+    rows = [row | said if number % 3 else row for number, row in enumerate(demo_rows[:18])]
 
     def make(**fields: Any) -> Any:
         defaults = {
-            "train_jsonl": write_jsonl(demo_rows[:18]), "validation_jsonl": write_jsonl(demo_rows[-2:], "valid.jsonl"),
+            "train_jsonl": write_jsonl(rows), "validation_jsonl": write_jsonl(demo_rows[-2:], "valid.jsonl"),
             "batch_size": 2, "gradient_accumulation_steps": 2, "num_epochs": 3, "learning_rate": 1e-3,
             "warmup_steps": 1, "logging_steps": 2, "eval_steps": 3, "save_steps": 4, "resume": "auto",
         }  # fmt: skip
@@ -191,6 +193,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lora_rank": 4,
         "lora_dropout": 0.1,
         "freeze_original_layers": True,
+        "train_layout": "both",
+    },
+    "vectors of languages and speakers": {
+        "new_languages": "hausa",
+        "language_mix": 0.5,
+        "instruct_dropout": 0.5,
+        "speaker_embedding_trainable": True,
+    },
+    "cloning": {
+        "export_type": "base",
+        "reference_sampling": "same_speaker",
+        "icl_fraction": 0.5,
         "train_layout": "both",
     },
     "no validation rows": {"validation_jsonl": None, "validation_fraction": 0.0},

@@ -22,7 +22,9 @@ from safetensors.torch import load_file
 from training import FULL
 from two_processes import Life, launch, live_alone, read_life
 
+from finetuning.checkpoint import CODEC_TABLE as TABLE
 from finetuning.disk import damage
+from finetuning.tiny_model import embedded_model_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,6 +45,9 @@ DAMAGED = [2, 5, 9]
 #: New layers, with what saves time: each process trains on a share of its rows' frames, and finds what the other kept.
 LAYERS = {"replace_last_n_layers": 1, "add_new_layers": 1, "freeze_original_layers": True, "num_epochs": 3}
 LEVERS = {"sub_talker_frame_fraction": 0.5, "gradient_checkpointing": True, "prefix_cache": "disk"}
+#: What the objective holds itself and trains; and rows with references of their own.
+VECTORS = {"new_languages": "hausa", "speaker_embedding_trainable": True, "num_epochs": 3}
+CLONING = {"export_type": "base", "icl_fraction": 0.5, "reference_sampling": "same_speaker", "num_epochs": 3}
 #: Adapters, whose matrices and frozen weights are shared out like all others.
 LORA = {"lora_rank": 4, "lora_dropout": 0.0, "freeze_original_layers": True, "num_epochs": 3}
 #: All weights in bf16, rounded at random, and rows by their frames.
@@ -60,6 +65,7 @@ def fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for row, count in zip(rows, frames, strict=True):
             row |= {key: str(VOICE / row[key]) for key in ("audio", "ref_audio")}
             row["audio_codes"] = generator.integers(0, 2048, (count, 16)).tolist()
+            row["language"] = "Hausa" if count % 2 else "English"
         (data / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return str(data / name)
 
@@ -146,6 +152,8 @@ def lives(life_of: Callable, folder: Path, one_stopped: SimpleNamespace) -> Call
         life_of("ddp-levers", **LAYERS | LEVERS),
         life_of("ddp-small", **SMALL, num_epochs=2),
         *(life_of(f"{mode}-lora", mode == "fsdp", **LORA) for mode in MODES),
+        *(life_of(f"{mode}-vectors", mode == "fsdp", **VECTORS) for mode in MODES),
+        life_of("ddp-cloning", **CLONING),
         life_of("fsdp-checkpointed", True, tricks={"gradients_of": [1], "end_after": 3}, gradient_checkpointing=True),
     ]
     launch(folder, listed)
@@ -483,14 +491,47 @@ def one_with_adapters(life_of: Callable, folder: Path) -> SimpleNamespace:
 def test_two_train_adapters_as_one_does(mode: str, lives: Callable, one_with_adapters: Any) -> None:
     two, one = lives(f"{mode}-lora"), one_with_adapters
     assert two.exit_codes == [0, 0], two.printed
-    names = ("grad_norm", "loss", "talker_loss", "sub_talker_loss")
-    figures = [[[line[name] for name in names] for line in read_log(seen.output)] for seen in (one, two)]
-    assert len(figures[0]) == 6
-    assert np.asarray(figures[1]) == pytest.approx(np.asarray(figures[0]), rel=1e-4)
+    assert_same_figures(one, two)
     merged = [load_file(seen.output / "last" / "model.safetensors") for seen in (one, two)]
     assert not {name: far for name, far in distances(merged[1], merged[0]).items() if far > 1e-3}
     adapters = [load_file(seen.output / "last" / "adapter" / "adapter_model.safetensors") for seen in (one, two)]
     assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) > 50
+
+
+@pytest.fixture(scope="module")
+def one_with_vectors(life_of: Callable, folder: Path) -> SimpleNamespace:
+    return live_alone(folder, life_of("one-vectors", alone=True, **VECTORS))
+
+
+def test_two_train_vectors_as_one_does(mode: str, lives: Callable, one_with_vectors: Any) -> None:
+    """Of a speaker and of a language, which are sharded under FSDP; whole in the export."""
+    two, one = lives(f"{mode}-vectors"), one_with_vectors
+    assert two.exit_codes == [0, 0], two.printed
+    assert_same_figures(one, two)
+    base = load_file(embedded_model_folder("tiny-random") / "model.safetensors")[TABLE]
+    rows = [load_file(seen.output / "last" / "model.safetensors")[TABLE][[3000, 2200]] for seen in (one, two)]
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-3, atol=1e-4)
+    assert (rows[0] - base[[3000, 2200]]).abs().max() > 1e-3
+    assert "language_vectors" in two.processes[0].shards and "speaker_vectors" in two.processes[0].shards
+
+
+@pytest.fixture(scope="module")
+def one_that_clones(life_of: Callable, folder: Path) -> SimpleNamespace:
+    return live_alone(folder, life_of("one-cloning", alone=True, **CLONING))
+
+
+def test_two_clone_as_one_does(lives: Callable, one_that_clones: Any) -> None:
+    """The first process computes the references, both read them, and each row draws its own whoever trains it."""
+    two = lives("ddp-cloning")
+    assert two.exit_codes == [0, 0], two.printed
+    assert_same_figures(one_that_clones, two)
+
+
+def assert_same_figures(one: Any, two: Any) -> None:
+    names = ("grad_norm", "loss", "talker_loss", "sub_talker_loss")
+    figures = [[[line[name] for name in names] for line in read_log(seen.output)] for seen in (one, two)]
+    assert len(figures[0]) == 6
+    assert np.asarray(figures[1]) == pytest.approx(np.asarray(figures[0]), rel=1e-4)
 
 
 def test_random_rounding_is_the_same_in_both(lives: Callable) -> None:
