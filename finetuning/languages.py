@@ -9,6 +9,7 @@ measured, too.
 from __future__ import annotations
 
 import copy
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,9 +150,9 @@ def coverage(tokenizer: Any, texts: Iterable[str]) -> Coverage:
     """Tokenizes texts and counts.
 
     A character is spelt in bytes where no single token holds all of its bytes: then a piece of a byte-level vocabulary
-    is no text by itself.
+    is no text by itself. Letters are composed first, as the tokenizer composes them.
     """
-    texts = list(texts)
+    texts = [unicodedata.normalize("NFC", text) for text in texts]
     tokens = [tokenizer(text)["input_ids"] for text in texts]
     unknown = getattr(tokenizer, "unk_token_id", None)
     num_unknown = sum(ids.count(unknown) for ids in tokens) if unknown is not None else 0

@@ -63,8 +63,8 @@ class Clips:
         vector, file = np.array(self.vectors[number]), self.files[number]
         if not has_context:
             return Reference(vector, file)
-        end = int(self.ends[number])
-        codes = np.array(self.codes[end - int(self.num_frames()[number]) : end])
+        start = int(self.ends[number - 1]) if number else 0
+        codes = np.array(self.codes[start : int(self.ends[number])])
         return Reference(vector, file, self.texts[number], codes)
 
     def num_frames(self) -> np.ndarray:
@@ -159,8 +159,8 @@ def prepare_references(
     plan = _Plan.drawn(train, settings) if settings.reference_sampling == "same_speaker" else None
     plan = plan or _Plan.of_rows([rows for rows in (train, validation) if rows is not None], train, settings)
     if settings.icl_fraction:
-        plan.check_texts(settings)
-    folder = settings.output_dir / "rows" / f"references-{plan.key(base, settings)}"
+        plan.check_texts()
+    folder = settings.output_dir / "rows" / f"references-{plan.key(train, base, settings)}"
     if is_main and not folder.is_dir():
         _compute(folder, plan, train, model, base, settings, device)
     clips = _load(folder, plan)
@@ -175,7 +175,7 @@ class _Plan:
     Attributes:
         files, texts: as in ``Clips``.
         rows: the training row whose clip each is, or -1.
-        lines: where each reference is named first, for messages.
+        places: (JSONL, line) where each reference is named first, for messages; None for one that no row names.
         of_file: path as the rows have it -> number; {} where references are drawn.
         default: speaker's lower-case name -> number of the reference of rows that name none.
         pools: speaker's lower-case name -> numbers to draw from; {} where references are fixed.
@@ -185,7 +185,7 @@ class _Plan:
     files: list[str] = field(default_factory=list)
     texts: list[str | None] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
+    places: list[tuple[Path, int] | None] = field(default_factory=list)
     of_file: dict[str, int] = field(default_factory=dict)
     default: dict[str, int] = field(default_factory=dict)
     pools: dict[str, list[int]] = field(default_factory=dict)
@@ -197,13 +197,15 @@ class _Plan:
         plan, audio_rows = cls(), _rows_by_file(train)
         spelling = {name.lower(): name for name in train.distinct("speaker")}
         for manifest in manifests:
+            # Rows that are held out stand in the file of the others.
+            jsonl = settings.train_jsonl if manifest.arrow_file == train.arrow_file else settings.validation_jsonl
             numbers = manifest.label_numbers("ref_audio")
-            _, first = np.unique(numbers, return_index=True)
-            firsts = manifest.select(np.sort(first[numbers[first] >= 0]))
-            for path, text, line in zip(
-                *(firsts.column(name) for name in ("ref_audio", "ref_text", "line")), strict=True
-            ):
-                plan.of_file.setdefault(path, plan._add(path, text, int(line), audio_rows, train))
+            for rows in (numbers >= 0, (numbers >= 0) & manifest.has("ref_text")):  # the text may stand in a later row
+                firsts = _first_rows(manifest, numbers, rows)
+                for path, text, line in zip(
+                    *(firsts.column(name) for name in ("ref_audio", "ref_text", "line")), strict=True
+                ):
+                    plan.of_file[path] = plan._add(path, text, (jsonl, int(line)), audio_rows, train)
             names, speakers = manifest.labels("speaker")
             for place in sorted(set(speakers[numbers < 0].tolist())):
                 if (name := names[place].lower()) not in plan.default:
@@ -229,10 +231,17 @@ class _Plan:
                 )
             for row, path, text in clips:
                 audio_rows[_resolved(path)] = row
-                plan.pools.setdefault(name.lower(), []).append(plan._add(path, text, row, audio_rows, train))
+                plan.pools.setdefault(name.lower(), []).append(plan._add(path, text, None, audio_rows, train))
         return plan
 
-    def _add(self, path: str, text: str | None, line: int, audio_rows: Mapping[str, int], train: Manifest) -> int:
+    def _add(
+        self,
+        path: str,
+        text: str | None,
+        place: tuple[Path, int] | None,
+        audio_rows: Mapping[str, int],
+        train: Manifest,
+    ) -> int:
         """The number of a file, new or known."""
         file = _resolved(path)
         if (number := self.number_of.get(file)) is not None:
@@ -243,34 +252,38 @@ class _Plan:
         self.files.append(file)
         self.rows.append(row)
         self.texts.append(text or (train[row]["text"] if row >= 0 else None))
-        self.lines.append(line)
+        self.places.append(place)
         return len(self.files) - 1
 
     def _default_of(self, speaker: str, settings: Settings, audio_rows: Mapping[str, int], train: Manifest) -> int:
         path, text = settings.ref_audio_path, settings.ref_text
         if path is None:
             path, text = choose_reference(train, speaker), None
-        return self._add(str(path), text, 0, audio_rows, train)
+        return self._add(str(path), text, None, audio_rows, train)
 
-    def check_texts(self, settings: Settings) -> None:
+    def check_texts(self) -> None:
         """Raises UserError where rows in context would have nothing to read."""
         silent = [number for number, text in enumerate(self.texts) if not text]
         if silent:
-            line = self.lines[silent[0]]
-            where = f"{settings.train_jsonl} line {line}" if line else "REF_AUDIO_PATH"
+            place = self.places[silent[0]]
+            where = f"{place[0]} line {place[1]}" if place else "REF_AUDIO_PATH"
             raise UserError(
                 f"ICL_FRACTION: {len(silent)} of {len(self.files)} references have no transcript, the first of them "
                 f"{self.files[silent[0]]} ({where}); give the rows a ref_text (or set REF_TEXT), or set "
                 "REFERENCE_SAMPLING=same_speaker, which takes clips of the rows"
             )
 
-    def key(self, base: Base, settings: Settings) -> str:
+    def key(self, train: Manifest, base: Base, settings: Settings) -> str:
         """A hash of all that is computed from."""
-        how = (_FORMAT, settings.icl_fraction > 0, settings.data_mode == "none", str(base.codec_folder))
-        digest = hashlib.sha256(repr((*how, str(base.encoder_source.folder))).encode())
-        for file in self.files:
+        is_encoded, keeps_codes = settings.icl_fraction > 0, settings.data_mode == "none"
+        models = [*base.encoder_source.weight_files(), *sorted(base.codec_folder.glob("*.safetensors"))]
+        digest = hashlib.sha256(repr((_FORMAT, is_encoded, keeps_codes)).encode())
+        for file in (*models, *self.files):
             status = os.stat(file) if os.path.isfile(file) else None
-            digest.update(repr((file, status and (status.st_size, status.st_mtime_ns))).encode())
+            digest.update(repr((str(file), status and (status.st_size, status.st_mtime_ns))).encode())
+        if is_encoded and keeps_codes:
+            for row in self.rows:
+                digest.update(train[row]["codes"].tobytes() if row >= 0 else b"")
         return digest.hexdigest()[:16]
 
     def references(self, clips: Clips, manifest: Manifest, settings: Settings) -> References:
@@ -296,8 +309,17 @@ def _rows_by_file(train: Manifest) -> dict[str, int]:
     return {_resolved(file): int(row) for file, row in zip(files, clips[first], strict=True)}
 
 
+def _first_rows(manifest: Manifest, numbers: np.ndarray, is_one: np.ndarray) -> Manifest:
+    """Of each number the first of these rows, in their order."""
+    rows = np.flatnonzero(is_one)
+    _, first = np.unique(numbers[rows], return_index=True)
+    return manifest.select(rows[np.sort(first)])
+
+
 def _spread(train: Manifest, rows: np.ndarray) -> list[tuple[int, str, str]]:
-    """(row, audio, text) of POOL_CLIPS rows at most, evenly spread, whose audio file is there."""
+    """(row, audio, text) of POOL_CLIPS clips at most, evenly spread, whose audio file is there; each clip once."""
+    _, first = np.unique(train.label_numbers("audio")[rows], return_index=True)
+    rows = rows[np.sort(first)]
     if len(rows) > POOL_CLIPS:
         rows = rows[np.linspace(0, len(rows) - 1, POOL_CLIPS).astype(int)]
     part = train.select(rows)

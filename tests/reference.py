@@ -139,14 +139,21 @@ def stepwise_logits(stock: Any, prompt: dict[str, torch.Tensor], codes: torch.Te
 
 
 def naive_losses(
-    model: Any, assistant_ids: torch.Tensor, language_id: int | None, vector: torch.Tensor, codes: torch.Tensor
+    model: Any,
+    assistant_ids: torch.Tensor,
+    language_id: int | None,
+    vector: torch.Tensor,
+    codes: torch.Tensor,
+    reference: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Summed losses of one row, written out position by position from DESIGN.md section 2, without any batching.
 
     Args:
         assistant_ids: (n + 8,), the tokenized assistant turn.
         codes: (T, 16).
+        reference: in context: (m + 5,), the tokenized turn of its text, and its (R, 16) codes.
     """
+    reference_ids, reference_codes = reference or (torch.zeros(5, dtype=torch.int64), codes[:0])
     talker, config = model.talker, model.config
     codec = config.talker_config
 
@@ -165,12 +172,13 @@ def naive_losses(
     rows += [pad + code(token) for token in tag]
     rows.append(pad + vector)
     rows.append(text(config.tts_bos_token_id) + code(codec.codec_pad_id))
-    rows += [text(int(token)) + code(codec.codec_pad_id) for token in assistant_ids[3:-5]]
+    spoken = [*reference_ids[3:-2], *assistant_ids[3:-5]]
+    rows += [text(int(token)) + code(codec.codec_pad_id) for token in spoken]
     rows.append(text(config.tts_eos_token_id) + code(codec.codec_pad_id))
     rows.append(pad + code(codec.codec_bos_id))
-    first_label = len(rows) - 1
+    first_label = len(rows) - 1 + len(reference_codes)
     tables = [talker.model.codec_embedding, *talker.code_predictor.model.codec_embedding]
-    for frame in codes:
+    for frame in (*reference_codes, *codes):
         rows.append(pad + sum(table(value) for table, value in zip(tables, frame, strict=True)))
     hidden = talker.model(inputs_embeds=torch.stack(rows)[None]).last_hidden_state[0]
     talker_loss = sub_talker_loss = torch.tensor(0.0)

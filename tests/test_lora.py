@@ -331,6 +331,32 @@ def test_halves_of_two_adapters(trained: Any, settings_for: Any, tmp_path: Path)
     assert torch.equal(rows, torch.stack([trained.run.speakers.vectors[0], other.speakers.vectors[0]]))
 
 
+@pytest.mark.parametrize("export_type", ["custom_voice", "base"])
+def test_a_merge_brings_languages_vectors_and_the_encoder(
+    settings_for: Any, demo_rows: list, write_jsonl: Callable, tmp_path: Path, export_type: str
+) -> None:
+    """What a run with a new language learnt, as one that speaks by name or that clones: bit for bit its own."""
+    rows = [row | {"language": "Hausa", "speaker": "Anna"} for row in demo_rows[:4]]
+    own = {"custom_voice": {"speaker_embedding_trainable": True}, "base": {"icl_fraction": 0.0}}[export_type]
+    fields = {"train_jsonl": write_jsonl(rows, "hausa.jsonl"), "new_languages": "hausa", "export_type": export_type}
+    run, _ = train(settings_for("hausa", **fields, **own))
+    last = run.settings.output_dir / "last"
+    output = run_merge("tiny-random", last / "adapter", output=tmp_path / "merged")
+    got, want = weights(output), weights(last)
+    assert got.keys() == want.keys() and any(name.startswith("speaker_encoder.") for name in got) == (
+        export_type == "base"
+    )
+    assert not [name for name in want if not torch.equal(got[name], want[name])]
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (output, last)]
+    assert configs[0] == configs[1] and configs[0]["talker_config"]["codec_language_id"]["hausa"] == 2200
+    learnt = run.objective.language_vectors.detach()[0].to(want[CODEC_TABLE].dtype)
+    assert torch.equal(got[CODEC_TABLE][2200], learnt)
+    with pytest.raises(UserError, match=r"adds hausa \(row 2200\), but .* has hausa already"):
+        run_merge(str(last), last / "adapter", output=tmp_path / "twice")
+    with pytest.raises(UserError, match=r"more than adapters .* languages"):
+        run_merge("tiny-random", last / "adapter", last / "adapter", output=tmp_path / "two")
+
+
 def test_speakers_of_the_base_keep_their_rows(trained: Any, settings_for: Any, tmp_path: Path) -> None:
     """Into a checkpoint that has Bert in the row that Anna was given beside another base."""
     bert, _ = train(settings_for("bert", speaker_name="Bert"))
