@@ -315,6 +315,8 @@ def _two_row_settings(settings: Settings, base: Base, folder: Path, write: bool)
         jsonl.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     changes = {"train_jsonl": jsonl, "validation_jsonl": jsonl, "output_dir": folder / "output", "batch_size": 2}
     changes["augment_copies"] = 0  # they would cost time and show nothing
+    if settings.reference_sampling == "same_speaker":  # two rows may be of two speakers
+        changes |= {"reference_sampling": "fixed", "icl_fraction": 0.0}
     data_mode = "none" if settings.data_mode == "none" else "jsonl"
     return settings.model_copy(update={**changes, "gradient_accumulation_steps": 1, "data_mode": data_mode})
 

@@ -38,7 +38,7 @@ def train(settings: Settings) -> None:
     try:
         resume = session.choose_start(settings, base, accelerator)
         rows = session.open_rows(settings, base, accelerator)
-        session.check_rows(settings, rows, accelerator)
+        session.check_rows(settings, base, rows, accelerator)
         run = session.build_run(settings, base, rows, accelerator, resume)
         if settings.prepare_only:
             session.walk_once(run)

@@ -323,8 +323,11 @@ def _spread(train: Manifest, rows: np.ndarray) -> list[tuple[int, str, str]]:
     if len(rows) > POOL_CLIPS:
         rows = rows[np.linspace(0, len(rows) - 1, POOL_CLIPS).astype(int)]
     part = train.select(rows)
-    found = zip(rows.tolist(), part.column("audio"), part.column("text"), strict=True)
-    return [(row, path, text) for row, path, text in found if os.path.isfile(path)]
+    found: dict[str, tuple[int, str, str]] = {}
+    for row, path, text in zip(rows.tolist(), part.column("audio"), part.column("text"), strict=True):
+        if os.path.isfile(path):
+            found.setdefault(_resolved(path), (row, path, text))
+    return list(found.values())
 
 
 def _resolved(path: str) -> str:

@@ -201,8 +201,8 @@ def open_rows(settings: Settings, base: Base, accelerator: Accelerator) -> Train
         return open_training_rows(settings, base.codec_folder, row_format, device, build=processes.is_main)
 
 
-def check_rows(settings: Settings, rows: TrainingRows | DirectRows, accelerator: Accelerator) -> None:
-    """DATA_CHECK, on the main process; what it finds stops all of them.
+def check_rows(settings: Settings, base: Base, rows: TrainingRows | DirectRows, accelerator: Accelerator) -> None:
+    """DATA_CHECK and the rows' languages, on the main process; what it finds stops all of them.
 
     Raises:
         UserError
@@ -210,6 +210,8 @@ def check_rows(settings: Settings, rows: TrainingRows | DirectRows, accelerator:
     problem = None
     if accelerator.is_main_process:
         try:
+            if isinstance(rows, TrainingRows):
+                check_new_languages(rows.train, base)
             check_at_start(rows, settings)
         except UserError as error:
             problem = str(error)
@@ -249,8 +251,6 @@ def build_run(
         UserError: among others, when the rows are not those of the state that is resumed.
     """
     verbose = verbose and accelerator.is_main_process
-    if isinstance(rows, TrainingRows):
-        check_new_languages(rows.train, base)
     state = resume.state() if resume else None
     attention = choose_attention(settings, accelerator.device.type)
     model = load_model(base, attention, device_name(accelerator), keeps_bf16(settings))
@@ -627,7 +627,8 @@ def train_on(run: Run, tracker: Tracker) -> None:
         say(f"{trainer.progress.num_skipped_rows} rows could not be read; they are listed in skipped_rows.jsonl")
     best, last = run.settings.output_dir / "best", run.settings.output_dir / "last"
     say(f"Done: {best} (lowest {trainer.best_by}) and {last} (the end of training)")
-    say(f'Listen: python synthesize.py --checkpoint {best} --text "…"')
+    voice = ' --ref_audio me.wav --ref_text "What I say there."' if run.settings.export_type == "base" else ""
+    say(f'Listen: python synthesize.py --checkpoint {best}{voice} --text "…"')
 
 
 def owes_roundtrip(run: Run) -> bool:
