@@ -66,6 +66,7 @@ from finetuning.saving import Saver, state_bytes
 from finetuning.settings import Settings
 from finetuning.sharding import asks_for_fsdp, is_sharded
 from finetuning.speakers import Speakers, make_speakers, prepare_speakers
+from finetuning.stages import check_stages, check_stages_of_base
 from finetuning.state import State, damage_of_state, find_states, step_of
 from finetuning.stepping import Stepper
 from finetuning.steps import MappedSteps, StreamedSteps, TrainingSteps
@@ -134,6 +135,7 @@ def check_inputs(settings: Settings) -> tuple[Base, str]:
         check_output_folder(settings, base)
     check_layer_count(settings.replace_last_n_layers, base.talker_config["num_hidden_layers"])
     weights_of(base, settings)  # says which words of LORA_TARGETS match nothing
+    check_stages_of_base(settings, base)
     return base, device
 
 
@@ -270,6 +272,7 @@ def build_run(
     encoder = make_row_encoder(settings, base, speakers)
     objective = TrainingObjective(model.talker, speakers.vectors, settings.gradient_checkpointing)
     objective.to(accelerator.device)
+    check_stages(settings, objective)
     if settings.compile:
         compile_layers(objective)
     train = make_steps(settings, rows, encoder, accelerator)

@@ -24,6 +24,7 @@ from finetuning.optimizers import leaves_out_bad_steps, make_optimizer
 from finetuning.prefix_cache import PrefixCache
 from finetuning.settings import Settings
 from finetuning.sharding import HostSums, accumulating, averaging, clip_gradients, is_sharded, prepare
+from finetuning.stages import Stages
 
 #: So often the micro-batch is halved when the GPU's memory does not suffice.
 MAX_HALVINGS = 3
@@ -59,6 +60,7 @@ class Stepper:
 
     Attributes:
         objective, optimizer, scheduler: as they are used; the optimizer is torch's own.
+        stages: what trains now.
         prefixes: gives the batches what the frozen layers compute.
         num_parts: every micro-batch is cut in so many, because the GPU's memory did not suffice.
         host_sums: what the processes agree by.
@@ -73,6 +75,8 @@ class Stepper:
         self.objective, self._prepared_optimizer = prepare(accelerator, objective, self._make_optimizer)
         self.optimizer = self._prepared_optimizer.optimizer
         self.scheduler = make_scheduler(settings, self.optimizer, num_steps)
+        is_wrapped = is_sharded(self.objective) or self.objective is not self.module
+        self.stages = Stages(settings, self.module, num_steps, freezes=not is_wrapped)
         self.prefixes: PrefixCache | None = None
         self.num_parts = 1
         self.learning_rate = 0.0
@@ -99,8 +103,10 @@ class Stepper:
         Raises:
             UserError: the GPU's memory does not suffice for the smallest micro-batches either.
         """
-        while (losses := self._try(batches, num_talker, num_sub_talker)) is None:
-            self.halve("the step")
+        with self.stages.freezing():
+            while (losses := self._try(batches, num_talker, num_sub_talker)) is None:
+                self.halve("the step")
+        self.stages.drop_gradients()
         gradient_norm = clip_gradients(self.accelerator, self.objective.parameters(), self.settings.max_grad_norm)
         is_bad = ~torch.isfinite(gradient_norm)
         self.learning_rate = self.scheduler.get_last_lr()[0]

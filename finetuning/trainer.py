@@ -135,6 +135,7 @@ class Trainer:
             self._tell_skipped_rows(fetched)
         if not num_talker:
             return False
+        self.stepper.stages.enter(progress.step + 1)
         sums = self.stepper.take(fetched.batches, num_talker, num_sub_talker)
         progress.step += 1
         progress.is_settled = False

@@ -33,7 +33,7 @@ from finetuning.resume import (
     say_what_differs,
 )
 from finetuning.settings import Settings
-from finetuning.state import find_states
+from finetuning.state import State, find_states
 from finetuning.tiny_model import embedded_model_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,6 +103,10 @@ def result(output: Path) -> dict[str, Any]:
             for log in lines
         ],
     }
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -193,13 +197,20 @@ RECIPES: dict[str, dict[str, Any]] = {
         "freeze_original_layers": True,
         "train_layout": "both",
     },
+    # Its first stop is exactly between two stages, its second in the middle of one.
+    "stages": {
+        "replace_last_n_layers": 1, "freeze_original_layers": True, "train_stages": "sub_talker:3,new_layers:5,all",
+    },
     "no validation rows": {"validation_jsonl": None, "validation_fraction": 0.0},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_other_runs_equal_the_untouched_ones(settings_for: Callable, tmp_path: Path, recipe: str) -> None:
-    """Without validation rows best/ follows the mean training loss of an epoch, the part before the stop included."""
+    """Without validation rows best/ follows the mean training loss of an epoch, the part before the stop included.
+
+    The states at their ends, too: weights, what the optimizer keeps, random numbers.
+    """
     fields = RECIPES[recipe] | {"num_epochs": 2}
     run_to_the_end(settings_for(output_dir=tmp_path / "untouched", **fields))
     settings = settings_for(**fields)
@@ -207,6 +218,10 @@ def test_other_runs_equal_the_untouched_ones(settings_for: Callable, tmp_path: P
     run_until(settings, 7, "killed")
     run_to_the_end(settings)
     assert_same(result(settings.output_dir), result(tmp_path / "untouched"))
+    states = [State(output / "state" / "step-10") for output in (settings.output_dir, tmp_path / "untouched")]
+    names = states[1].names("")
+    assert sorted(states[0].names("")) == sorted(names)
+    assert [name for name in names if bits(states[0][name]) != bits(states[1][name])] == []
 
 
 @pytest.mark.parametrize("steps", [(3,), (11,), (14, 16)], ids=["in a window", "second window", "second epoch, twice"])
@@ -365,6 +380,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "precision": ({"mixed_precision": "bf16"}, "MIXED_PRECISION was no, is bf16"),
     "limit": ({"max_train_samples": 5}, "MAX_TRAIN_SAMPLES was unset, is 5"),
     "frozen": ({"freeze_original_layers": True}, "FREEZE_ORIGINAL_LAYERS was false, is true"),
+    "stages": ({"train_stages": "talker:5, all"}, "TRAIN_STAGES was unset, is talker:5,all"),
     "rows": ({"batch_size": 4}, r"BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS x processes was 4, is 8 (rows of a step)"),
 }
 
