@@ -437,7 +437,7 @@ def _claim_output_folder(run: Run) -> None:
             raise UserError(
                 f"OUTPUT_DIR: {newest} was saved meanwhile, by another run; start again to go on from there"
             )
-    required = run.exporter.required_bytes() + state_bytes(run.model)
+    required = run.exporter.required_bytes() + state_bytes(run.model, settings.ema_decay)
     if not run.is_over:
         check_disk_space(output_dir, required - spare_bytes(run.resume, output_dir))
     if not (run.resume and run.resume.is_in(output_dir)):

@@ -201,6 +201,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "stages": {
         "replace_last_n_layers": 1, "freeze_original_layers": True, "train_stages": "sub_talker:3,new_layers:5,all",
     },
+    "average": {"ema_decay": 0.9},
+    "average over stages": {
+        "lora_rank": 4, "lora_dropout": 0.1, "freeze_original_layers": True, "ema_decay": 0.5, "layer_init": "copy",
+        "replace_last_n_layers": 1, "train_stages": "adapters:3,new_layers+heads:5,all",
+    },
     "no validation rows": {"validation_jsonl": None, "validation_fraction": 0.0},
 }  # fmt: skip
 
@@ -209,7 +214,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def test_other_runs_equal_the_untouched_ones(settings_for: Callable, tmp_path: Path, recipe: str) -> None:
     """Without validation rows best/ follows the mean training loss of an epoch, the part before the stop included.
 
-    The states at their ends, too: weights, what the optimizer keeps, random numbers.
+    The states at their ends, too: weights, what the optimizer keeps, averages, random numbers.
     """
     fields = RECIPES[recipe] | {"num_epochs": 2}
     run_to_the_end(settings_for(output_dir=tmp_path / "untouched", **fields))
@@ -222,6 +227,7 @@ def test_other_runs_equal_the_untouched_ones(settings_for: Callable, tmp_path: P
     names = states[1].names("")
     assert sorted(states[0].names("")) == sorted(names)
     assert [name for name in names if bits(states[0][name]) != bits(states[1][name])] == []
+    assert any(name.startswith("ema.talker.") for name in names) == ("average" in recipe)
 
 
 @pytest.mark.parametrize("steps", [(3,), (11,), (14, 16)], ids=["in a window", "second window", "second epoch, twice"])
@@ -381,6 +387,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "limit": ({"max_train_samples": 5}, "MAX_TRAIN_SAMPLES was unset, is 5"),
     "frozen": ({"freeze_original_layers": True}, "FREEZE_ORIGINAL_LAYERS was false, is true"),
     "stages": ({"train_stages": "talker:5, all"}, "TRAIN_STAGES was unset, is talker:5,all"),
+    "average": ({"ema_decay": 0.9}, "EMA_DECAY was 0.0, is 0.9"),
     "rows": ({"batch_size": 4}, r"BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS x processes was 4, is 8 (rows of a step)"),
 }
 

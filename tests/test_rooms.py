@@ -17,7 +17,7 @@ ORDER = (
     "prepare", "stream", "training_rows", "prompt", "sampling", "dataset", "steps", "progress", "speakers",
     "base_model", "layer_utils", "adapters", "preparer", "direct", "figures", "checks", "report", "mend",
     "check_rows", "attention", "chunked", "objective", "sharding", "prefix_cache", "small_adamw", "optimizers",
-    "memory", "stages", "stepping", "trainer",
+    "memory", "stages", "averaging", "stepping", "trainer",
     "checkpoint", "state", "resume", "validation", "tracking", "saving", "roundtrip", "lora", "session", "library",
 )  # fmt: skip
 ROOMS = sorted(file for file in (PROJECT / "finetuning").glob("*.py") if file.stem != "__init__")
