@@ -201,7 +201,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "stages": {
         "replace_last_n_layers": 1, "freeze_original_layers": True, "train_stages": "sub_talker:3,new_layers:5,all",
     },
-    "average": {"ema_decay": 0.9},
     "average over stages": {
         "lora_rank": 4, "lora_dropout": 0.1, "freeze_original_layers": True, "ema_decay": 0.5, "layer_init": "copy",
         "replace_last_n_layers": 1, "train_stages": "adapters:3,new_layers+heads:5,all",
