@@ -227,8 +227,14 @@ class Saver:
 
 def state_bytes(model: nn.Module, ema_decay: float = 0.0) -> int:
     """Size of a state, over all processes."""
-    bytes_per_weight = STATE_BYTES_PER_WEIGHT + (AVERAGE_BYTES_PER_WEIGHT if ema_decay else 0)
-    return bytes_per_weight * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return state_bytes_per_weight(ema_decay) * sum(
+        weight.numel() for weight in model.parameters() if weight.requires_grad
+    )
+
+
+def state_bytes_per_weight(ema_decay: float) -> int:
+    """Of each weight that trains."""
+    return STATE_BYTES_PER_WEIGHT + (AVERAGE_BYTES_PER_WEIGHT if ema_decay else 0)
 
 
 def _names_of_process(state: State, index: int) -> list[str]:

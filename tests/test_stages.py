@@ -113,7 +113,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adafactor": {"optimizer": "adafactor"},
     "8 bits": {"optimizer": "adamw_8bit"},
     "bf16": {"weights_precision": "bf16", "mixed_precision": "bf16"},
-    "fp16 scaler": {"mixed_precision": "fp16"},
     "checkpointed": {"gradient_checkpointing": True},
 }
 
