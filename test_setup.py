@@ -235,12 +235,13 @@ class Preflight:
         """One checkpoint and one state against the free space of OUTPUT_DIR's disk."""
         from finetuning.checkpoint import check_disk_space
         from finetuning.memory import parameter_counts
-        from finetuning.saving import STATE_BYTES_PER_WEIGHT
+        from finetuning.saving import state_bytes_per_weight
         from finetuning.session import spare_bytes
 
         trained, frozen = parameter_counts(self.base, self.settings)
         dtype = self.base.weight_dtypes()["talker.model.codec_embedding.weight"]
-        checkpoint, state = (trained + frozen) * dtype.itemsize, trained * STATE_BYTES_PER_WEIGHT
+        checkpoint = (trained + frozen) * dtype.itemsize
+        state = trained * state_bytes_per_weight(self.settings.ema_decay)
         output_dir = self.settings.output_dir
         check_disk_space(output_dir, checkpoint + state - spare_bytes(self.resume, output_dir))
         return f"a checkpoint of {checkpoint / 1e9:.2f} GB and a state of {state / 1e9:.2f} GB fit"

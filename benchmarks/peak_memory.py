@@ -249,7 +249,7 @@ def no_host_values(settings: Settings) -> Iterator[None]:
 
     for signed in (True, False):  # it keeps the values of its 8 bits once it has computed them
         OptimState8bit.zeros((256,), signed, 256, "cpu")
-    with patch.object(small_adamw.SmallAdamW, "num_steps", 1):
+    with patch.object(small_adamw.SmallAdamW, "num_updates", 1):
         yield
 
 

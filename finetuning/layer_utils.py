@@ -31,7 +31,9 @@ def replace_and_add_layers(
         freeze_original_layers: see ``set_trainable``.
         verbose: print the summary.
         layer_init: "preserve" (the model computes what it did before: replaced layers keep the weights that they
-            replace, added layers have Xavier weights and zero output projections) or "xavier" (all of them Xavier).
+            replace, added layers have Xavier weights and zero output projections), "copy" (each of them has the weights
+            of the layer before it in the stack; the lowest layer, before which there is none, keeps its own) or
+            "xavier" (all of them Xavier).
         train_text_embedding, train_codec_embedding, with_adapters: see ``set_trainable``.
 
     Raises:
@@ -40,7 +42,8 @@ def replace_and_add_layers(
     layers = model.talker.model.layers
     check_layer_count(replace_last_n, len(layers))
     for index in range(len(layers) - replace_last_n, len(layers)):
-        layers[index] = _new_layer(model, index, like=layers[index], layer_init=layer_init, replaces=True)
+        like = layers[max(index - 1, 0)] if layer_init == "copy" else layers[index]
+        layers[index] = _new_layer(model, index, like=like, layer_init=layer_init, replaces=True)
     for _ in range(add_new_layers):
         layers.append(_new_layer(model, len(layers), like=layers[-1], layer_init=layer_init, replaces=False))
     model.talker.config.num_hidden_layers = len(layers)
@@ -58,11 +61,15 @@ def check_layer_count(replace_last_n: int, num_layers: int) -> None:
 
 
 def _new_layer(model: Any, index: int, like: nn.Module, layer_init: str, replaces: bool) -> nn.Module:
-    """An fp32 layer (it trains) of the same class, device and mode as ``like``, for place ``index`` of the stack."""
+    """An fp32 layer (it trains) of the same class, device and mode as ``like``, for place ``index`` of the stack.
+
+    Args:
+        like: whose weights it has where it is to have another's.
+    """
     with like.mlp.down_proj.weight.device:
         layer = type(like)(model.talker.model.config, layer_idx=index).train(like.training)
     initialize_decoder_layer(layer)
-    if layer_init == "preserve" and replaces:
+    if layer_init == "copy" or (layer_init == "preserve" and replaces):
         layer.load_state_dict(like.state_dict())
     elif layer_init == "preserve":
         # Both branches add to the residual stream; with zero outputs the layer is the identity.

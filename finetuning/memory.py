@@ -208,8 +208,10 @@ class Needs:
 
     @property
     def standing_bytes(self) -> float:
-        """Weights and the optimizer's states: there from the first step to the last."""
+        """Weights, the optimizer's states and the weights' average: there from the first step to the last."""
         whole = sum(map(self._weight_bytes, self.weights)) + sum(map(self._state_bytes, self._trained()))
+        if self.settings.ema_decay:
+            whole += sum(4 * weight.size for weight in self._trained())
         return whole / self.num_processes if self.is_sharded else whole
 
     @property

@@ -39,6 +39,8 @@ from finetuning.trainer import Trainer
 MAX_FAILURES = 3
 #: A trained weight is kept with Adam's two moments, all in fp32.
 STATE_BYTES_PER_WEIGHT = 12
+#: Its running average, where EMA_DECAY asks for one.
+AVERAGE_BYTES_PER_WEIGHT = 4
 
 
 class Saved(NamedTuple):
@@ -84,7 +86,8 @@ class Saver:
                 saved = saved._replace(state=True)
             self._check_space(not saved.state, bool(names))
             if names:
-                self.exporter.save(names, self._describe(trainer, epoch))
+                with trainer.stepper.averaged():
+                    self.exporter.save(names, self._describe(trainer, epoch))
                 saved = saved._replace(checkpoints=True)
             if not saved.state:
                 self._save_state(trainer)
@@ -114,7 +117,9 @@ class Saver:
 
         def check() -> None:
             output_dir = self.settings.output_dir
-            required = with_checkpoint * self.exporter.required_bytes() + with_state * state_bytes(self.exporter.model)
+            required = with_checkpoint * self.exporter.required_bytes() + with_state * state_bytes(
+                self.exporter.model, self.settings.ema_decay
+            )
             older = sum(bytes_of(folder) for folder in find_states(output_dir)[1:]) if with_state else 0
             if free_bytes(output_dir) < required <= free_bytes(output_dir) + older:
                 rotate_states(output_dir, keep=1)
@@ -147,7 +152,7 @@ class Saver:
             "train_loss": progress["train_loss"],
             "best_by": trainer.best_by,
             "complete": trainer.is_over,
-        }
+        } | ({"ema_decay": self.settings.ema_decay} if self.settings.ema_decay else {})
 
     def _record(self, trainer: Trainer) -> dict[str, Any]:
         stepper, scaler = trainer.stepper, self.accelerator.scaler
@@ -167,6 +172,8 @@ class Saver:
 
     def _tensors(self, trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
         yield from training_tensors(trainer.stepper.module, trainer.stepper.optimizer)
+        if trainer.stepper.average:
+            yield from trainer.stepper.average.named_tensors()
         yield "speakers.vectors", self.vectors
         own = random_tensors(self.accelerator.device) | {
             "log_window": trainer.log_window.totals,
@@ -183,6 +190,8 @@ class Saver:
         """Brings a trainer that was built anew to where the state was saved. See ``resume`` for what must agree."""
         record, stepper, index = state.record, trainer.stepper, self.accelerator.process_index
         restore_training(state, stepper.module, stepper.optimizer)
+        if stepper.average:
+            stepper.average.restore(state)
         set_schedule(stepper.scheduler, record["schedule"])
         if self.accelerator.scaler and record["scaler"]:
             self.accelerator.scaler.load_state_dict(record["scaler"])
@@ -216,9 +225,16 @@ class Saver:
         return total if self.accelerator.is_main_process else torch.zeros_like(total)
 
 
-def state_bytes(model: nn.Module) -> int:
+def state_bytes(model: nn.Module, ema_decay: float = 0.0) -> int:
     """Size of a state, over all processes."""
-    return STATE_BYTES_PER_WEIGHT * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return state_bytes_per_weight(ema_decay) * sum(
+        weight.numel() for weight in model.parameters() if weight.requires_grad
+    )
+
+
+def state_bytes_per_weight(ema_decay: float) -> int:
+    """Of each weight that trains."""
+    return STATE_BYTES_PER_WEIGHT + (AVERAGE_BYTES_PER_WEIGHT if ema_decay else 0)
 
 
 def _names_of_process(state: State, index: int) -> list[str]:

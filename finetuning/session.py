@@ -71,6 +71,7 @@ from finetuning.saving import Saver, state_bytes
 from finetuning.settings import Settings
 from finetuning.sharding import asks_for_fsdp, is_sharded
 from finetuning.speakers import Speakers, make_speakers, prepare_speakers
+from finetuning.stages import check_stages, check_stages_of_base
 from finetuning.state import State, damage_of_state, find_states, step_of
 from finetuning.stepping import Stepper
 from finetuning.steps import MappedSteps, StreamedSteps, TrainingSteps
@@ -139,6 +140,7 @@ def check_inputs(settings: Settings) -> tuple[Base, str]:
         check_output_folder(settings, base)
     check_layer_count(settings.replace_last_n_layers, base.talker_config["num_hidden_layers"])
     weights_of(base, settings)  # says which words of LORA_TARGETS match nothing
+    check_stages_of_base(settings, base)
     return base, device
 
 
@@ -279,6 +281,7 @@ def build_run(
     encoder = make_row_encoder(settings, base, speakers)
     objective = make_objective(settings, model, speakers, languages)
     objective.to(accelerator.device)
+    check_stages(settings, objective)
     if settings.compile:
         compile_layers(objective)
     train = make_steps(settings, rows, encoder, accelerator, references)
@@ -539,7 +542,7 @@ def _claim_output_folder(run: Run) -> None:
             raise UserError(
                 f"OUTPUT_DIR: {newest} was saved meanwhile, by another run; start again to go on from there"
             )
-    required = run.exporter.required_bytes() + state_bytes(run.model)
+    required = run.exporter.required_bytes() + state_bytes(run.model, settings.ema_decay)
     if not run.is_over:
         check_disk_space(output_dir, required - spare_bytes(run.resume, output_dir))
     if not (run.resume and run.resume.is_in(output_dir)):

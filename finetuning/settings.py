@@ -40,6 +40,54 @@ LR_SCHEDULERS = (
 )  # fmt: skip
 
 
+#: What a stage of TRAIN_STAGES may name; ``stages`` knows which weights belong to each.
+STAGE_NAMES = ("embeddings", "new_layers", "talker", "sub_talker", "heads", "adapters", "all")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run, of those that TRAIN_STAGES lists.
+
+    Attributes:
+        names: of ``STAGE_NAMES``; what belongs to one of them trains.
+        num_steps: optimizer steps of it; None for the last one, which goes on to the end of the run.
+    """
+
+    names: tuple[str, ...]
+    num_steps: int | None = None
+
+    @property
+    def label(self) -> str:
+        return "+".join(self.names)
+
+
+def parse_stages(text: str) -> list[Stage]:
+    """The stages of a TRAIN_STAGES such as ``embeddings+new_layers:200,all``.
+
+    Raises:
+        ValueError: what is wrong, to be read behind the setting's name.
+    """
+    items = text.split(",")
+    stages = [_parse_stage(item) for item in items]
+    if open_ended := [item for item, stage in zip(items[:-1], stages, strict=False) if stage.num_steps is None]:
+        raise ValueError(
+            f'"{open_ended[0]}" has no steps, which only the last stage may go without: {open_ended[0]}:200'
+        )
+    return stages
+
+
+def _parse_stage(item: str) -> Stage:
+    label, colon, steps = item.partition(":")
+    names = tuple(label.split("+"))
+    if unknown := [name for name in names if name not in STAGE_NAMES]:
+        raise ValueError(
+            f'"{unknown[0]}" is no stage; the names are {", ".join(STAGE_NAMES)}, as in embeddings:200,new_layers:9,all'
+        )
+    if colon and not (steps.isascii() and steps.isdigit() and int(steps)):
+        raise ValueError(f'"{item}": the steps of a stage are a whole number from 1 up, as in {label}:200')
+    return Stage(names, int(steps) if colon else None)
+
+
 def _all_is_none(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() == "all" else value
 
@@ -48,6 +96,7 @@ Count = Annotated[int, Field(ge=1)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 OptionalCount = Annotated[Count | None, BeforeValidator(_all_is_none)]
 ColumnName = Annotated[str, Field(min_length=1)]
+StageList = Annotated[str, AfterValidator(lambda text: "".join(text.split()))]  # a blank is no difference at a resume
 
 
 def _setting(default: Any, help: str, *aliases: str, **constraints: Any) -> Any:
@@ -277,8 +326,22 @@ class Settings(BaseSettings):
     lora_export_scale: float = _setting(
         1.0, "how much of what the adapters learnt goes into best/ and last/; adapter/ beside them has all", gt=0, le=4
     )
-    layer_init: Literal["preserve", "xavier"] = _setting(
-        "preserve", "preserve (the model starts as the base) or xavier (new layers start from random weights)"
+    layer_init: Literal["preserve", "copy", "xavier"] = _setting(
+        "preserve",
+        "preserve (the model starts as the base), copy (each new layer starts with the weights of the layer before it) "
+        "or xavier (new layers start from random weights)",
+    )
+    train_stages: StageList | None = _setting(
+        None,
+        "what trains when: stages such as embeddings:200,new_layers:500,all, each with its optimizer steps; of "
+        "embeddings, new_layers, talker, sub_talker, heads, adapters, all, joined by +. Default all, always",
+    )
+    ema_decay: float = _setting(
+        0.0,
+        "validate and export a running average of the weights, of which every step keeps this share (0.999, say); "
+        "0 = off",
+        ge=0,
+        lt=1,
     )
 
     logging_steps: Count = _setting(10, "log every so many optimizer steps")
@@ -316,6 +379,10 @@ class Settings(BaseSettings):
         words = [word.strip().lower() for word in (self.new_languages or "").split(",") if word.strip()]
         pairs = [word.partition(":") for word in words]
         return [(name.strip(), relative.strip() or None) for name, _, relative in pairs]
+
+    def stages(self) -> list[Stage]:
+        """The stages of TRAIN_STAGES; [] where all trains always."""
+        return parse_stages(self.train_stages) if self.train_stages else []
 
     def rows_per_step(self, num_processes: int) -> int:
         """Rows of an optimizer step, over all processes."""
@@ -534,6 +601,21 @@ def _check_lora(settings: Settings, _: int) -> str | None:
     return None
 
 
+def _check_stages(settings: Settings, _: int) -> str | None:
+    if settings.train_stages is None:
+        return None
+    try:
+        parse_stages(settings.train_stages)
+    except ValueError as error:
+        return str(error)
+    if settings.prefix_cache != "off":
+        return (
+            "does not work with PREFIX_CACHE, since the lowest layer that trains differs from stage to stage; set "
+            "PREFIX_CACHE=off, or unset TRAIN_STAGES"
+        )
+    return None
+
+
 def divides_rows(settings: Settings) -> bool:
     """Whether MEMORY_PROFILE is to divide EFFECTIVE_BATCH_SIZE among micro-batches."""
     is_open = not (settings.is_set("batch_size") or settings.is_set("gradient_accumulation_steps"))
@@ -737,6 +819,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     ),
     (("max_frames_per_batch", "batch_size", "effective_batch_size", "lr_scaling", "data_mode"), _check_max_frames),
     (("lora_rank", "lora_targets", "freeze_original_layers"), _check_lora),
+    (("train_stages", "prefix_cache"), _check_stages),
     (("lr_scheduler",), _check_scheduler),
     (("lr_min", "lr_scheduler", "learning_rate"), _check_lr_min),
     (("lr_num_cycles", "lr_scheduler", "lr_min"), _check_cycles),

@@ -29,7 +29,7 @@ class SmallAdamW(AdamW8bit):
     Args:
         groups: as of every optimizer.
         in_8_bits: parameters whose moments are kept in 8 bits, unless they have less than 4,096 values.
-        seed: the rounding of a step is a function of this and of the steps taken, so it is the same in all processes
+        seed: the rounding of a step is a function of this and of the updates so far, so it is the same in all processes
             and after a resume, and no other random number depends on it.
     """
 
@@ -42,9 +42,10 @@ class SmallAdamW(AdamW8bit):
             group["lr"] = float(learning_rate)
 
     @property
-    def num_steps(self) -> int:
-        """Steps taken; step counts lie on the host."""
-        return max((int(state["step"]) for state in self.state.values()), default=0)
+    def num_updates(self) -> int:
+        """Of all parameters together, so that it grows with every step, whichever of them have gradients (see
+        ``stages``); step counts lie on the host."""
+        return sum(int(state["step"]) for state in self.state.values())
 
     def new_moment(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
         """An empty ``exp_avg`` or ``exp_avg_sq``, as the first step makes it."""
@@ -53,7 +54,7 @@ class SmallAdamW(AdamW8bit):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         device = self.param_groups[0]["params"][0].device
-        rounding_seed = int(np.random.default_rng([self.seed, self.num_steps]).integers(2**63))
+        rounding_seed = int(np.random.default_rng([self.seed, self.num_updates]).integers(2**63))
         # Compiled for each shape in the first step, one kernel reads and writes each number once; eagerly it is slower.
         stance = "default" if device.type == "cuda" and _has_c_compiler() else "force_eager"
         with torch.compiler.set_stance(stance), random_numbers(rounding_seed, device), self._rates_as_tensors():

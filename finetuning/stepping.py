@@ -6,6 +6,7 @@ gradients of several processes are synchronised in the last micro-batch only.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
+from finetuning.averaging import Average
 from finetuning.codec import NUM_CODEBOOKS
 from finetuning.console import say
 from finetuning.dataset import Batch, count_tokens, split_batch, to_device
@@ -24,6 +26,7 @@ from finetuning.optimizers import leaves_out_bad_steps, make_optimizer
 from finetuning.prefix_cache import PrefixCache
 from finetuning.settings import Settings
 from finetuning.sharding import HostSums, accumulating, averaging, clip_gradients, is_sharded, prepare
+from finetuning.stages import Stages
 
 #: So often the micro-batch is halved when the GPU's memory does not suffice.
 MAX_HALVINGS = 3
@@ -59,6 +62,8 @@ class Stepper:
 
     Attributes:
         objective, optimizer, scheduler: as they are used; the optimizer is torch's own.
+        stages: what trains now.
+        average: of the weights; None where EMA_DECAY is 0.
         prefixes: gives the batches what the frozen layers compute.
         num_parts: every micro-batch is cut in so many, because the GPU's memory did not suffice.
         host_sums: what the processes agree by.
@@ -73,6 +78,11 @@ class Stepper:
         self.objective, self._prepared_optimizer = prepare(accelerator, objective, self._make_optimizer)
         self.optimizer = self._prepared_optimizer.optimizer
         self.scheduler = make_scheduler(settings, self.optimizer, num_steps)
+        is_wrapped = is_sharded(self.objective) or self.objective is not self.module
+        self.stages = Stages(settings, self.module, num_steps, freezes=not is_wrapped)
+        self.average = Average(self.module, settings.ema_decay) if settings.ema_decay else None
+        if self.average:
+            say(f"EMA_DECAY={settings.ema_decay:g}: validation and all checkpoints take the average of the weights")
         self.prefixes: PrefixCache | None = None
         self.num_parts = 1
         self.learning_rate = 0.0
@@ -99,18 +109,26 @@ class Stepper:
         Raises:
             UserError: the GPU's memory does not suffice for the smallest micro-batches either.
         """
-        while (losses := self._try(batches, num_talker, num_sub_talker)) is None:
-            self.halve("the step")
+        with self.stages.freezing():
+            while (losses := self._try(batches, num_talker, num_sub_talker)) is None:
+                self.halve("the step")
+        self.stages.drop_gradients()
         gradient_norm = clip_gradients(self.accelerator, self.objective.parameters(), self.settings.max_grad_norm)
         is_bad = ~torch.isfinite(gradient_norm)
         self.learning_rate = self.scheduler.get_last_lr()[0]
         if self._update(is_bad):
             self.scheduler.step()
         self.optimizer.zero_grad()
+        if self.average:
+            self.average.update(is_bad)
         self.skips.note(is_bad & self._counts_as_bad(), lines_of(batches))
         counts = [losses.new_full((1,), count) for count in count_tokens(batches)]  # a copy would make the host wait
         sums = torch.cat([losses, *counts])
         return Sums(torch.where(is_bad, torch.zeros_like(sums), sums), gradient_norm)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the weights are their average, where there is one."""
+        return self.average.in_place() if self.average else contextlib.nullcontext()
 
     def any_process(self, is_so: bool) -> bool:
         """Whether it is so in one of the processes; all of them must ask."""

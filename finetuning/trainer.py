@@ -135,6 +135,7 @@ class Trainer:
             self._tell_skipped_rows(fetched)
         if not num_talker:
             return False
+        self.stepper.stages.enter(progress.step + 1)
         sums = self.stepper.take(fetched.batches, num_talker, num_sub_talker)
         progress.step += 1
         progress.is_settled = False
@@ -225,9 +226,10 @@ class Trainer:
         is_alone = self.accelerator.num_processes == 1
         while True:
             try:
-                return self.validator.evaluate(
-                    self.stepper.module, self.stepper.num_parts, lambda: is_alone and self._stop_request.is_made
-                )
+                with self.stepper.averaged():
+                    return self.validator.evaluate(
+                        self.stepper.module, self.stepper.num_parts, lambda: is_alone and self._stop_request.is_made
+                    )
             except torch.OutOfMemoryError:
                 if self.accelerator.num_processes > 1:  # the others are waiting for this one's figures
                     raise self.stepper.out_of_memory() from None

@@ -71,6 +71,21 @@ def test_xavier_starts_all_new_layers_from_random_weights(model: Any) -> None:
     assert not torch.allclose(talker_logits(model), want, atol=1e-2)
 
 
+@pytest.mark.parametrize("replace, add", [(0, 2), (2, 0), (2, 3), (4, 1)])
+def test_copy_starts_each_new_layer_as_the_layer_before_it(model: Any, replace: int, add: int) -> None:
+    """In the stack as it then is; the lowest layer has none before it."""
+    kept = copy.deepcopy(model.talker.model.layers[: 4 - replace] or model.talker.model.layers[:1])
+    replace_and_add_layers(model, replace, add, verbose=False, layer_init="copy")
+    layers = model.talker.model.layers
+    assert [layer.self_attn.layer_idx for layer in layers] == list(range(4 + add))
+    for index, layer in enumerate(layers):
+        weights, wanted = layer.state_dict(), kept[min(index, len(kept) - 1)].state_dict()
+        assert weights.keys() == wanted.keys()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in wanted.items()), index
+    places = [parameter.data_ptr() for parameter in layers.parameters()]
+    assert len(set(places)) == len(places), "each has weights of its own"
+
+
 def test_initialisation_is_xavier_with_unit_norms_and_zero_biases(model: Any) -> None:
     config = copy.deepcopy(model.talker.config)
     config.attention_bias = True

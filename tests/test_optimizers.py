@@ -190,6 +190,24 @@ def small_adamw(weight: nn.Parameter, rate: float, in_8_bits: bool, seed: int = 
     return SmallAdamW([{"params": [weight], "weight_decay": 0.0}], rate, [weight] if in_8_bits else [], seed)
 
 
+def test_rounding_is_another_one_in_every_step_of_a_stage() -> None:
+    """While other weights, which have had more steps, have no gradients: they stand still, and the seed does not."""
+    weight, other = nn.Parameter(torch.ones(256, 256).bfloat16()), nn.Parameter(torch.ones(64, 64))
+    optimizer = SmallAdamW([{"params": [weight, other], "weight_decay": 0.0}], 1e-4, [], seed=0)
+    for _ in range(5):
+        other.grad = torch.ones_like(other)
+        optimizer.step()
+    other.grad, before, moved = None, other.detach().clone(), []
+    for _ in range(3):
+        earlier = weight.detach().clone()
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        moved.append(weight != earlier)
+    assert torch.equal(other, before) and optimizer.state[other]["step"] == 5
+    assert all(one.any() and not one.all() for one in moved)
+    assert not torch.equal(moved[0], moved[1]) and not torch.equal(moved[1], moved[2])
+
+
 @pytest.mark.parametrize("value", [1.0, -1.0, 0.3])
 @pytest.mark.parametrize("in_8_bits", [False, True])
 def test_rounding_is_right_on_average(value: float, in_8_bits: bool) -> None:

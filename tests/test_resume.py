@@ -33,7 +33,7 @@ from finetuning.resume import (
     say_what_differs,
 )
 from finetuning.settings import Settings
-from finetuning.state import find_states
+from finetuning.state import State, find_states
 from finetuning.tiny_model import embedded_model_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,6 +105,10 @@ def result(output: Path) -> dict[str, Any]:
             for log in lines
         ],
     }
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -207,13 +211,24 @@ RECIPES: dict[str, dict[str, Any]] = {
         "icl_fraction": 0.5,
         "train_layout": "both",
     },
+    # Its first stop is exactly between two stages, its second in the middle of one.
+    "stages": {
+        "replace_last_n_layers": 1, "freeze_original_layers": True, "train_stages": "sub_talker:3,new_layers:5,all",
+    },
+    "average over stages": {
+        "lora_rank": 4, "lora_dropout": 0.1, "freeze_original_layers": True, "ema_decay": 0.5, "layer_init": "copy",
+        "replace_last_n_layers": 1, "train_stages": "adapters:3,new_layers+heads:5,all",
+    },
     "no validation rows": {"validation_jsonl": None, "validation_fraction": 0.0},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_other_runs_equal_the_untouched_ones(settings_for: Callable, tmp_path: Path, recipe: str) -> None:
-    """Without validation rows best/ follows the mean training loss of an epoch, the part before the stop included."""
+    """Without validation rows best/ follows the mean training loss of an epoch, the part before the stop included.
+
+    The states at their ends, too: weights, what the optimizer keeps, averages, random numbers.
+    """
     fields = RECIPES[recipe] | {"num_epochs": 2}
     run_to_the_end(settings_for(output_dir=tmp_path / "untouched", **fields))
     settings = settings_for(**fields)
@@ -221,6 +236,11 @@ def test_other_runs_equal_the_untouched_ones(settings_for: Callable, tmp_path: P
     run_until(settings, 7, "killed")
     run_to_the_end(settings)
     assert_same(result(settings.output_dir), result(tmp_path / "untouched"))
+    states = [State(output / "state" / "step-10") for output in (settings.output_dir, tmp_path / "untouched")]
+    names = states[1].names("")
+    assert sorted(states[0].names("")) == sorted(names)
+    assert [name for name in names if bits(states[0][name]) != bits(states[1][name])] == []
+    assert any(name.startswith("ema.talker.") for name in names) == ("average" in recipe)
 
 
 @pytest.mark.parametrize("steps", [(3,), (11,), (14, 16)], ids=["in a window", "second window", "second epoch, twice"])
@@ -381,6 +401,8 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "frozen": ({"freeze_original_layers": True}, "FREEZE_ORIGINAL_LAYERS was false, is true"),
     "balance": ({"speaker_balance": 0.5}, "SPEAKER_BALANCE was 0.0, is 0.5"),
     "curriculum": ({"curriculum": "short_first"}, "CURRICULUM was none, is short_first"),
+    "stages": ({"train_stages": "talker:5, all"}, "TRAIN_STAGES was unset, is talker:5,all"),
+    "average": ({"ema_decay": 0.9}, "EMA_DECAY was 0.0, is 0.9"),
     "rows": ({"batch_size": 4}, r"BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS x processes was 4, is 8 (rows of a step)"),
 }
 

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 
 from finetuning.errors import UserError
-from finetuning.settings import Settings, canonical_names, load_settings, speaker_name_problem
+from finetuning.settings import Settings, Stage, canonical_names, load_settings, speaker_name_problem
 
 PROJECT = Path(__file__).parent.parent
 SECRET = "hf_Zq8secretvalue"
@@ -81,6 +81,8 @@ DESIGN_DEFAULTS: dict[str, Any] = {
     "LORA_TARGETS": "all",
     "LORA_EXPORT_SCALE": 1,
     "LAYER_INIT": "preserve",
+    "TRAIN_STAGES": None,
+    "EMA_DECAY": 0,
     "FREEZE_SPEAKER_ENCODER": True,
     "NUM_WORKERS": 0,
     "LOGGING_STEPS": 10,
@@ -456,6 +458,7 @@ def test_nothing_is_exported_from_a_refused_file(load: Load, monkeypatch: pytest
         ("ATTN_IMPLEMENTATION", "flash"),
         ("DATA_MODE", "json"),
         ("LAYER_INIT", "zeros"),
+        *[("EMA_DECAY", value) for value in ("-0.1", "1", "nan", "on")],
         ("TRAIN_LAYOUT", "stream"),
         *[("SPEAKER_BALANCE", value) for value in ("-0.1", "1.1", "nan", "full")],
         ("CURRICULUM", "long_first"),
@@ -466,6 +469,44 @@ def test_nothing_is_exported_from_a_refused_file(load: Load, monkeypatch: pytest
 def test_absurd_value_is_refused(problems: Problems, name: str, value: str) -> None:
     (message,) = problems(**{name: value})
     assert message.startswith(f"{name} (environment): ")
+
+
+@pytest.mark.parametrize(
+    "text, stages",
+    [
+        ("all", [Stage(("all",))]),
+        (
+            "embeddings:200,new_layers:500,all",
+            [*map(Stage, (("embeddings",), ("new_layers",), ("all",)), (200, 500, None))],
+        ),
+        (" heads + adapters : 20 , talker:1, ", None),
+        (" heads + adapters : 20 , talker:1 ", [Stage(("heads", "adapters"), 20), Stage(("talker",), 1)]),
+    ],
+)
+def test_stages(load: Load, problems: Problems, text: str, stages: list[Stage] | None) -> None:
+    if stages is None:
+        assert '"" is no stage' in problems(TRAIN_STAGES=text)[0]
+        return
+    settings = load(TRAIN_STAGES=text)
+    assert settings.stages() == stages and " " not in settings.public()["TRAIN_STAGES"]
+    assert load().stages() == []
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("embedding:200,all", '"embedding" is no stage; the names are embeddings, new_layers, talker, sub_talker,'),
+        ("embeddings+:200,all", '"" is no stage'),
+        (",", '"" is no stage'),
+        ("embeddings,all", '"embeddings" has no steps, which only the last stage may go without: embeddings:200'),
+        *[(f"talker:{steps},all", f'"talker:{steps}": the steps of a stage are a whole number') for steps in (
+            "", "0", "-5", "2.5", "1e3", "many", "²",
+        )],
+    ],
+)  # fmt: skip
+def test_stages_that_are_refused(problems: Problems, text: str, part: str) -> None:
+    (message,) = problems(TRAIN_STAGES=text)
+    assert message.startswith("TRAIN_STAGES (environment): ") and part in message
 
 
 @pytest.mark.parametrize("world_size, product", [("", 12), ("1", 12), ("4", 48)])
@@ -527,6 +568,7 @@ def test_wrong_effective_batch_size_shows_the_product(problems: Problems, world_
             "would be the clips themselves",
         ),
         ({"AUGMENT_COPIES": "1", "AUGMENT_NOISE_DIR": "no/where"}, "AUGMENT_NOISE_DIR", "no/where is no folder"),
+        ({"TRAIN_STAGES": "all", "PREFIX_CACHE": "ram"}, "TRAIN_STAGES", "PREFIX_CACHE=off"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

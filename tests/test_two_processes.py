@@ -50,6 +50,8 @@ VECTORS = {"new_languages": "hausa", "speaker_embedding_trainable": True, "num_e
 CLONING = {"export_type": "base", "icl_fraction": 0.5, "reference_sampling": "same_speaker", "num_epochs": 3}
 #: Adapters, whose matrices and frozen weights are shared out like all others.
 LORA = {"lora_rank": 4, "lora_dropout": 0.0, "freeze_original_layers": True, "num_epochs": 3}
+#: Six steps: the sub-talker, then the new layers, then all; and the average of the weights.
+STAGES = LAYERS | {"layer_init": "copy", "train_stages": "sub_talker:2,new_layers:2,all", "ema_decay": 0.5}
 #: All weights in bf16, rounded at random, and rows by their frames.
 SMALL = {"weights_precision": "bf16", "mixed_precision": "bf16", "max_frames_per_batch": 60, "batch_size": None}
 
@@ -154,6 +156,11 @@ def lives(life_of: Callable, folder: Path, one_stopped: SimpleNamespace) -> Call
         *(life_of(f"{mode}-lora", mode == "fsdp", **LORA) for mode in MODES),
         *(life_of(f"{mode}-vectors", mode == "fsdp", **VECTORS) for mode in MODES),
         life_of("ddp-cloning", **CLONING),
+        *(life_of(f"{mode}-stages", mode == "fsdp", tricks={"notes_moves": True}, **STAGES) for mode in MODES),
+        life_of("fsdp-stages-stopped", sharded=True, tricks=stop, **STAGES),
+        life_of(
+            "fsdp-stages-resumed", sharded=True, **STAGES | {"output_dir": folder / "fsdp-stages-stopped" / "output"}
+        ),
         life_of("fsdp-checkpointed", True, tricks={"gradients_of": [1], "end_after": 3}, gradient_checkpointing=True),
     ]
     launch(folder, listed)
@@ -553,3 +560,70 @@ def test_shards_compute_checkpointed_layers_again(one: Any, lives: Callable) -> 
     assert not {name: far for name, far in distances(seen.gradients, one.gradients).items() if far > 1e-5}
     norms = [[line["grad_norm"] for line in read_log(life.output)[:2]] for life in (one, seen)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4) and len(norms[1]) == 2
+
+
+# ------------------------------------------------------------------------------------------- stages and the average
+
+
+@pytest.fixture(scope="module")
+def one_in_stages(life_of: Callable, folder: Path) -> SimpleNamespace:
+    return live_alone(folder, life_of("one-stages", alone=True, tricks={"notes_moves": True}, **STAGES))
+
+
+def test_two_train_in_stages_as_one_does(mode: str, lives: Callable, one_in_stages: Any) -> None:
+    """One asks for no gradients out of the stage, two throw them away: the norm, what moves, weights and averages."""
+    two, one = lives(f"{mode}-stages"), one_in_stages
+    assert two.exit_codes == [0, 0], two.printed
+    names = ("grad_norm", "loss", "talker_loss", "sub_talker_loss")
+    figures = [[[line[name] for name in names] for line in read_log(seen.output)] for seen in (one, two)]
+    assert len(figures[0]) == 6
+    assert np.asarray(figures[1]) == pytest.approx(np.asarray(figures[0]), rel=1e-4)
+    (moved,) = (process.moved for process in one.processes)
+    assert [{name.split(".")[1] for name in step} for step in moved[:2]] == [{"code_predictor"}] * 2
+    assert all(name.startswith(("talker.model.layers.3.", "talker.model.layers.4.")) for name in moved[2] + moved[3])
+    for number, wanted in enumerate(moved):
+        assert len(wanted) > 20
+        assert set().union(*(process.moved[number] for process in two.processes)) == set(wanted)
+    assert "Stage 2 of 3, new_layers: " in two.processes[0].said and "steps 3-4" in two.processes[0].said
+    far = distances(without_counts(two.final), without_counts(one.final))
+    assert sum(name.startswith("ema.") for name in far) > 50
+    assert not {name: far for name, far in far.items() if far > 1e-3}
+
+
+def without_counts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor.ndim}
+
+
+def test_the_average_is_the_same_in_both_copies(lives: Callable) -> None:
+    first, second = lives("ddp-stages").processes
+    assert first.average == second.average != first.fingerprint
+
+
+def test_the_average_is_exported_and_validated_in_both_modes(mode: str, lives: Callable, one_in_stages: Any) -> None:
+    two = lives(f"{mode}-stages")
+    exported, num_seen = load_file(two.output / "last" / "model.safetensors"), 0
+    for name, tensor in two.final.items():
+        if name.startswith("ema.talker."):
+            found = exported[name.removeprefix("ema.")]
+            assert torch.equal(found, tensor.to(found.dtype)), name
+            num_seen += not torch.equal(tensor, two.final[name.replace("ema.", "weights.", 1)])
+    assert num_seen > 50
+    losses = [[line["loss"] for line in read_log(seen.output, "validation_log.jsonl")] for seen in (one_in_stages, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_sharded_run_in_stages_is_resumed_bit_for_bit(lives: Callable) -> None:
+    """Stopped in the first step of the second stage; each process has its part of the averages in the state."""
+    stopped, resumed, two = (lives(f"fsdp-stages{end}") for end in ("-stopped", "-resumed", ""))
+    assert (stopped.exit_codes, resumed.exit_codes) == ([143, 143], [0, 0]), resumed.printed
+    assert differing(resumed.restored, stopped.final) == []
+    assert differing(resumed.final, two.final) == []
+    assert any(name.startswith("ema.talker.") for name in resumed.final)
+    weights = [load_file(seen.output / "last" / "model.safetensors") for seen in (resumed, two)]
+    assert differing(*weights) == []
+    for rank in range(2):
+        (file,) = two.output.glob(f"state/step-6/process-{rank:05d}-of-00002.part-*.safetensors")
+        parts = load_file(file)
+        for name, tensor in two.final.items():
+            assert not (name.startswith("ema.") and tensor.ndim) or len(parts[name]) < len(tensor)
+    assert "Stage 2 of 3" in resumed.processes[0].said and "Stage 1 of 3" not in resumed.processes[0].said

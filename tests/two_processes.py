@@ -212,6 +212,7 @@ class Witness:
         ``validate``: evaluates the first so many validation rows before training, for each of these numbers.
         ``gradients_of``: steps whose gradients are kept.
         ``signal_in``: (step, process): SIGTERM reaches that process in that step.
+        ``notes_moves``: see ``moved``.
         ``end_after``: the step after which the life ends.
         ``no_memory``: (process, forward, rows): from that forward on, no more than so many rows have room.
         ``no_memory_in_backward``: (process, backward): there is no room at the end of that backward.
@@ -224,13 +225,15 @@ class Witness:
             ``num_empty_batches``: micro-batches without rows;
             ``num_parts``, ``step``, ``num_skipped_rows``: at the end;
             ``shards``: name -> [class, placements, whole shape, local shape];
-            ``fingerprint``: of the weights of this process at the end, bit for bit;
+            ``fingerprint``: of the weights of this process at the end, bit for bit; ``average``: of their average;
+            ``moved``: names of the parameters that moved in each step, where ``notes_moves`` asks for it;
             ``validations``: number of rows -> figures;
             ``saves``: see ``_note_save``;
             ``said``: see ``say``.
 
     Tensors, whole, written by the first process: ``gradients`` ("<step>.<name>", averaged and clipped), ``restored``
-    and ``final`` (weights and moments before the first step and at the end), ``weights`` (the model's, at the end).
+    and ``final`` (weights, moments and averages before the first step and at the end), ``weights`` (the model's, at the
+    end).
     """
 
     def __init__(self, settings: Any, tricks: dict[str, Any], place: Path) -> None:
@@ -239,6 +242,7 @@ class Witness:
         self.gradients: Tensors = {}
         self.seen: dict[str, Any] = {
             "output": str(settings.output_dir), "rows": [], "num_empty_batches": 0, "saves": [], "validations": {},
+            "moved": [],
         }  # fmt: skip
         self._num_forwards = self._num_backwards = 0
 
@@ -283,11 +287,14 @@ class Witness:
             "shards": {name: describe_shards(parameter) for name, parameter in named},
             "fingerprint": fingerprint_of(self.run.objective.parameters()),
         }
+        if average := self.stepper.average:
+            self.seen["average"] = fingerprint_of(average.tensors.values())
 
     def _training_tensors(self) -> Tensors:
         from finetuning.state import training_tensors
 
-        return dict(training_tensors(self.stepper.module, self.stepper.optimizer))
+        tensors = dict(training_tensors(self.stepper.module, self.stepper.optimizer))
+        return tensors | dict(self.stepper.average.named_tensors() if self.stepper.average else {})
 
     def _keep(self, kind: str, tensors: Tensors) -> None:
         whole = {name: full_tensor(tensor).clone().contiguous() for name, tensor in tensors.items()}
@@ -330,11 +337,21 @@ class Witness:
         progress = self.trainer.progress
         if self.tricks.get("signal_in") == [progress.step + 1, self.rank]:
             os.kill(os.getpid(), signal.SIGTERM)
+        notes_moves = self.tricks.get("notes_moves")
+        before = self._prints() if notes_moves else {}
         sums = take(batches, *counts)
+        if notes_moves:
+            after = self._prints()
+            self.seen["moved"].append([name for name, seen in before.items() if after[name] != seen])
         self.seen["rows"].append([progress.epoch, lines_of(batches)])
         if progress.step + 1 == self.tricks.get("end_after"):
             raise Enough
         return sums
+
+    def _prints(self) -> dict[str, str]:
+        """Fingerprint of each parameter's part of this process that is not empty."""
+        named = self.run.objective.named_parameters()
+        return {name: fingerprint_of([one]) for name, one in named if local_of(one).numel()}
 
     def _damaging(self, read: Callable[[int], Any]) -> Callable[[int], Any]:
         from finetuning.dataset import SkippedRow
