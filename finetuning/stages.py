@@ -37,7 +37,7 @@ from finetuning.settings import Settings, Stage
 
 #: Name of a stage -> settings that would make it train something.
 _CURES = {
-    "embeddings": "TRAIN_CODEC_EMBEDDING=true, TRAIN_TEXT_EMBEDDING=true, SPEAKER_EMBEDDING_TRAINABLE=true or NEW_LANGUAGES",
+    "embeddings": "TRAIN_TEXT_EMBEDDING, TRAIN_CODEC_EMBEDDING or SPEAKER_EMBEDDING_TRAINABLE=true, or NEW_LANGUAGES",
     "new_layers": "REPLACE_LAST_N_LAYERS or ADD_NEW_LAYERS above 0",
     "talker": "REPLACE_LAST_N_LAYERS or ADD_NEW_LAYERS above 0, FREEZE_ORIGINAL_LAYERS=false, or LORA_TARGETS=all",
     "sub_talker": "LORA_TARGETS=all where LORA_RANK is set, else any layer settings",
@@ -87,7 +87,7 @@ def check_stages_of_base(settings: Settings, base: Base) -> None:
     if not settings.train_stages:
         return
     first_new = base.talker_config["num_hidden_layers"] - settings.replace_last_n_layers
-    found = {"embeddings"}  # vectors beside the base are not in its files; see ``check_stages``
+    found: set[str] = set()
     for weight in weights_of(base, settings):
         if weight.trains:
             layer = layer_of(weight.name)

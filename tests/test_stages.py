@@ -314,7 +314,7 @@ def test_vectors_on_the_objective_are_embeddings(settings_for: Callable) -> None
 
 
 EMPTY: dict[str, tuple[dict[str, Any], str]] = {
-    "embeddings": ({}, "TRAIN_TEXT_EMBEDDING=true or TRAIN_CODEC_EMBEDDING=true"),
+    "embeddings": ({}, "SPEAKER_EMBEDDING_TRAINABLE=true, or NEW_LANGUAGES"),
     "new_layers": (FULL, "REPLACE_LAST_N_LAYERS or ADD_NEW_LAYERS above 0"),
     "adapters": ({}, "LORA_RANK=8"),
     "talker": (
@@ -328,17 +328,23 @@ EMPTY: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", EMPTY)
 def test_a_stage_that_trains_nothing_is_refused(settings_for: Callable, name: str) -> None:
-    """Before the model is loaded, but for embeddings, beside which there may be vectors."""
+    """Before the model is loaded."""
     fields, cure = EMPTY[name]
     settings = settings_for(**fields, train_stages=f"all:2,all+{name}:5,all")
     with pytest.raises(UserError) as refused:
-        build(settings) if name == "embeddings" else session.check_inputs(settings)
+        session.check_inputs(settings)
     text = str(refused.value)
     assert text.startswith(f"TRAIN_STAGES: nothing of {name} trains with these settings") and cure in text
     assert not settings.output_dir.exists() or not list(settings.output_dir.glob("*.json"))
 
 
-@pytest.mark.parametrize("fields", [LAYERS, FULL, LORA | LAYERS, LAYERS | {"train_codec_embedding": True}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        LAYERS, FULL, LORA | LAYERS, LAYERS | {"train_codec_embedding": True},
+        LAYERS | {"speaker_embedding_trainable": True}, LORA | {"new_languages": "hausa"},
+    ],
+)  # fmt: skip
 def test_headers_and_the_model_agree(settings_for: Callable, fields: dict[str, Any]) -> None:
     """What is refused before the model is loaded is what would be refused after it."""
     found = trained_by_name(build(settings_for(**fields, train_stages=None)).objective)
@@ -346,7 +352,7 @@ def test_headers_and_the_model_agree(settings_for: Callable, fields: dict[str, A
         settings = settings_for(**fields, train_stages=name)
         if name in found:
             session.check_inputs(settings)
-        elif name != "embeddings":
+        else:
             with pytest.raises(UserError, match=f"nothing of {name} trains"):
                 session.check_inputs(settings)
 
