@@ -93,6 +93,12 @@ def test_every_epoch_and_seed_draws_anew(change: dict[str, int]) -> None:
         assert_unrelated(before[name], after[name])
 
 
+def test_the_next_seed_is_not_the_next_epoch() -> None:
+    before, after = columns(replace(HALVES, epoch=1)), columns(replace(HALVES, seed=HALVES.seed + 1))
+    for name in before:
+        assert_unrelated(before[name], after[name])
+
+
 def test_neighbouring_lines_are_unrelated() -> None:
     for values in columns(HALVES).values():
         assert_unrelated(values[:-1], values[1:])

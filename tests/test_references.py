@@ -437,6 +437,7 @@ def test_data_mode_none_takes_the_codes_of_the_rows(
     for index in range(4):
         assert np.array_equal(made.of(index).codes, made.train[1 + made.number_of(index)]["codes"])
     rows = [row | {"ref_audio": clip(tmp_path, 2)} for row in rows]
+    copy["ref_audio"] = clip(tmp_path, 2)
     before = prepare([copy, *rows], data_mode="none")
     assert np.array_equal(before.of(1).codes, before.train[3]["codes"]) and before.of(3).codes is None
     again = prepare([copy, *rows[:2], rows[2] | {"audio_codes": SHORT}], data_mode="none")
