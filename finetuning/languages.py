@@ -18,6 +18,7 @@ import torch
 
 from finetuning.codec_rows import allocate_language_rows
 from finetuning.errors import UserError
+from finetuning.prompt import resolve_language
 from finetuning.settings import Settings
 
 #: Texts of a language that are tokenized to tell how well the tokenizer suits it.
@@ -68,13 +69,15 @@ def new_languages(config: Mapping[str, Any], settings: Settings) -> list[NewLang
     known = config["talker_config"].get("codec_language_id") or {}
     given = settings.new_language_names()
     listed = ", ".join(sorted(known)) or "none"
+    relatives: list[str | None] = []
     for name, relative in given:
-        if name in known:
+        if (own := _find(name, known)) is not None:
             raise UserError(
-                f"NEW_LANGUAGES: the base knows {name} already (id {known[name]}); leave it out, and rows of that "
-                "language train it as it is"
+                f"NEW_LANGUAGES: the base knows {name} already (as {own}, id {known[own]}); leave it out, and rows of "
+                "that language train it as it is"
             )
-        if relative is not None and relative not in known:
+        relatives.append(relative and _find(relative, known))
+        if relative and not relatives[-1]:
             raise UserError(
                 f"NEW_LANGUAGES: {name} is to start from {relative}, which the base does not know ({listed})"
             )
@@ -84,8 +87,16 @@ def new_languages(config: Mapping[str, Any], settings: Settings) -> list[NewLang
     rows = allocate_language_rows(config, len(given))
     return [
         NewLanguage(name, row, languages if relative is None else (known[relative],))
-        for (name, relative), row in zip(given, rows, strict=True)
+        for (name, _), relative, row in zip(given, relatives, rows, strict=True)
     ]
+
+
+def _find(name: str, known: Mapping[str, int]) -> str | None:
+    """The base's name of a language, by any name or code that rows may give it."""
+    try:
+        return resolve_language(name, known)
+    except KeyError:
+        return None
 
 
 def with_languages(config: Mapping[str, Any], languages: Mapping[str, int]) -> Mapping[str, Any]:

@@ -290,7 +290,8 @@ class _Plan:
         """Each row's."""
         names, speakers = manifest.labels("speaker")
         files, places = manifest.labels("audio")
-        itself = np.array([self.number_of.get(_resolved(file), -1) for file in files] + [-1], dtype=np.int32)[places]
+        numbers = [self.number_of.get(file, -1) for file in _resolve_all(files)]
+        itself = np.array([*numbers, -1], dtype=np.int32)[places]
         choices = [np.array(self.pools.get(name.lower(), ()), dtype=np.int32) for name in names]
         fixed = np.full(len(manifest), -1, dtype=np.int32)
         if not self.pools:
@@ -306,7 +307,7 @@ def _rows_by_file(train: Manifest) -> dict[str, int]:
     clips = np.flatnonzero(train.has("audio") & ~train.has("augmentation"))
     files, places = train.select(clips).labels("audio")
     _, first = np.unique(places, return_index=True)
-    return {_resolved(file): int(row) for file, row in zip(files, clips[first], strict=True)}
+    return dict(zip(_resolve_all(files), clips[first].tolist(), strict=True))
 
 
 def _first_rows(manifest: Manifest, numbers: np.ndarray, is_one: np.ndarray) -> Manifest:
@@ -320,18 +321,34 @@ def _spread(train: Manifest, rows: np.ndarray) -> list[tuple[int, str, str]]:
     """(row, audio, text) of POOL_CLIPS clips at most, evenly spread, whose audio file is there; each clip once."""
     _, first = np.unique(train.label_numbers("audio")[rows], return_index=True)
     rows = rows[np.sort(first)]
-    if len(rows) > POOL_CLIPS:
-        rows = rows[np.linspace(0, len(rows) - 1, POOL_CLIPS).astype(int)]
-    part = train.select(rows)
+    even = np.linspace(0, len(rows) - 1, min(len(rows), POOL_CLIPS)).astype(int)
+    others = np.setdiff1d(np.arange(len(rows)), even)  # asked only where files of the even ones are gone
     found: dict[str, tuple[int, str, str]] = {}
-    for row, path, text in zip(rows.tolist(), part.column("audio"), part.column("text"), strict=True):
-        if os.path.isfile(path):
-            found.setdefault(_resolved(path), (row, path, text))
-    return list(found.values())
+    for some in np.split(np.concatenate([even, others]), range(POOL_CLIPS, len(rows), POOL_CLIPS)):
+        part = train.select(rows[some])
+        for row, path, text in zip(rows[some].tolist(), part.column("audio"), part.column("text"), strict=True):
+            if os.path.isfile(path) and len(found) < POOL_CLIPS:
+                found.setdefault(_resolved(path), (row, path, text))
+        if len(found) == POOL_CLIPS:
+            break
+    return sorted(found.values())
 
 
 def _resolved(path: str) -> str:
-    return str(Path(path).resolve())
+    return os.path.realpath(path)
+
+
+def _resolve_all(paths: Sequence[str]) -> list[str]:
+    """``_resolved`` of many: each folder is looked up once."""
+    folders: dict[str, str] = {}
+    resolved = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        full = os.path.join(folders[folder], name)
+        resolved.append(os.path.realpath(full) if os.path.islink(full) else full)
+    return resolved
 
 
 # ------------------------------------------------------------------------------------------------------- on disk

@@ -90,7 +90,8 @@ def test_vectors_that_they_start_from(make_settings: Callable) -> None:
 @pytest.mark.parametrize(
     ("names", "talker", "message"),
     [
-        ("hausa,German", {}, r"the base knows german already \(id 2053\)"),
+        ("de-AT", {}, r"knows de-at already \(as german, id 2053\)"),
+        ("hausa,German", {}, r"the base knows german already \(as german, id 2053\)"),
         ("hausa:yoruba", {}, r"hausa is to start from yoruba, .* \(beijing_dialect, chinese, english, german\)"),
         ("hausa,yoruba:hausa", {}, "yoruba is to start from hausa, which the base does not know"),
         ("hausa", {"codec_language_id": {}}, "no language to start from"),
