@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetuning.console import say
 from finetuning.errors import UserError, run_main
@@ -185,8 +185,12 @@ class Preflight:
         found = []
         for setting, file in files:
             tally, needs_codes = Tally(), settings.data_mode == "none"
+            who = Who()
             for row in read_rows(file, setting, row_format, tally, needs_codes=needs_codes):
                 self._references |= {row.ref_audio} - {None}
+                who.add(row)
+            if setting == "TRAIN_JSONL":
+                who.check(settings, self.base)
             tally.check_share()
             if tally.num_bad:
                 say(f"skipped {tally.summary()}")
@@ -241,6 +245,8 @@ class Preflight:
         trained, frozen = parameter_counts(self.base, self.settings)
         dtype = self.base.weight_dtypes()["talker.model.codec_embedding.weight"]
         checkpoint = (trained + frozen) * dtype.itemsize
+        if self.settings.export_type == "base":
+            checkpoint += sum(tensor.nbytes for tensor in self.base.encoder_weights().values())
         state = trained * state_bytes_per_weight(self.settings.ema_decay)
         output_dir = self.settings.output_dir
         check_disk_space(output_dir, checkpoint + state - spare_bytes(self.resume, output_dir))
@@ -298,6 +304,39 @@ def main() -> None:
     say("Everything is ready: python train.py")
 
 
+class Who:
+    """Speakers and languages of some rows, and what clips there are of each speaker."""
+
+    def __init__(self) -> None:
+        self.languages: set[str] = set()
+        self.clips: dict[str, set[Path]] = {}
+        self.num_rows = self.num_with_audio = 0
+
+    def add(self, row: Any) -> None:
+        self.languages.add(row.language)
+        clips = self.clips.setdefault(row.speaker, set())
+        self.num_rows += 1
+        if row.audio is not None and row.audio.is_file():
+            self.num_with_audio += 1
+            if len(clips) < 2:
+                clips.add(row.audio)
+
+    def check(self, settings: Settings, base: Base) -> None:
+        """
+        Raises:
+            UserError: training would refuse them.
+        """
+        from finetuning.reference_choice import check_pool
+        from finetuning.session import check_names
+
+        check_names(list(self.clips), sorted(self.languages), base, settings)
+        if settings.reference_sampling == "same_speaker":
+            for speaker, clips in self.clips.items():
+                check_pool(speaker, len(clips))
+        if settings.augment_copies and self.num_rows and not self.num_with_audio:
+            raise UserError("AUGMENT_COPIES: copies are made of audio files, and no row has one; set it to 0")
+
+
 def _installed_version(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -316,8 +355,8 @@ def _two_row_settings(settings: Settings, base: Base, folder: Path, write: bool)
         jsonl.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     changes = {"train_jsonl": jsonl, "validation_jsonl": jsonl, "output_dir": folder / "output", "batch_size": 2}
     changes["augment_copies"] = 0  # they would cost time and show nothing
-    if settings.reference_sampling == "same_speaker":  # two rows may be of two speakers
-        changes |= {"reference_sampling": "fixed", "icl_fraction": 0.0}
+    # Two rows may be of two speakers, and another one may name the reference, or say what it says.
+    changes |= {"reference_sampling": "fixed", "icl_fraction": 0.0}
     data_mode = "none" if settings.data_mode == "none" else "jsonl"
     return settings.model_copy(update={**changes, "gradient_accumulation_steps": 1, "data_mode": data_mode})
 
@@ -341,7 +380,9 @@ def _dataset_rows_that_load(settings: Settings, base: Base, folder: Path) -> Ite
             soundfile.write(audio, load_audio(row.audio), SAMPLE_RATE_HZ)
         except AudioError:
             continue  # training lists and skips it
-        yield {row_format.audio_key: str(audio), row_format.text_key: row.text}
+        said = {row_format.speaker_key: row.speaker, row_format.language_key: row.language}
+        named = {key: value for key, value in said.items() if value is not None}
+        yield {row_format.audio_key: str(audio), row_format.text_key: row.text, **named}
         found += 1
         if found == 2:
             return

@@ -260,6 +260,8 @@ def check_weights(base: Base, setting: str = "INIT_MODEL_PATH") -> None:
         ) from None
     if "talker.model.codec_embedding.weight" not in names:
         missing.append("talker.model.codec_embedding.weight")
+    if not base.is_custom_voice and not any(name.startswith(ENCODER_PREFIX) for name in names):
+        missing.append(f"{ENCODER_PREFIX}*")
     if missing:
         raise UserError(f"{setting}: the weights in {base.folder} are not whole: no {', '.join(missing)}")
 

@@ -320,9 +320,10 @@ def _mend(
     jsonl: Path, setting: str, row_format: RowFormat, findings: list[Finding], mending: Mending, max_rows: int | None
 ) -> None:
     assert mending.output_jsonl is not None
-    rows = read_rows(jsonl, setting, row_format, Tally(), needs_codes=False, max_rows=max_rows)
+    tally = Tally()  # of mended clips copies are made anew
+    rows = read_rows(jsonl, setting, row_format, tally, needs_codes=False, max_rows=max_rows)
     summary = mend(
-        (row for row in rows if not row.is_copy),  # of mended clips they are made anew
+        _originals(rows, tally),
         mending.output_jsonl,
         row_format,
         trim_silence=mending.trim_silence,

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from finetuning.adapters import ADAPTER_FOLDER, Learnt, is_adapter, merged, save_adapter, without_adapter
-from finetuning.base_model import UNPATCHED_TRANSFORMERS_VERSION, Base, tokenizer_files
+from finetuning.base_model import ENCODER_PREFIX, UNPATCHED_TRANSFORMERS_VERSION, Base, tokenizer_files
 from finetuning.console import say
 from finetuning.disk import clean_up, files_of, free_bytes, nearest_existing, new_folder, remove_folder, write_json
 from finetuning.errors import UserError
@@ -44,6 +44,8 @@ LINKED_SUFFIX = ".safetensors"
 #: Files of a run besides its checkpoints.
 LOG_FILES = ("training_log.jsonl", "validation_log.jsonl", "skipped_rows.jsonl")
 RUN_FILES = (*LOG_FILES, "settings.json")  # by its settings a half-removed run is known to the end
+#: So many speakers are named in a line; the configuration has all.
+MAX_LISTED_NAMES = 30
 #: Kept open by the process that trains in the folder.
 LOCK_FILE = ".lock"
 _TALKER_LAYER = re.compile(r"talker\.model\.layers\.(\d+)\.")
@@ -73,6 +75,8 @@ class Exporter:
         self.base, self.model, self.objective, self.accelerator = base, model, objective, accelerator
         self.speakers, self.languages = speakers, languages
         self._dtypes = base.weight_dtypes()
+        # Read now: its files may be gone when the run ends.
+        self._encoder = base.encoder_weights() if settings.export_type == "base" else {}
         self._said_files = False
 
     def save(self, names: Sequence[str], state: Mapping[str, Any]) -> None:
@@ -94,8 +98,7 @@ class Exporter:
         sizes = {name: tensor.numel() * self._dtype(name).itemsize for name, tensor in self._tensors()}
         # What trains beside adapters is in both.
         twice = [sizes[name] for name in self._trained() if not is_adapter(name)] if self.settings.lora_rank else []
-        encoder = self.base.encoder_weights().values() if self.settings.export_type == "base" else ()
-        return sum(sizes.values()) + sum(twice) + sum(tensor.nbytes for tensor in encoder)
+        return sum(sizes.values()) + sum(twice) + sum(tensor.nbytes for tensor in self._encoder.values())
 
     def _write(
         self,
@@ -129,7 +132,8 @@ class Exporter:
         insert_speakers(weights, speakers)
         if languages is not None:
             insert_rows(weights, languages.rows.values(), languages.vectors)
-        write_checkpoint(folder, self.base, speakers, weights, state, settings.export_type)
+        use = how_to_speak(settings, speakers)
+        write_checkpoint(folder, self.base, speakers, weights | self._encoder, state, settings.export_type, use)
 
     def _speakers(self) -> Speakers:
         """With their vectors as they are now."""
@@ -216,17 +220,18 @@ def write_checkpoint(
     weights: dict[str, torch.Tensor],
     state: Mapping[str, Any],
     export_type: str = "custom_voice",
+    use: str | None = None,
 ) -> None:
     """Fills a folder with what stock qwen-tts loads.
 
     Args:
-        base: a base export gets its speaker encoder.
-        weights: by the names of the base, in the dtypes of the export, on the CPU.
+        weights: by the names of the base, in the dtypes of the export, on the CPU; with EXPORT_TYPE=base those of the
+            speaker encoder, too.
         state: JSON values for training_state.json.
         export_type: EXPORT_TYPE.
+        use: see ``how_to_speak``.
     """
-    if export_type == "base":
-        weights = weights | base.encoder_weights()
+    assert export_type != "base" or any(name.startswith(ENCODER_PREFIX) for name in weights)
     for file in unchanged_files(base):
         link_or_copy(file, folder / file.name)
     shutil.copytree(base.codec_folder, folder / "speech_tokenizer", copy_function=link_or_copy)
@@ -236,7 +241,16 @@ def write_checkpoint(
     (folder / "speaker_encoder").mkdir()
     write_json(folder / "speaker_encoder" / "speaker_config.json", speaker_config(speakers))
     write_json(folder / "training_state.json", {**state, "base": base.name})
-    (folder / "README.md").write_text(model_card(base, speakers, state, export_type), encoding="utf-8")
+    (folder / "README.md").write_text(
+        model_card(base, speakers, state, use or how_to_speak(Settings(export_type=export_type), speakers)),
+        encoding="utf-8",
+    )
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """The first few of many."""
+    more = f" and {len(names) - MAX_LISTED_NAMES} more" if len(names) > MAX_LISTED_NAMES else ""
+    return ", ".join(names[:MAX_LISTED_NAMES]) + more
 
 
 def insert_speakers(weights: dict[str, torch.Tensor], speakers: Speakers) -> None:
@@ -265,6 +279,7 @@ def export_config(base: Base, speakers: Speakers, num_layers: int, export_type: 
     talker["num_hidden_layers"] = num_layers
     if export_type == "base":
         config["speaker_encoder_config"] = base.encoder_source.config["speaker_encoder_config"]
+        talker |= {"spk_id": {}, "spk_is_dialect": {}}  # stock asks a base for no speaker
         return config
     names = [name.lower() for name in speakers.names]  # stock looks up speaker.lower()
     talker["spk_id"] = {**(talker.get("spk_id") or {}), **dict(zip(names, speakers.codec_rows, strict=True))}
@@ -283,14 +298,17 @@ def speaker_config(speakers: Speakers) -> dict[str, Any]:
     return {"embedding_dim": speakers.vectors.shape[1], "speakers": entries}
 
 
-#: How stock speaks with a checkpoint.
-_USES = {
-    "custom_voice": 'model.generate_custom_voice(text="Hello.", speaker="{speaker}")',
-    "base": 'model.generate_voice_clone(text="Hello.", ref_audio="me.wav", ref_text="What I say there.")',
-}
+def how_to_speak(settings: Settings, speakers: Speakers) -> str:
+    """The stock call in the form that was trained."""
+    if settings.export_type == "custom_voice":
+        layout = ", non_streaming_mode=False" if settings.train_layout == "streaming" else ""
+        return f'model.generate_custom_voice(text="Hello.", speaker="{speakers.names[0]}"{layout})'
+    reference = 'ref_text="What I say there."' if settings.icl_fraction else "x_vector_only_mode=True"
+    layout = ", non_streaming_mode=True" if settings.train_layout == "non_streaming" else ""
+    return f'model.generate_voice_clone(text="Hello.", ref_audio="me.wav", {reference}{layout})'
 
 
-def model_card(base: Base, speakers: Speakers, state: Mapping[str, Any], export_type: str = "custom_voice") -> str:
+def model_card(base: Base, speakers: Speakers, state: Mapping[str, Any], use: str) -> str:
     """README.md of a checkpoint: what it is and how to speak with it."""
     made = f"Trained from `{base.name}` for {state.get('step', 0)} optimizer steps."
     if merged_adapters := state.get("merged"):
@@ -304,13 +322,13 @@ pipeline_tag: text-to-speech
 # Qwen3-TTS, fine-tuned
 
 {made}
-Speakers: {", ".join(f"`{name}`" for name in speakers.names)}.
+Speakers: {listed_names([f"`{name}`" for name in speakers.names])}.
 
 ```python
 from qwen_tts import Qwen3TTSModel
 
 model = Qwen3TTSModel.from_pretrained("path/to/this/folder")
-waveforms, sample_rate = {_USES[export_type].format(speaker=speakers.names[0])}
+waveforms, sample_rate = {use}
 ```
 
 Use a voice only with the consent of the person it belongs to.
@@ -332,7 +350,9 @@ def check_output_folder(settings: Settings, base: Base) -> None:
         UserError
     """
     output = settings.output_dir.resolve()
-    for setting, folder in (("INIT_MODEL_PATH", base.folder), ("TOKENIZER_PATH", base.codec_folder)):
+    named = [("INIT_MODEL_PATH", base.folder), ("TOKENIZER_PATH", base.codec_folder)]
+    named += [("SPEAKER_ENCODER_PATH", base.encoder_base.folder)] if base.encoder_base else []
+    for setting, folder in named:
         if output == folder.resolve() or output in folder.resolve().parents:
             raise UserError(
                 f"OUTPUT_DIR: {settings.output_dir} holds what {setting} names ({folder}); choose another folder, "

@@ -109,6 +109,7 @@ class Reference:
 class ReferenceSource(Protocol):
     """The references of a manifest's rows."""
 
+    content: str  # a hash of all that rows may get
     depends_on_epoch: bool
 
     def of(self, index: int, row: Mapping[str, Any], draws: Draws) -> Reference: ...

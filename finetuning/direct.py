@@ -56,6 +56,13 @@ class DirectRows:
     references: dict[str, list[str]]
     validation: Manifest | None
 
+    def languages(self) -> list[str]:
+        """The distinct languages of the split; reads that column alone."""
+        split, column = self.stream.rows.split, self.stream.rows.split.columns.language
+        if column is None:
+            return ["Auto"]
+        return sorted({str(value) for value in split.column(column) if value is not None})
+
 
 class DirectData:
     """Opens the dataset of a run; ``prepare`` belongs to the main process, ``open`` to all of them after it.

@@ -92,7 +92,7 @@ def encode_jsonl(
         workspace.discard(processes)
     elif not force and workspace.is_current():
         return output_jsonl
-    elif output_jsonl != job.own_output:  # that name is nobody else's
+    elif output_jsonl != job.own_output or augmentation is not None:  # else that name is nobody else's
         workspace.check_is_ours("--mode encode")
     encoder = ClipEncoder(codec_folder, device, num_workers, max_clips_per_batch)
     with workspace.opened():
@@ -217,7 +217,7 @@ class _EncodeJob:
 
     def _may_stay(self, copy: Row) -> bool:
         """Whether a copy of the input is a row of the result: its file is the original's, so it is never encoded."""
-        return self.augmentation is None and not must_encode(copy, self.codec_id, self.force)
+        return self.augmentation is None and not must_encode(copy, self.codec_id)
 
     def encode_missing(self, workspace: Workspace, encoder: ClipEncoder, processes: Processes) -> None:
         """Encodes this process's chunks that have no file yet."""

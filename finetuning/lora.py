@@ -35,7 +35,7 @@ from finetuning.adapters import (
     add_product,
     pairs,
 )
-from finetuning.base_model import Base, resolve_base
+from finetuning.base_model import ENCODER_PREFIX, Base, resolve_base
 from finetuning.checkpoint import CODEC_TABLE, insert_rows, insert_speakers, write_checkpoint
 from finetuning.codec_rows import allocate_codec_rows
 from finetuning.console import say
@@ -123,7 +123,7 @@ def merge(base: Base, adapters: Sequence[Adapter], shares: Sequence[float], outp
     dtypes, weights = base.weight_dtypes(), {}
     others = next((adapter.others for adapter in adapters if adapter.others), {})
     for name, part in base.stored_weights():
-        if name.startswith("speaker_encoder."):
+        if name.startswith(ENCODER_PREFIX):
             continue
         weight, path = others.get(name, part[:]), name.removesuffix(".weight")
         for adapter, share in zip(adapters, shares, strict=True):
@@ -134,6 +134,8 @@ def merge(base: Base, adapters: Sequence[Adapter], shares: Sequence[float], outp
     insert_speakers(weights, speakers)
     if languages:
         insert_rows(weights, languages.rows.values(), languages.vectors)
+    if export_type == "base":
+        weights |= base.encoder_weights()
     state = {
         "merged": [{"adapter": str(one.folder), "share": share} for one, share in zip(adapters, shares, strict=True)]
     }
@@ -164,7 +166,10 @@ def check_fit(base: Base, adapters: Sequence[Adapter]) -> None:
     if len(kinds) > 1:
         raise UserError("--adapter: EXPORT_TYPE of these runs differs; checkpoints that clone and that speak by name")
     if kinds == {"base"} and not base.has_speaker_encoder:
-        raise UserError(f"--base: {base.name} has no speaker encoder, which a checkpoint of EXPORT_TYPE=base needs")
+        raise UserError(
+            f"--base: {base.name} has no speaker encoder, which a checkpoint of EXPORT_TYPE=base needs; name the Base "
+            "model of its size in --speaker_encoder"
+        )
 
 
 def _check_languages(base: Base, adapter: Adapter) -> None:
@@ -224,6 +229,9 @@ def parse_arguments(given: Iterable[str] | None = None) -> argparse.Namespace:
     command.add_argument("--adapter", required=True, action="append", type=Path, help="adapter/ of a checkpoint")
     command.add_argument("--weights", nargs="+", type=float, help="one for each adapter; default 1 for each")
     command.add_argument("--scale", type=float, default=1.0, help="of all that adapters add; default 1")
+    command.add_argument(
+        "--speaker_encoder", help="Base model whose speaker encoder goes into a checkpoint that clones"
+    )
     command.add_argument("--output", required=True, type=Path, help="a folder that is not there yet")
     arguments = parser.parse_args(None if given is None else list(given))
     arguments.weights = arguments.weights or [1.0] * len(arguments.adapter)
@@ -241,7 +249,7 @@ def main() -> None:
 
 
 def run_merge(arguments: argparse.Namespace) -> None:
-    base = resolve_base(Settings(init_model_path=arguments.base))
+    base = resolve_base(Settings(init_model_path=arguments.base, speaker_encoder_path=arguments.speaker_encoder))
     adapters = [Adapter.load(folder) for folder in arguments.adapter]
     for adapter in adapters:
         if adapter.base_name != base.name:

@@ -95,12 +95,15 @@ class Row:
     @property
     def is_copy(self) -> bool:
         """Whether it is an altered copy of a clip."""
-        return is_copy(self.raw)
+        return is_copy(self.raw, self.codes is not None)
 
 
-def is_copy(record: dict[str, Any]) -> bool:
-    """Whether a row's object is that of an altered copy."""
-    return isinstance(record.get("augmentation"), dict)
+def is_copy(record: dict[str, Any], has_codes: bool = True) -> bool:
+    """Whether a row's object is that of an altered copy. What its codes were made of says so where it says anything;
+    a row without codes that has a key of this name is somebody's clip."""
+    source = record.get("codes_source")
+    is_made = "augmentation" in source if isinstance(source, dict) else has_codes
+    return isinstance(record.get("augmentation"), dict) and is_made
 
 
 # -------------------------------------------------------------------------------------------------------- reading

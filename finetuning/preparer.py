@@ -90,10 +90,9 @@ class JSONLDataPreparer:
             UserError: see ``source.open_split`` and ``prepare.prepare_split``.
         """
         output = Path(output_jsonl or self.output_dir / f"{split}.jsonl")
-        # Copies (AUGMENT_COPIES) are made of audio files when the prepared rows are opened for training.
-        keeps_audio = self.options.save_audio or (
-            self.settings.augment_copies > 0 and split == self.settings.train_split
-        )
+        # Copies are made of audio files when the prepared rows are opened for training, and references are read.
+        needs_audio = self.settings.augment_copies > 0 or self.settings.reference_sampling == "same_speaker"
+        keeps_audio = self.options.save_audio or (needs_audio and split == self.settings.train_split)
         options = replace(self.options, max_rows=max_samples, save_audio=keeps_audio)
         opened = open_dataset_split(self.settings, split, self.dataset_name)
         return prepare_split(opened, output, self.codec_folder, self.row_format, options, self._references)

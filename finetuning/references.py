@@ -1,56 +1,61 @@
 """The reference of every row, where a checkpoint clones (EXPORT_TYPE=base): a vector, and what may stand in context.
 
-REFERENCE_SAMPLING says which: a row's own ``ref_audio``, else REF_AUDIO_PATH, else one clip of its speaker (fixed); or
-some other clip of its speaker, drawn anew in every epoch (same_speaker). Vectors and codes are computed once, as
-``create_voice_clone_prompt`` computes them, and kept in ``OUTPUT_DIR/rows/references-<key>/``, from where all processes
-read them, memory-mapped.
+REFERENCE_SAMPLING says which: a row's own ``ref_audio``, else that of its speaker (fixed); or some other clip of its
+speaker, drawn anew in every epoch (same_speaker). See ``reference_choice``.
 
-A clip never stands in its own context: it would learn to copy.
+The main process chooses, computes vectors and codes as ``create_voice_clone_prompt`` does, and keeps all of it in
+``OUTPUT_DIR/rows/references-<key>/``; every process reads it from there, memory-mapped:
+
+===========================  ==========================================================================================
+``vectors.npy``              (num_references, H) float32
+``codes.npy``, ``ends.npy``  (R_0 + R_1 + …, 16) int16 frames, and where those of each end; none without rows in context
+``computed.json``            a hash of these three
+``rows-0.npz``, ``rows-1``   what the training and the validation rows have, see ``reference_choice.Assigned``
+``references.json``          files, texts, and ``content``, a hash of everything
+===========================  ==========================================================================================
+
+A clip never stands in its own context, nor in that of a row with its text: the model would learn to copy.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from finetuning.audio import load_audio
+from finetuning.audio import AudioError, load_audio
 from finetuning.base_model import Base, voice_encoder
-from finetuning.codec import FRAMES_PER_SECOND, NUM_CODEBOOKS, Codec
+from finetuning.codec import NUM_CODEBOOKS, Codec
+from finetuning.console import say
 from finetuning.dataset import Reference
-from finetuning.disk import new_folder, remove_folder
+from finetuning.disk import new_folder, remove_folder, write_json
 from finetuning.draws import Draws
 from finetuning.errors import UserError
-from finetuning.quality import REFERENCE_SECONDS
+from finetuning.reference_choice import POOL_CLIPS, Assigned, Chosen, drawn_choice, fixed_choice
 from finetuning.row_index import Manifest
 from finetuning.settings import Settings
-from finetuning.speakers import Speakers, choose_reference
-from finetuning.voice import reference_vector
+from finetuning.speakers import Speakers
+from finetuning.voice import voice_vector
 
-#: REFERENCE_SAMPLING=same_speaker draws among so many clips of a speaker, evenly spread over its rows.
-POOL_CLIPS = 100
+#: So many references are computed between two saves of a start that may be cut off.
+CHUNK_REFERENCES = 1000
 #: Raise it when the same key would hold something else.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Clips:
-    """The references of a run, each once.
-
-    Attributes:
-        files: absolute paths.
-        texts: what each says; None where nobody knows.
-        vectors: (num_references, H) float32.
-        codes: (R_0 + R_1 + …, 16) int16, the frames of all of them; none where no row stands in context.
-        ends: (num_references,) where the frames of each end.
-    """
+    """The references of a run, each once; see the module's table."""
 
     files: Sequence[str]
     texts: Sequence[str | None]
@@ -77,45 +82,53 @@ class References:
     """The references of a manifest's rows; see ``dataset.ReferenceSource``.
 
     Attributes:
-        choices: speaker's number -> the clips (numbers in ``clips``) that its rows may have.
-        speakers: (num_rows,) each row's speaker.
-        fixed: (num_rows,) the clip that each row has, or -1 where it is drawn.
-        itself: (num_rows,) the number that the row's own clip has among the references, or -1.
-        in_context: whether rows may stand in context of their reference.
+        content: a hash of all that rows may get.
     """
 
     clips: Clips
-    choices: Sequence[np.ndarray]
-    speakers: np.ndarray
-    fixed: np.ndarray
-    itself: np.ndarray
-    in_context: bool
+    rows: Assigned
+    content: str
+
+    @property
+    def in_context(self) -> bool:
+        """Whether rows may stand in context of their reference."""
+        return len(self.clips.ends) > 0
 
     @property
     def depends_on_epoch(self) -> bool:
-        return bool((self.fixed < 0).any())
+        return bool((self.rows.fixed < 0).any())
 
     def of(self, index: int, row: Mapping[str, Any], draws: Draws) -> Reference:
         """The reference of the row at ``index``."""
-        itself, number = int(self.itself[index]), int(self.fixed[index])
+        itself, number = int(self.rows.itself[index]), int(self.rows.fixed[index])
         if number < 0:
-            number = self._drawn(self.choices[self.speakers[index]], itself, row, draws)
-        return self.clips.reference(number, self.in_context and number != itself)
+            number = self._drawn(self._choices(int(self.rows.speakers[index])), itself, row, draws)
+        is_another = number != itself and self.clips.texts[number] != row["text"]
+        return self.clips.reference(number, self.in_context and is_another)
 
     def context_frames(self) -> np.ndarray:
         """(num_rows,) frames that stand in a row's context at most."""
+        fixed, speakers = self.rows.fixed, self.rows.speakers
         if not self.in_context:
-            return np.zeros(len(self.fixed), dtype=np.int64)
+            return np.zeros(len(fixed), dtype=np.int64)
         frames = self.clips.num_frames()
-        longest = np.array([frames[choices].max(initial=0) for choices in self.choices], dtype=np.int64)
-        return np.where(self.fixed >= 0, frames[np.maximum(self.fixed, 0)], longest[self.speakers])
+        choices = map(self._choices, range(len(self.rows.ends)))
+        longest = np.array([frames[some].max(initial=0) for some in choices], dtype=np.int64)
+        return np.where(fixed >= 0, frames[np.maximum(fixed, 0)], longest[speakers])
 
-    def of_speaker(self, number: int) -> np.ndarray:
-        """The references of a speaker's rows, in the order of first use."""
-        if len(self.choices[number]):
-            return self.choices[number]
-        used, first = np.unique(self.fixed[self.speakers == number], return_index=True)
-        return used[np.argsort(first)]
+    def num_without_context(self) -> int:
+        """Rows that never stand in context, because their reference is their own clip."""
+        return int(((self.rows.fixed >= 0) & (self.rows.fixed == self.rows.itself)).sum())
+
+    def of_speakers(self) -> list[np.ndarray]:
+        """The references of each speaker's rows."""
+        choices = [self._choices(number) for number in range(len(self.rows.ends))]
+        pairs = np.unique(np.stack([self.rows.speakers, self.rows.fixed]), axis=1)
+        return [some if len(some) else pairs[1, pairs[0] == number] for number, some in enumerate(choices)]
+
+    def _choices(self, speaker: int) -> np.ndarray:
+        start = int(self.rows.ends[speaker - 1]) if speaker else 0
+        return self.rows.members[start : int(self.rows.ends[speaker])]
 
     def _drawn(self, choices: np.ndarray, itself: int, row: Mapping[str, Any], draws: Draws) -> int:
         others = choices[choices != itself]
@@ -124,19 +137,19 @@ class References:
         return int(others[draws.one_of(row, len(others))])
 
 
-# ------------------------------------------------------------------------------------------------------- preparing
-
-
 def speakers_of(names: list[str], references: References) -> Speakers:
     """Each speaker with the mean over its references, for where a row has none of its own; no rows of the table.
 
     Args:
-        names: in the order of ``references.speakers``.
+        names: in the order of the speakers' first use.
     """
-    numbers = [references.of_speaker(number) for number in range(len(names))]
-    vectors = [torch.from_numpy(references.clips.vectors[some].mean(0)) for some in numbers]
+    numbers = references.of_speakers()
+    vectors = [torch.from_numpy(references.clips.vectors[some[:POOL_CLIPS]].mean(0)) for some in numbers]
     files = [[references.clips.files[number] for number in some[:POOL_CLIPS]] for some in numbers]
     return Speakers(names, torch.stack(vectors), [None] * len(names), files)
+
+
+# ------------------------------------------------------------------------------------------------------- preparing
 
 
 def prepare_references(
@@ -146,252 +159,217 @@ def prepare_references(
     base: Base,
     settings: Settings,
     device: str,
-    is_main: bool = True,
-) -> tuple[References, References | None]:
-    """The references of the training and the validation rows. The main process computes what others read.
+    wanted: str | None = None,
+) -> Path:
+    """The folder with the references of the training and the validation rows; for the main process.
 
     Args:
         device: for the codec, where references have to be encoded.
+        wanted: the ``content`` of a state that is resumed: where it is kept, nothing is chosen anew, and files may be
+            gone.
 
     Raises:
         UserError: a speaker has no usable reference; or, for rows in context, no transcript of it is known.
     """
-    plan = _Plan.drawn(train, settings) if settings.reference_sampling == "same_speaker" else None
-    plan = plan or _Plan.of_rows([rows for rows in (train, validation) if rows is not None], train, settings)
+    parent = settings.output_dir / "rows"
+    if wanted and (kept := _find_kept(parent, wanted)):
+        return kept
+    if settings.reference_sampling == "same_speaker":
+        chosen, assigned = drawn_choice(train, validation)
+    else:
+        chosen, assigned = fixed_choice(train, validation, settings)
     if settings.icl_fraction:
-        plan.check_texts()
-    folder = settings.output_dir / "rows" / f"references-{plan.key(train, base, settings)}"
-    if is_main and not folder.is_dir():
-        _compute(folder, plan, train, model, base, settings, device)
-    clips = _load(folder, plan)
-    held_out = plan.references(clips, validation, settings) if validation else None
-    return plan.references(clips, train, settings), held_out
+        chosen.check_texts()
+    folder = parent / f"references-{_key(chosen, train, base, settings)}"
+    if not folder.is_dir():
+        _compute(folder, chosen, train, model, base, settings, device)
+    _describe(folder, chosen, assigned)
+    return folder
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Which references there are, before anything is computed.
+def load_references(folder: Path) -> tuple[References, References | None]:
+    """Those of the training and of the validation rows.
 
-    Attributes:
-        files, texts: as in ``Clips``.
-        rows: the training row whose clip each is, or -1.
-        places: (JSONL, line) where each reference is named first, for messages; None for one that no row names.
-        of_file: path as the rows have it -> number; {} where references are drawn.
-        default: speaker's lower-case name -> number of the reference of rows that name none.
-        pools: speaker's lower-case name -> numbers to draw from; {} where references are fixed.
-        number_of: file -> its number.
+    Raises:
+        UserError: this process does not see the folder.
     """
-
-    files: list[str] = field(default_factory=list)
-    texts: list[str | None] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    places: list[tuple[Path, int] | None] = field(default_factory=list)
-    of_file: dict[str, int] = field(default_factory=dict)
-    default: dict[str, int] = field(default_factory=dict)
-    pools: dict[str, list[int]] = field(default_factory=dict)
-    number_of: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of_rows(cls, manifests: Sequence[Manifest], train: Manifest, settings: Settings) -> _Plan:
-        """The references that rows name, and one for each speaker with rows that name none."""
-        plan, audio_rows = cls(), _rows_by_file(train)
-        spelling = {name.lower(): name for name in train.distinct("speaker")}
-        for manifest in manifests:
-            # Rows that are held out stand in the file of the others.
-            jsonl = settings.train_jsonl if manifest.arrow_file == train.arrow_file else settings.validation_jsonl
-            numbers = manifest.label_numbers("ref_audio")
-            for rows in (numbers >= 0, (numbers >= 0) & manifest.has("ref_text")):  # the text may stand in a later row
-                firsts = _first_rows(manifest, numbers, rows)
-                for path, text, line in zip(
-                    *(firsts.column(name) for name in ("ref_audio", "ref_text", "line")), strict=True
-                ):
-                    plan.of_file[path] = plan._add(path, text, (jsonl, int(line)), audio_rows, train)
-            names, speakers = manifest.labels("speaker")
-            for place in sorted(set(speakers[numbers < 0].tolist())):
-                if (name := names[place].lower()) not in plan.default:
-                    plan.default[name] = plan._default_of(spelling[name], settings, audio_rows, train)
-        return plan
-
-    @classmethod
-    def drawn(cls, train: Manifest, settings: Settings) -> _Plan:
-        """A pool of clips for every speaker."""
-        plan, audio_rows = cls(), {}
-        names, speakers = train.labels("speaker")
-        seconds = train.column("num_codec_frames") / FRAMES_PER_SECOND
-        is_clip = train.has("audio") & ~train.has("augmentation")
-        for place, name in enumerate(names):
-            rows = np.flatnonzero((speakers == place) & is_clip)
-            fitting = rows[(seconds[rows] >= REFERENCE_SECONDS[0]) & (seconds[rows] <= REFERENCE_SECONDS[1])]
-            clips = _spread(train, fitting)
-            clips = clips if len(clips) > 1 else _spread(train, rows)
-            if len(clips) < 2:
-                raise UserError(
-                    f'REFERENCE_SAMPLING: speaker "{name}" has {len(clips)} clip(s) whose audio file is there, two are '
-                    "needed to draw another one; set it to fixed, or leave the speaker out"
-                )
-            for row, path, text in clips:
-                audio_rows[_resolved(path)] = row
-                plan.pools.setdefault(name.lower(), []).append(plan._add(path, text, None, audio_rows, train))
-        return plan
-
-    def _add(
-        self,
-        path: str,
-        text: str | None,
-        place: tuple[Path, int] | None,
-        audio_rows: Mapping[str, int],
-        train: Manifest,
-    ) -> int:
-        """The number of a file, new or known."""
-        file = _resolved(path)
-        if (number := self.number_of.get(file)) is not None:
-            self.texts[number] = self.texts[number] or text
-            return number
-        row = audio_rows.get(file, -1)
-        self.number_of[file] = len(self.files)
-        self.files.append(file)
-        self.rows.append(row)
-        self.texts.append(text or (train[row]["text"] if row >= 0 else None))
-        self.places.append(place)
-        return len(self.files) - 1
-
-    def _default_of(self, speaker: str, settings: Settings, audio_rows: Mapping[str, int], train: Manifest) -> int:
-        path, text = settings.ref_audio_path, settings.ref_text
-        if path is None:
-            path, text = choose_reference(train, speaker), None
-        return self._add(str(path), text, None, audio_rows, train)
-
-    def check_texts(self) -> None:
-        """Raises UserError where rows in context would have nothing to read."""
-        silent = [number for number, text in enumerate(self.texts) if not text]
-        if silent:
-            place = self.places[silent[0]]
-            where = f"{place[0]} line {place[1]}" if place else "REF_AUDIO_PATH"
-            raise UserError(
-                f"ICL_FRACTION: {len(silent)} of {len(self.files)} references have no transcript, the first of them "
-                f"{self.files[silent[0]]} ({where}); give the rows a ref_text (or set REF_TEXT), or set "
-                "REFERENCE_SAMPLING=same_speaker, which takes clips of the rows"
-            )
-
-    def key(self, train: Manifest, base: Base, settings: Settings) -> str:
-        """A hash of all that is computed from."""
-        is_encoded, keeps_codes = settings.icl_fraction > 0, settings.data_mode == "none"
-        models = [*base.encoder_source.weight_files(), *sorted(base.codec_folder.glob("*.safetensors"))]
-        digest = hashlib.sha256(repr((_FORMAT, is_encoded, keeps_codes)).encode())
-        for file in (*models, *self.files):
-            status = os.stat(file) if os.path.isfile(file) else None
-            digest.update(repr((str(file), status and (status.st_size, status.st_mtime_ns))).encode())
-        if is_encoded and keeps_codes:
-            for row in self.rows:
-                digest.update(train[row]["codes"].tobytes() if row >= 0 else b"")
-        return digest.hexdigest()[:16]
-
-    def references(self, clips: Clips, manifest: Manifest, settings: Settings) -> References:
-        """Each row's."""
-        names, speakers = manifest.labels("speaker")
-        files, places = manifest.labels("audio")
-        numbers = [self.number_of.get(file, -1) for file in _resolve_all(files)]
-        itself = np.array([*numbers, -1], dtype=np.int32)[places]
-        choices = [np.array(self.pools.get(name.lower(), ()), dtype=np.int32) for name in names]
-        fixed = np.full(len(manifest), -1, dtype=np.int32)
-        if not self.pools:
-            files, places = manifest.labels("ref_audio")
-            numbers = np.array([self.of_file[file] for file in files] + [-1], dtype=np.int32)[places]
-            defaults = np.array([self.default.get(name.lower(), -1) for name in names], dtype=np.int32)[speakers]
-            fixed = np.where(numbers >= 0, numbers, defaults)
-        return References(clips, choices, speakers, fixed, itself, settings.icl_fraction > 0)
+    if not folder.is_dir():
+        raise UserError(f"OUTPUT_DIR: {folder} is not there; all processes must see OUTPUT_DIR")
+    about = json.loads((folder / "references.json").read_text(encoding="utf-8"))
+    arrays = [_mapped(folder / f"{name}.npy") for name in ("vectors", "codes", "ends")]
+    clips = Clips(about["files"], about["texts"], *arrays)
+    found = []
+    for file in sorted(folder.glob("rows-*.npz")):
+        with np.load(file, allow_pickle=False) as kept:
+            found.append(References(clips, Assigned(**kept), about["content"]))
+    train, validation = (*found, None)[:2]
+    return train, validation
 
 
-def _rows_by_file(train: Manifest) -> dict[str, int]:
-    """Audio file -> the training row whose clip it is; copies of a clip have other codes."""
-    clips = np.flatnonzero(train.has("audio") & ~train.has("augmentation"))
-    files, places = train.select(clips).labels("audio")
-    _, first = np.unique(places, return_index=True)
-    return dict(zip(_resolve_all(files), clips[first].tolist(), strict=True))
+def _mapped(file: Path) -> np.ndarray:
+    return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
-def _first_rows(manifest: Manifest, numbers: np.ndarray, is_one: np.ndarray) -> Manifest:
-    """Of each number the first of these rows, in their order."""
-    rows = np.flatnonzero(is_one)
-    _, first = np.unique(numbers[rows], return_index=True)
-    return manifest.select(rows[np.sort(first)])
+def _find_kept(parent: Path, content: str) -> Path | None:
+    for folder in parent.glob("references-*"):
+        file = folder / "references.json"
+        if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["content"] == content:
+            return folder
+    return None
 
 
-def _spread(train: Manifest, rows: np.ndarray) -> list[tuple[int, str, str]]:
-    """(row, audio, text) of POOL_CLIPS clips at most, evenly spread, whose audio file is there; each clip once."""
-    _, first = np.unique(train.label_numbers("audio")[rows], return_index=True)
-    rows = rows[np.sort(first)]
-    even = np.linspace(0, len(rows) - 1, min(len(rows), POOL_CLIPS)).astype(int)
-    others = np.setdiff1d(np.arange(len(rows)), even)  # asked only where files of the even ones are gone
-    found: dict[str, tuple[int, str, str]] = {}
-    for some in np.split(np.concatenate([even, others]), range(POOL_CLIPS, len(rows), POOL_CLIPS)):
-        part = train.select(rows[some])
-        for row, path, text in zip(rows[some].tolist(), part.column("audio"), part.column("text"), strict=True):
-            if os.path.isfile(path) and len(found) < POOL_CLIPS:
-                found.setdefault(_resolved(path), (row, path, text))
-        if len(found) == POOL_CLIPS:
-            break
-    return sorted(found.values())
+def _key(chosen: Chosen, train: Manifest, base: Base, settings: Settings) -> str:
+    """A hash of all that is computed from."""
+    is_encoded, keeps_codes = settings.icl_fraction > 0, settings.data_mode == "none"
+    models = [*base.encoder_source.weight_files(), *sorted(base.codec_folder.glob("*.safetensors"))]
+    digest = hashlib.sha256(repr((_FORMAT, is_encoded, keeps_codes)).encode())
+    for file in (*models, *chosen.files):
+        status = os.stat(file) if os.path.isfile(file) else None
+        digest.update(repr((str(file), status and (status.st_size, status.st_mtime_ns))).encode())
+    if is_encoded and keeps_codes:
+        for row in chosen.rows:
+            digest.update(train[row]["codes"].tobytes() if row >= 0 else b"")
+    return digest.hexdigest()[:16]
 
 
-def _resolved(path: str) -> str:
-    return os.path.realpath(path)
-
-
-def _resolve_all(paths: Sequence[str]) -> list[str]:
-    """``_resolved`` of many: each folder is looked up once."""
-    folders: dict[str, str] = {}
-    resolved = []
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        full = os.path.join(folders[folder], name)
-        resolved.append(os.path.realpath(full) if os.path.islink(full) else full)
-    return resolved
-
-
-# ------------------------------------------------------------------------------------------------------- on disk
+# ------------------------------------------------------------------------------------------------------- computing
 
 
 def _compute(
-    folder: Path, plan: _Plan, train: Manifest, model: Any, base: Base, settings: Settings, device: str
+    folder: Path,
+    chosen: Chosen,
+    train: Manifest,
+    model: Any,
+    base: Base,
+    settings: Settings,
+    device: str,
 ) -> None:
-    """Writes the folder, and removes those of other references."""
-    encoder = voice_encoder(model, base)
-    vectors = [reference_vector(encoder, file) for file in tqdm(plan.files, desc="references", disable=None)]
-    codes = _codes_of(plan, train, base, settings, device) if settings.icl_fraction else []
+    """Writes the folder, and removes those of other references. What a start that was cut off has computed is kept in
+    ``<folder>.partial/``."""
+    partial = folder.with_name(f"{folder.name}.partial")
     for other in folder.parent.glob("references-*"):
-        remove_folder(other)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+        if other != partial:
+            remove_folder(other)
+    reader = _Reader(chosen, train, base, settings, voice_encoder(model, base), device)
+    partial.mkdir(parents=True, exist_ok=True)
+    chunks = [partial / f"{start}.npz" for start in range(0, len(chosen.files), CHUNK_REFERENCES)]
+    with tqdm(total=len(chosen.files), desc="references", disable=None) as bar:
+        for chunk, numbers in zip(chunks, _chunks(len(chosen.files)), strict=True):
+            if not chunk.is_file():
+                _write_chunk(chunk, [reader.read(number) for number in numbers])
+            bar.update(len(numbers))
     with new_folder(folder) as unfinished:
-        np.save(unfinished / "vectors.npy", torch.stack(vectors).numpy())
-        np.save(unfinished / "codes.npy", np.concatenate([np.empty((0, NUM_CODEBOOKS), np.int16), *codes]))
-        np.save(unfinished / "ends.npy", np.cumsum([len(clip) for clip in codes], dtype=np.int64))
+        _assemble(unfinished, chunks, len(chosen.files))
+    shutil.rmtree(partial)
 
 
-def _codes_of(plan: _Plan, train: Manifest, base: Base, settings: Settings, device: str) -> list[np.ndarray]:
-    if settings.data_mode == "none":
-        return [_kept_codes(plan, train, number) for number in range(len(plan.files))]
-    codec = Codec(base.codec_folder, device)
-    bar = tqdm(plan.files, desc="codes of references", disable=None)
-    return [codec.encode_reference(load_audio(file)) for file in bar]
+def _chunks(count: int) -> Iterator[range]:
+    return (range(start, min(start + CHUNK_REFERENCES, count)) for start in range(0, count, CHUNK_REFERENCES))
 
 
-def _kept_codes(plan: _Plan, train: Manifest, number: int) -> np.ndarray:
-    """Those of the rows, which were padded to whole frames, so that the last frame is not quite inference's."""
-    if plan.rows[number] < 0:
+class _Reader:
+    """Reads references: (H,) float32 vectors and (R, 16) int16 codes, none where no row stands in context."""
+
+    def __init__(
+        self, chosen: Chosen, train: Manifest, base: Base, settings: Settings, encoder: nn.Module, device: str
+    ) -> None:
+        self.chosen, self.train, self.settings, self.encoder = chosen, train, settings, encoder
+        encodes = settings.icl_fraction > 0 and settings.data_mode != "none"
+        self.codec = Codec(base.codec_folder, device) if encodes else None
+
+    def read(self, number: int) -> tuple[torch.Tensor, np.ndarray]:
+        file = self.chosen.files[number]
+        try:
+            waveform = load_audio(file)
+        except AudioError as error:
+            raise UserError(f"reference {file}: {error}") from None
+        return voice_vector(self.encoder, waveform), self._codes(number, waveform)
+
+    def _codes(self, number: int, waveform: np.ndarray) -> np.ndarray:
+        if not self.settings.icl_fraction:
+            return np.empty((0, NUM_CODEBOOKS), np.int16)
+        if self.codec is not None:
+            return self.codec.encode_reference(waveform)
+        # Those of the rows were padded to whole frames, so that the last frame is not quite inference's.
+        if (row := self.chosen.rows[number]) >= 0:
+            return self.train[row]["codes"]
         raise UserError(
-            f"ICL_FRACTION: the reference {plan.files[number]} is no clip of the rows and would have to be encoded, "
-            "which DATA_MODE=none never does; set DATA_MODE=jsonl"
+            f"ICL_FRACTION: the reference {self.chosen.files[number]} is no clip of the rows and would have to be "
+            "encoded, which DATA_MODE=none never does; set DATA_MODE=jsonl"
         )
-    return train[plan.rows[number]]["codes"]
 
 
-def _load(folder: Path, plan: _Plan) -> Clips:
-    if not folder.is_dir():
-        raise UserError(f"OUTPUT_DIR: {folder} is not there; all processes must see OUTPUT_DIR")
-    arrays = [
-        np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("vectors", "codes", "ends")
-    ]
-    return Clips(plan.files, plan.texts, *arrays)
+def _write_chunk(file: Path, found: Sequence[tuple[torch.Tensor, np.ndarray]]) -> None:
+    """Whole or not there."""
+    vectors, codes = zip(*found, strict=True)
+    unfinished = file.with_name(f".{file.name}")
+    with unfinished.open("wb") as stream:
+        np.savez(
+            stream,
+            vectors=torch.stack(vectors).numpy(),
+            codes=np.concatenate(codes),
+            lengths=np.array([len(clip) for clip in codes]),
+        )
+    unfinished.replace(file)
+
+
+def _assemble(folder: Path, chunks: Sequence[Path], num_references: int) -> None:
+    """Fills the folder, a chunk in memory at a time."""
+    digest = hashlib.sha256()
+    lengths, vectors, position = [], None, 0
+    with (folder / "codes.raw").open("wb") as stream:
+        for chunk in chunks:
+            with np.load(chunk, allow_pickle=False) as part:
+                if vectors is None:
+                    shape = (num_references, part["vectors"].shape[1])
+                    vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, shape)
+                vectors[position : position + len(part["vectors"])] = part["vectors"]
+                position += len(part["vectors"])
+                stream.write(part["codes"].tobytes())
+                lengths.append(part["lengths"])
+                digest.update(part["vectors"].tobytes() + part["codes"].tobytes() + part["lengths"].tobytes())
+    assert vectors is not None, "every row has a reference"
+    vectors.flush()
+    _finish_codes(folder, np.concatenate(lengths))
+    write_json(folder / "computed.json", {"content": digest.hexdigest()[:32]})
+
+
+def _describe(folder: Path, chosen: Chosen, assigned: Sequence[Assigned]) -> None:
+    """Writes what rows have of what was computed, which costs nothing to do anew."""
+    computed = json.loads((folder / "computed.json").read_text(encoding="utf-8"))["content"]
+    digest = hashlib.sha256(json.dumps([computed, chosen.texts], ensure_ascii=False).encode())
+    for old in folder.glob("rows-*.npz"):
+        old.unlink()
+    for number, rows in enumerate(assigned):
+        arrays = {field.name: getattr(rows, field.name) for field in fields(rows)}
+        np.savez(folder / f"rows-{number}.npz", **arrays)
+        for array in arrays.values():
+            digest.update(np.ascontiguousarray(array).tobytes())
+    about = {"content": digest.hexdigest()[:32], "files": chosen.files, "texts": chosen.texts}
+    write_json(folder / "references.json", about)
+
+
+def _finish_codes(folder: Path, lengths: np.ndarray) -> None:
+    raw = folder / "codes.raw"
+    codes = np.fromfile(raw, dtype=np.int16).reshape(-1, NUM_CODEBOOKS)
+    np.save(folder / "codes.npy", codes)
+    np.save(folder / "ends.npy", np.cumsum(lengths, dtype=np.int64) if len(codes) else np.empty(0, np.int64))
+    raw.unlink()
+
+
+def say_contexts(references: References, settings: Settings) -> None:
+    """What keeps rows out of their reference's context.
+
+    Raises:
+        UserError: it keeps all rows out.
+    """
+    if not settings.icl_fraction:
+        return
+    num_rows, num_without = len(references.rows.fixed), references.num_without_context()
+    if num_without == num_rows:
+        raise UserError(
+            "ICL_FRACTION: the reference of every row is its own clip, in whose context it never stands; set "
+            "REFERENCE_SAMPLING=same_speaker, or name other clips in ref_audio"
+        )
+    if num_without:
+        say(f"{num_without} of {num_rows} rows never stand in context: their reference is their own clip")

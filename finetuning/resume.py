@@ -253,7 +253,11 @@ def check_same_rows(state: State, fingerprints: Mapping[str, str | None]) -> Non
     Args:
         fingerprints: of the training and the validation rows, as ``state.record["data"]``.
     """
-    settings_of = {"train": "TRAIN_JSONL (or DATASET_NAME)", "validation": "VALIDATION_JSONL (or the held-out rows)"}
+    settings_of = {
+        "train": "TRAIN_JSONL (or DATASET_NAME)",
+        "validation": "VALIDATION_JSONL (or the held-out rows)",
+        "references": "ref_audio and ref_text (or the clips that REFERENCE_SAMPLING draws)",
+    }
     changed = [settings_of[name] for name, found in fingerprints.items() if found != state.record["data"].get(name)]
     if changed:
         raise UserError(

@@ -88,6 +88,11 @@ class Manifest:
         self._reader = reader or _open_arrow(arrow_file)
         self.indices: range | np.ndarray = range(_count_rows(self._reader)) if indices is None else indices
 
+    @property
+    def file_name(self) -> str:
+        """Of the JSONL whose lines the rows are."""
+        return self.arrow_file.parent.name.rsplit("-", 2)[0]
+
     def __reduce__(self) -> tuple:
         return Manifest, (self.arrow_file, None if isinstance(self.indices, range) else self.indices)
 

@@ -7,7 +7,8 @@ next. It says which rows are left, and in which order they come.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 
 from finetuning.balance import SpeakerBalance, rows_by_label
 
+#: A row that a micro-batch would hold twice goes to one that is at most so far away.
+MAX_EXCHANGE_DISTANCE = 64
 #: One process's micro-batches of one optimizer step, as row indices; an empty one keeps the process in step.
 StepPlan = list[list[int]]
 
@@ -111,6 +114,7 @@ class StepSampler:
         batch_size, max_frames: see ``Geometry``.
         balance: which rows an epoch visits, as many as there are; None for each once.
         curriculum_epochs: so many epochs visit their rows in the order of their lengths, shortest first.
+        own_lengths: (num_rows,) what that order goes by, where ``lengths`` counts more than the clips.
     """
 
     lengths: np.ndarray
@@ -122,6 +126,7 @@ class StepSampler:
     max_frames: int | None = None
     balance: SpeakerBalance | None = None
     curriculum_epochs: int = 0
+    own_lengths: np.ndarray | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -173,17 +178,38 @@ class StepSampler:
             stage: how often the geometry has changed inside this epoch.
         """
         generator = np.random.default_rng([self.seed, epoch, stage])
-        order = rows[generator.permutation(len(rows))]
+        order = rows[generator.permutation(len(rows))] if self.balance is None else spread_repeats(rows, generator)
         if epoch < self.curriculum_epochs:
-            order = order[np.argsort(self.lengths[order], kind="stable")]
-            return order, self._cut(order, geometry)[0]
+            lengths = self.lengths if self.own_lengths is None else self.own_lengths
+            order = order[np.argsort(lengths[order], kind="stable")]
+            return self._without_repeats(order, self._cut(order, geometry)[0], geometry)
         window, sizes = self._rows_per_window(geometry), [np.zeros(0, dtype=np.int32)]
         for start in range(0, len(order), window):
             part = order[start : start + window]
-            part = part[np.argsort(self.lengths[part], kind="stable")]
+            # By length; of a row that comes several times each use among others.
+            uses = 0 * part if self.balance is None else number_of_use(part)
+            part = part[np.lexsort((self.lengths[part], uses))]
             order[start : start + window], sizes_of_part = shuffled_batches(part, *self._cut(part, geometry), generator)
             sizes.append(sizes_of_part)
-        return order, _bounds_of(np.concatenate(sizes))
+        return self._without_repeats(order, _bounds_of(np.concatenate(sizes)), geometry)
+
+    def _without_repeats(
+        self, order: np.ndarray, bounds: np.ndarray, geometry: Geometry
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same micro-batches, each without a row that stands in it twice, as far as that goes; where rows decide,
+        the same of steps."""
+        if self.balance is None:
+            return order, bounds
+        if geometry.max_frames is None:
+            steps = np.unique(np.append(bounds[:: geometry.accumulation], bounds[-1]))
+            return exchange_repeats(order, steps, self.lengths), bounds
+
+        def fits(batch: np.ndarray) -> bool:
+            tuples = np.arange(0, len(batch), geometry.num_processes)
+            longest = np.maximum.reduceat(self.lengths[batch], tuples)
+            return len(longest) == 1 or int(longest.sum()) <= geometry.max_frames
+
+        return exchange_repeats(order, bounds, self.lengths, fits), bounds
 
     def _cut(self, rows: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, int]:
         """The bounds of the micro-batches of length-sorted rows, and how many of them are full."""
@@ -198,6 +224,102 @@ class StepSampler:
             return geometry.rows_per_step * self.window_steps
         rows_per_batch = max(1, geometry.max_frames * len(self.lengths) // max(1, int(self.lengths.sum())))
         return rows_per_batch * geometry.num_processes * geometry.accumulation * self.window_steps
+
+
+def spread_repeats(rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The rows in random order, where the uses of a row that stands there k times lie k-ths of the whole apart.
+
+    Args:
+        rows: sorted.
+    """
+    distinct, counts = np.unique(rows, return_counts=True)
+    starts = np.repeat(generator.random(len(distinct)), counts)
+    return rows[np.argsort((number_of_use(rows) + starts) / np.repeat(counts, counts), kind="stable")]
+
+
+def number_of_use(rows: np.ndarray) -> np.ndarray:
+    """(num_rows,) which use of its row each one is, from 0."""
+    order = np.argsort(rows, kind="stable")
+    _, first, counts = np.unique(rows[order], return_index=True, return_counts=True)
+    numbers = np.empty(len(rows), dtype=np.int64)
+    numbers[order] = np.arange(len(rows)) - np.repeat(first, counts)
+    return numbers
+
+
+def exchange_repeats(
+    order: np.ndarray,
+    bounds: np.ndarray,
+    lengths: np.ndarray,
+    fits: Callable[[np.ndarray], bool] = lambda _: True,
+) -> np.ndarray:
+    """The order with rows exchanged between near batches, for ones of similar length, so that none holds a row twice
+    where that can be.
+
+    Args:
+        bounds: of the batches; see ``StepPlans``.
+        lengths: (num_rows,) codec frames of every row.
+        fits: whether a batch may be like this.
+    """
+    batches = np.split(order, bounds[1:-1])
+    held = [Counter(batch.tolist()) for batch in batches]
+    for number, batch in enumerate(batches):
+        if len(held[number]) < len(batch):
+            _exchange(number, batches, held, lengths, fits)
+    return np.concatenate(batches)
+
+
+def _exchange(
+    number: int,
+    batches: list[np.ndarray],
+    held: list[Counter[int]],
+    lengths: np.ndarray,
+    fits: Callable[[np.ndarray], bool],
+) -> None:
+    """Gives a batch's repeats to the nearest ones that do not hold these rows, else to some that hold them less often,
+    for rows that it does not hold."""
+    _, first = np.unique(batches[number], return_index=True)
+    for place in np.setdiff1d(np.arange(len(batches[number])), first).tolist():
+        row = int(batches[number][place])
+        near = list(_nearest(number, len(batches)))
+        without = [other for other in near if not held[other][row]]
+        fewer = sorted(near, key=lambda other, row=row: held[other][row])
+        fewer = [other for other in fewer if 0 < held[other][row] <= held[number][row] - 2]
+        for other in (*without, *fewer):
+            if _swap(number, place, other, batches, held, lengths, fits):
+                break
+
+
+def _swap(
+    number: int,
+    place: int,
+    other: int,
+    batches: list[np.ndarray],
+    held: list[Counter[int]],
+    lengths: np.ndarray,
+    fits: Callable[[np.ndarray], bool],
+) -> bool:
+    """Exchanges a row of one batch with the one of another that is most alike in length and new to the first."""
+    row, theirs = batches[number][place], batches[other].copy()
+    new = np.array([at for at, one in enumerate(theirs.tolist()) if one not in held[number]], dtype=np.int64)
+    if not len(new):
+        return False
+    at = new[np.argmin(np.abs(lengths[theirs[new]] - lengths[row]))]
+    mine = batches[number].copy()
+    mine[place], theirs[at] = theirs[at], row
+    if not (fits(mine) and fits(theirs)):
+        return False
+    batches[number], batches[other] = mine, theirs
+    held[number], held[other] = Counter(mine.tolist()), Counter(theirs.tolist())
+    return True
+
+
+def _nearest(number: int, count: int) -> Iterator[int]:
+    """The numbers around one, nearest first, at most MAX_EXCHANGE_DISTANCE away."""
+    for distance in range(1, MAX_EXCHANGE_DISTANCE + 1):
+        if number + distance < count:
+            yield number + distance
+        if number >= distance:
+            yield number - distance
 
 
 def shuffled_batches(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,10 +35,12 @@ from finetuning.checkpoint import (
     check_output_folder,
     clean_up_leftovers,
     clear_output_folder,
+    listed_names,
     lock_output_folder,
     reclaimable_bytes,
     run_entries,
 )
+from finetuning.codec_rows import allocate_codec_rows
 from finetuning.console import say
 from finetuning.dataset import RowEncoder, StepDataset, unknown_languages
 from finetuning.direct import DirectData, DirectRows
@@ -55,7 +58,7 @@ from finetuning.preparer import prepare_missing_rows
 from finetuning.processes import Processes
 from finetuning.progress import Progress, total_steps
 from finetuning.prompt import LayoutIds, resolve_language
-from finetuning.references import References, prepare_references, speakers_of
+from finetuning.references import References, load_references, prepare_references, say_contexts, speakers_of
 from finetuning.resume import (
     Resume,
     begin_or_resume,
@@ -128,6 +131,7 @@ class Run:
         return {
             "train": self.train.fingerprint(),
             "validation": self.validation.manifest.content_hash() if self.validation else None,
+            "references": self.train.references_content(),
         }
 
 
@@ -212,8 +216,7 @@ def check_rows(settings: Settings, base: Base, rows: TrainingRows | DirectRows, 
     problem = None
     if accelerator.is_main_process:
         try:
-            if isinstance(rows, TrainingRows):
-                check_new_languages(rows.train, base)
+            check_names(*names_of(rows, base), base, settings)
             check_at_start(rows, settings)
         except UserError as error:
             problem = str(error)
@@ -257,7 +260,7 @@ def build_run(
     attention = choose_attention(settings, accelerator.device.type)
     model = load_model(base, attention, device_name(accelerator), keeps_bf16(settings))
     languages = initial_languages(model.talker.model.codec_embedding.weight, base.new_languages)
-    references, held_out = find_references_of_rows(settings, base, rows, model, accelerator)
+    references, held_out = find_references_of_rows(settings, base, rows, model, accelerator, state)
     speakers = find_speakers(settings, base, rows, model, state, references)
     replace_and_add_layers(
         model,
@@ -308,15 +311,34 @@ def keeps_bf16(settings: Settings) -> bool:
 
 
 def find_references_of_rows(
-    settings: Settings, base: Base, rows: TrainingRows | DirectRows, model: Any, accelerator: Accelerator
+    settings: Settings,
+    base: Base,
+    rows: TrainingRows | DirectRows,
+    model: Any,
+    accelerator: Accelerator,
+    state: State | None,
 ) -> tuple[References | None, References | None]:
-    """The references of the training and the validation rows, where each row has its own (EXPORT_TYPE=base)."""
+    """The references of the training and the validation rows, where each row has its own (EXPORT_TYPE=base); the main
+    process computes what all read.
+
+    Raises:
+        UserError: in all processes.
+    """
     if settings.export_type != "base" or isinstance(rows, DirectRows):
         return None, None
-    with accelerator.main_process_first():
-        return prepare_references(
-            rows.train, rows.validation, model, base, settings, device_name(accelerator), accelerator.is_main_process
-        )
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        wanted = state.record["data"].get("references") if state else None
+        try:
+            args = (rows.train, rows.validation, model, base, settings, device_name(accelerator), wanted)
+            found[0] = prepare_references(*args)
+            say_contexts(load_references(found[0])[0], settings)
+        except UserError as error:
+            found[1] = str(error)
+    folder, problem = broadcast_object_list(found)
+    if problem:
+        raise UserError(problem)
+    return load_references(folder)
 
 
 def find_speakers(
@@ -372,6 +394,7 @@ def make_steps(
     order = {
         "balance": make_balance(rows.train, settings),
         "curriculum_epochs": settings.curriculum_epochs if settings.curriculum == "short_first" else 0,
+        "own_lengths": rows.train.column("num_codec_frames") if references is not None else None,
     }
     sampler = StepSampler(lengths, batch_size, accumulation, processes, seed, max_frames=max_frames, **order)
     return MappedSteps(dataset, sampler, accelerator.process_index, settings.num_workers, fraction)
@@ -410,9 +433,23 @@ def say_row_notes(rows: Manifest, base: Base, settings: Settings) -> None:
         say("instructions are trained, but generate_voice_clone has no argument for one; it passes on instruct_ids")
 
 
-def check_new_languages(rows: Manifest, base: Base) -> None:
-    """Raises UserError where no row is in a language of NEW_LANGUAGES: it would learn nothing."""
-    named = rows.distinct("language")
+def names_of(rows: TrainingRows | DirectRows, base: Base) -> tuple[list[str], list[str]]:
+    """Speakers and languages of the training rows; of streamed rows languages only where they are needed."""
+    if isinstance(rows, TrainingRows):
+        return rows.train.distinct("speaker"), rows.train.distinct("language")
+    return list(rows.references), rows.languages() if base.new_languages else []
+
+
+def check_names(speakers: Sequence[str], languages: Sequence[str], base: Base, settings: Settings) -> None:
+    """
+    Raises:
+        UserError: more new speakers than the codec table has rows, or a language of NEW_LANGUAGES that no row is in: it
+            would learn nothing.
+    """
+    if settings.export_type == "custom_voice":
+        known = base.talker_config.get("spk_id") or {}
+        allocate_codec_rows(base.config, sum(name.lower() not in known for name in speakers))
+    named = list(languages)
     found = {language for name in named if (language := find_language(name, base)) is not None}
     missing = [language.name for language in base.new_languages if language.name not in found]
     if missing:
@@ -466,9 +503,11 @@ def describe_run(run: Run, attention: str) -> str:
     accelerator, settings = run.accelerator, run.settings
     num_validation = len(run.validation) if run.validation else 0
     in_frames = settings.max_frames_per_batch is not None
-    speakers = ", ".join(
-        name if row is None else f"{name} (codec row {row})"
-        for name, row in zip(run.speakers.names, run.speakers.codec_rows, strict=True)
+    speakers = listed_names(
+        [
+            name if row is None else f"{name} (codec row {row})"
+            for name, row in zip(run.speakers.names, run.speakers.codec_rows, strict=True)
+        ]
     )
     return "\n".join(
         [
@@ -630,8 +669,18 @@ def train_on(run: Run, tracker: Tracker) -> None:
         say(f"{trainer.progress.num_skipped_rows} rows could not be read; they are listed in skipped_rows.jsonl")
     best, last = run.settings.output_dir / "best", run.settings.output_dir / "last"
     say(f"Done: {best} (lowest {trainer.best_by}) and {last} (the end of training)")
-    voice = ' --ref_audio me.wav --ref_text "What I say there."' if run.settings.export_type == "base" else ""
-    say(f'Listen: python synthesize.py --checkpoint {best}{voice} --text "…"')
+    say(f'Listen: python synthesize.py --checkpoint {best} {how_to_listen(run)}--text "…"')
+
+
+def how_to_listen(run: Run) -> str:
+    """Options of synthesize.py for the form that was trained."""
+    settings = run.settings
+    layout = "--streaming_layout " if settings.train_layout == "streaming" else ""
+    if settings.export_type == "base":
+        context = '--ref_text "What I say there." ' if settings.icl_fraction else "--x_vector_only "
+        return f"--ref_audio me.wav {context}{layout}"
+    num_speakers = len({name.lower() for name in run.speakers.names} | set(run.base.talker_config.get("spk_id") or {}))
+    return layout if num_speakers == 1 else f'--speaker "{run.speakers.names[0]}" {layout}'
 
 
 def owes_roundtrip(run: Run) -> bool:

@@ -92,6 +92,12 @@ def _all_is_none(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() == "all" else value
 
 
+def _normal_list(value: str | None) -> str | None:
+    """The same in one spelling, so that a resumed run knows it again."""
+    words = [":".join(part.strip() for part in word.split(":")) for word in (value or "").lower().split(",")]
+    return value and ",".join(words)
+
+
 Count = Annotated[int, Field(ge=1)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 OptionalCount = Annotated[Count | None, BeforeValidator(_all_is_none)]
@@ -264,7 +270,7 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
     )
-    new_languages: str | None = _setting(
+    new_languages: Annotated[str | None, AfterValidator(_normal_list)] = _setting(
         None,
         "languages to add, such as hausa,yoruba; hausa:english starts from English, else from the mean of all",
     )
@@ -701,6 +707,18 @@ def _check_new_languages(settings: Settings, _: int) -> str | None:
     return None
 
 
+def _check_language_mix(settings: Settings, _: int) -> str | None:
+    if settings.new_languages and settings.language_mix == 1:
+        return "of 1 would train all rows as Auto, and NEW_LANGUAGES nothing; lower it"
+    return None
+
+
+def _check_ref_text(settings: Settings, _: int) -> str | None:
+    if settings.ref_text and settings.ref_audio_path is None:
+        return "is the transcript of REF_AUDIO_PATH, which is not set; rows have theirs in ref_text"
+    return None
+
+
 def _check_export_type(settings: Settings, _: int) -> str | None:
     if settings.export_type == "custom_voice":
         return None
@@ -827,6 +845,8 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("output_dir",), _check_output),
     (("speaker_name",), _check_speaker),
     (("new_languages",), _check_new_languages),
+    (("language_mix", "new_languages"), _check_language_mix),
+    (("ref_text", "ref_audio_path"), _check_ref_text),
     (
         ("export_type", "speaker_embedding_trainable", "prefix_cache", "reference_sampling", "icl_fraction"),
         _check_export_type,

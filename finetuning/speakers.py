@@ -163,15 +163,14 @@ def find_references(manifest: Manifest, names: Sequence[str], settings: Settings
     """
     if settings.ref_audio_path and not settings.ref_audio_path.is_file():
         raise UserError(f"REF_AUDIO_PATH: {settings.ref_audio_path} does not exist")
-    all_names, speakers = manifest.labels("speaker")
-    references = manifest.label_numbers("ref_audio")
+    rows_of, references = rows_by_speaker(manifest), manifest.label_numbers("ref_audio")
     found: dict[str, list[str]] = {}
     for name in names:
-        rows = np.flatnonzero(speakers == all_names.index(name))
+        rows = rows_of[name]
         own = manifest.select(_first_uses(rows, references[rows], name)).column("ref_audio")
         distinct = dict.fromkeys(str(Path(path).resolve()) for path in own)
         if (references[rows] < 0).any():
-            default = settings.ref_audio_path or choose_reference(manifest, name)
+            default = settings.ref_audio_path or choose_reference(manifest, name, rows)
             distinct[str(Path(default).resolve())] = None
         found[name] = list(distinct)
     return found
@@ -187,13 +186,23 @@ def _first_uses(rows: np.ndarray, references: np.ndarray, name: str) -> np.ndarr
     return uses[np.linspace(0, len(uses) - 1, MAX_REFERENCES).astype(int)]
 
 
-def choose_reference(manifest: Manifest, speaker: str) -> str:
-    """The cleanest clip of a speaker: of 5–10 s if there is one, else of 3–30 s, else the longest."""
+def rows_by_speaker(manifest: Manifest) -> dict[str, np.ndarray]:
+    """Each speaker's rows, sorted, in the order of the speakers' first use."""
     names, speakers = manifest.labels("speaker")
+    order = np.argsort(speakers, kind="stable")
+    ends = np.searchsorted(speakers[order], np.arange(1, len(names)))
+    return dict(zip(names, np.split(order, ends), strict=True))
+
+
+def choose_reference(manifest: Manifest, speaker: str, rows: np.ndarray | None = None) -> str:
+    """The cleanest clip of a speaker: of 5–10 s if there is one, else of 3–30 s, else the longest.
+
+    Args:
+        rows: of the speaker, where they are known.
+    """
+    own = manifest.select(rows_by_speaker(manifest)[speaker] if rows is None else rows)
     # Copies name the original's file: it would count once for each of them.
-    is_clip = manifest.has("audio") & ~manifest.has("augmentation")
-    rows = np.flatnonzero((speakers == names.index(speaker)) & is_clip)
-    clips = manifest.select(rows)
+    clips = own.select(np.flatnonzero(own.has("audio") & ~own.has("augmentation")))
     seconds = clips.column("num_codec_frames") / FRAMES_PER_SECOND
     for shortest, longest in (BEST_REFERENCE_SECONDS, REFERENCE_SECONDS):
         fitting = np.flatnonzero((shortest <= seconds) & (seconds <= longest))

@@ -57,8 +57,11 @@ class TrainingSteps(Protocol):
     def fingerprint(self) -> str:
         """A short hash of the rows, whatever their places on disk and the way they are dealt."""
 
+    def references_content(self) -> str | None:
+        """A short hash of the references that rows have of their own; None where they have none."""
+
     def rows(self, count: int) -> list[dict[str, Any]]:
-        """Some rows as ``row_index.Manifest`` gives them."""
+        """Some rows as ``row_index.Manifest`` gives them, no altered copies."""
 
     def texts(self, lines: Iterable[int]) -> dict[int, str]:
         """Line -> text of rows that were just trained on."""
@@ -109,8 +112,12 @@ class MappedSteps:
     def fingerprint(self) -> str:
         return self.dataset.manifest.content_hash()
 
+    def references_content(self) -> str | None:
+        return None if self.dataset.references is None else self.dataset.references.content
+
     def rows(self, count: int) -> list[dict[str, Any]]:
-        return list(islice(self._readable(range(len(self.dataset))), count))
+        clips = np.flatnonzero(~self.dataset.manifest.has("augmentation"))
+        return list(islice(self._readable(clips.tolist()), count))
 
     def texts(self, lines: Iterable[int]) -> dict[int, str]:
         places = np.flatnonzero(np.isin(self.dataset.manifest.column("line"), list(lines)))
@@ -173,6 +180,9 @@ class StreamedSteps:
     def fingerprint(self) -> str:
         rows, left_out = self.stream.rows, np.asarray(self.stream.left_out, dtype=np.int64)
         return Digest(rows.digest(), rows.num_rows, left_out.tobytes()).hex()
+
+    def references_content(self) -> str | None:
+        return None
 
     def rows(self, count: int) -> list[dict[str, Any]]:
         found = []

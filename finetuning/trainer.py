@@ -297,9 +297,8 @@ class Trainer:
         """Of all processes; the main one lists them."""
         skipped = gather_object(fetched.skipped) if self.accelerator.num_processes > 1 else fetched.skipped
         progress = self.progress
-        for row in skipped:
+        for row in self._unreadable.add(skipped):
             self.tracker.log_skipped_row(progress.step + 1, row)
-        self._unreadable.add(skipped)
         progress.num_skipped_rows = max(progress.num_skipped_rows, self._unreadable.count)
         self._unreadable.check(self.settings, progress.epoch)
 
@@ -358,9 +357,17 @@ class UnreadableRows:
     def begin_epoch(self) -> None:
         self._of_epoch = []
 
-    def add(self, rows: Sequence[SkippedRow]) -> None:
-        self._of_epoch += rows
-        self._lines |= {row.line for row in rows if row.line}
+    def add(self, rows: Sequence[SkippedRow]) -> list[SkippedRow]:
+        """Those that are new in this epoch: a clip may come more than once (SPEAKER_BALANCE)."""
+        known = {row.line for row in self._of_epoch if row.line}
+        new = []
+        for row in rows:
+            if row.line not in known:
+                new.append(row)
+                known |= {row.line} - {0}
+        self._of_epoch += new
+        self._lines |= known
+        return new
 
     def check(self, settings: Settings, epoch: int) -> None:
         """

@@ -18,11 +18,15 @@ from finetuning.settings import Settings
 from finetuning.sharding import is_sharded
 from finetuning.stepping import sum_dtype
 
+#: More speakers than this are not measured one by one: each costs a batch that is not full, and a line in the logs.
+MAX_MEASURED_SPEAKERS = 50
+
 
 class Validator:
     """Evaluates the objective on all validation rows; every process takes its share.
 
-    Where the training has several speakers, no batch holds rows of two, so that its sums are those of one speaker.
+    Where the training has several speakers, no batch holds rows of two, so that its sums are those of one speaker; of
+    very many the ones with the most rows are measured, and the others share their batches.
     """
 
     def __init__(self, settings: Settings, accelerator: Any, dataset: StepDataset) -> None:
@@ -32,7 +36,7 @@ class Validator:
         self._speakers: list[str] | None = None
         self._labels: np.ndarray | None = None
         if len(dataset.encoder.speaker_index) > 1:
-            self._speakers, self._labels = dataset.manifest.labels("speaker")
+            self._speakers, self._labels = measured_speakers(*dataset.manifest.labels("speaker"))
 
     @torch.no_grad()
     def evaluate(
@@ -63,7 +67,7 @@ class Validator:
         self, objective: TrainingObjective, num_parts: int, should_stop: Callable[[], bool]
     ) -> torch.Tensor | None:
         """(num_speakers, 7) float64, of this process; see ``_sums``. None when it was stopped."""
-        totals = torch.zeros(len(self._speakers or [""]), 7, dtype=torch.float64)
+        totals = torch.zeros(len(self._speakers or []) + 1, 7, dtype=torch.float64)
         steps = self._steps(is_sharded(objective))
         for (rows,), step in zip(steps.sampler, steps, strict=True):  # its plan, and what the loader makes of it
             self._say_skipped(step)
@@ -112,7 +116,7 @@ class Validator:
         """Of all that have a row that could be read."""
         shown = ("loss", "talker_loss", "sub_talker_loss", "accuracy")
         found = {}
-        for name, sums in zip(self._speakers, totals, strict=True):
+        for name, sums in zip(self._speakers, totals, strict=False):  # behind them all others
             if figures := self._figures(sums):
                 found[name] = {key: figures[key] for key in shown} | {"num_rows": int(sums[-1])}
         return found
@@ -131,3 +135,17 @@ class Validator:
             "accuracy": right / num_talker,
             "sub_talker_accuracy": sub_right / num_sub_talker,
         }
+
+
+def measured_speakers(names: list[str], labels: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The speakers that are measured, and (num_rows,) each row's place among them; all others have the next one.
+
+    Args:
+        labels: (num_rows,) each row's place among ``names``.
+    """
+    if len(names) <= MAX_MEASURED_SPEAKERS:
+        return names, labels
+    most = np.sort(np.argsort(-np.bincount(labels, minlength=len(names)), kind="stable")[:MAX_MEASURED_SPEAKERS])
+    places = np.full(len(names), len(most), dtype=labels.dtype)
+    places[most] = np.arange(len(most))
+    return [names[place] for place in most], places[labels]

@@ -145,10 +145,10 @@ def test_what_is_said_at_the_start(settings_for: Callable, capsys: pytest.Captur
     assert f"Steps: {sum(sizes)} ({sizes[0]} an epoch, about {round(18 / sizes[0])} rows each)" in shown
     assert "Batch: up to 200 frames a step = 50 x 4 micro-batches x 1 process(es); learning rate 0.001" in shown
     assert describe_batch(settings, 3).startswith("Batch: up to 600 frames a step = 50 x 4 micro-batches x 3 process")
-    say_long_rows(run.train.dataset.manifest, settings)
+    say_long_rows(run.train.dataset, settings)
     said = "2 training rows are longer than MAX_FRAMES_PER_BATCH=50 (the longest has 60 frames): each is a micro-batch"
     assert said in capsys.readouterr().out
-    say_long_rows(run.train.dataset.manifest, settings_for(max_frames_per_batch=60))
+    say_long_rows(run.train.dataset, settings_for(max_frames_per_batch=60))
     assert capsys.readouterr().out == ""
 
 

@@ -37,7 +37,7 @@ from finetuning.errors import UserError
 from finetuning.manifest import RowFormat
 from finetuning.objective import TrainingObjective
 from finetuning.prompt import IGNORE, LayoutIds, assistant_turn, reference_turn
-from finetuning.references import References, prepare_references, speakers_of
+from finetuning.references import References, load_references, prepare_references, speakers_of
 from finetuning.row_index import Manifest, open_rows
 from finetuning.speakers import speaker_vector
 from finetuning.tiny_model import embedded_model_folder
@@ -120,11 +120,11 @@ def prepare(
         full = [{"text": f"Row {n}.", "audio_codes": codes[n]} | row for n, row in enumerate(rows)]
         return open_rows(write_jsonl(full, name), RowFormat(default_speaker="anna"), "TRAIN_JSONL")
 
-    def make(rows: list[dict], validation: list[dict] | None = None, is_main: bool = True, **fields: Any) -> Prepared:
+    def make(rows: list[dict], validation: list[dict] | None = None, **fields: Any) -> Prepared:
         train = opened(rows, "train.jsonl")
         held_out = opened(validation, "validation.jsonl") if validation else None
         settings = make_settings(export_type="base", **({"icl_fraction": 1.0, "train_jsonl": "my.jsonl"} | fields))
-        found = prepare_references(train, held_out, loaded.model, loaded.base, settings, "cpu", is_main)
+        found = load_references(prepare_references(train, held_out, loaded.model, loaded.base, settings, "cpu"))
         encoder = replace(loaded.encoder, draws=Draws.from_settings(settings))
         return Prepared(train, held_out, *found, settings, encoder)
 
@@ -158,6 +158,23 @@ def test_a_clip_of_the_speaker_is_chosen_where_nothing_else_is_named(prepare: Ca
     assert [made.number_of(index) if index < 4 else made.of(index).text for index in range(5)] == [
         2, 3, 2, 3, "Clip 3.",
     ]  # fmt: skip
+    assert made.of(0).codes is not None and made.of(2).codes is None  # that is its own
+
+
+def test_what_a_row_of_the_speaker_names_comes_before_a_chosen_clip(prepare: Callable, tmp_path: Path) -> None:
+    """Also for validation rows: prepared ones name none."""
+    rows = [{}, {"ref_audio": LONG, "ref_text": "Yes."}, {"ref_audio": LONGER, "ref_text": "No."}]
+    made = prepare([*rows_of(tmp_path, "anna"), *rows], [{}])
+    assert [made.of(index).file for index in (0, 1)] == [LONG, LONG]
+    assert made.held_out.of(0, made.validation[0], Draws(icl_fraction=1.0)).file == LONG
+
+
+def test_a_copy_of_a_clip_is_known_by_its_text(prepare: Callable, tmp_path: Path) -> None:
+    """Prepared data sets name a copy of one clip as the reference of all."""
+    shutil.copy(clip(tmp_path, 0), tmp_path / "reference.wav")
+    named = {"ref_audio": str(tmp_path / "reference.wav"), "ref_text": "Clip 0."}
+    made = prepare([row | named for row in rows_of(tmp_path, "anna", "anna")])
+    assert made.of(0).codes is None and made.of(1).codes is not None
 
 
 def test_the_text_of_a_clip_of_the_rows_is_known(prepare: Callable, tmp_path: Path) -> None:
@@ -177,7 +194,7 @@ def test_a_clip_never_stands_in_its_own_context(prepare: Callable, tmp_path: Pat
     rows[1] |= {"ref_audio": "clip0.wav"}
     rows.append({"audio": "link.wav", "ref_audio": clip(tmp_path, 0), "audio_codes": SHORT})
     made = prepare(rows)
-    for index, is_in_context in enumerate([False, True, False, False]):  # row 2: the longest clip is its own
+    for index, is_in_context in enumerate([False, True, True, False]):  # row 2: what the first one names
         row = made.dataset().read(index)
         assert (row["reference"].codes is not None) == is_in_context == (row["reference"].text is not None)
         assert (made.encoder.reference_of(row) is not None) == is_in_context
@@ -219,7 +236,7 @@ def test_references_are_drawn_anew_in_every_epoch(prepare: Callable, tmp_path: P
 def test_workers_and_other_processes_have_the_same(prepare: Callable, tmp_path: Path) -> None:
     fields = {"reference_sampling": "same_speaker", "icl_fraction": 0.5, "train_layout": "both"}
     rows = rows_of(tmp_path, *["anna"] * 5)
-    made, other = prepare(rows, **fields), prepare(rows, is_main=False, **fields)
+    made, other = prepare(rows, **fields), prepare(rows, **fields)
     plans = [[[0, 1], [2]], [[4, 3], []]]
     steps = list(step_loader(made.dataset().at_epoch(2, None), plans))
     assert any("sub_talker_frames" in batch for step in steps for batch in step.batches)
@@ -244,7 +261,7 @@ def test_long_and_very_short_clips_are_drawn_only_where_there_are_no_others(prep
 
 
 def test_clips_are_drawn_among_so_many(prepare: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetuning.references.POOL_CLIPS", 3)
+    monkeypatch.setattr("finetuning.reference_choice.POOL_CLIPS", 3)
     made = prepare(rows_of(tmp_path, *["anna"] * 7), reference_sampling="same_speaker")
     assert {made.number_of(1, epoch) for epoch in range(30)} == {0, 3, 6}
     assert {made.number_of(3, epoch) for epoch in range(30)} == {0, 6}
@@ -268,7 +285,7 @@ def test_a_speaker_with_one_clip_has_no_other(prepare: Callable, tmp_path: Path,
 def test_a_clip_in_two_rows_is_one_of_the_clips(prepare: Callable, tmp_path: Path) -> None:
     rows = rows_of(tmp_path, "anna", "anna", "anna")
     made = prepare([*rows, rows[0] | {"text": "Once more."}], reference_sampling="same_speaker")
-    assert made.references.choices[0].tolist() == [0, 1, 2]
+    assert made.references.of_speakers()[0].tolist() == [0, 1, 2]
     for index, others in enumerate([{1, 2}, {0, 2}, {0, 1}, {1, 2}]):
         assert {made.number_of(index, epoch) for epoch in range(30)} == others
 
@@ -308,6 +325,7 @@ def test_vectors_and_codes_equal_stock(prepare: Callable, loaded: Any, stock: An
 
 def test_a_speaker_is_the_mean_of_its_references(prepare: Callable, loaded: Any, tmp_path: Path) -> None:
     rows = [*rows_of(tmp_path, "anna", "Ben"), {"ref_audio": LONG, "ref_text": "No."}]
+    rows[0] |= {"ref_audio": clip(tmp_path, 0)}
     speakers = speakers_of(["anna", "Ben"], prepare(rows).references)
     vectors = [speaker_vector(loaded.model, file) for file in (clip(tmp_path, 0), LONG, clip(tmp_path, 1))]
     torch.testing.assert_close(speakers.vectors, torch.stack([(vectors[0] + vectors[1]) / 2, vectors[2]]))
@@ -322,7 +340,7 @@ def refuse_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> Any:
         raise AssertionError("computed again")
 
-    for name in ("reference_vector", "Codec", "voice_encoder"):
+    for name in ("voice_vector", "Codec", "voice_encoder"):
         monkeypatch.setattr(f"finetuning.references.{name}", refused)
 
 
@@ -371,7 +389,44 @@ def test_what_was_computed_of_something_else_is_replaced(
 
 def test_a_process_without_the_folder_says_so(prepare: Callable, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"OUTPUT_DIR: .*all processes must see"):
-        prepare(rows_of(tmp_path, "anna", "anna"), is_main=False)
+        load_references(tmp_path / "references-0")
+
+
+def test_a_start_that_was_cut_off_goes_on(prepare: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was computed before is read again, chunk by chunk, and the result is that of one go."""
+    monkeypatch.setattr("finetuning.references.CHUNK_REFERENCES", 2)
+    rows = [row | {"ref_audio": row["audio"]} for row in rows_of(tmp_path, *["anna"] * 5)]
+    from finetuning import references
+
+    read, seen = references._Reader.read, []
+
+    def noted(reader: Any, number: int) -> Any:
+        seen.append(number)
+        if seen == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return read(reader, number)
+
+    monkeypatch.setattr(references._Reader, "read", noted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(rows)
+    made = prepare(rows)
+    assert seen == [0, 1, 2, 2, 3, 4]
+    assert not list(made.settings.output_dir.glob("rows/*.partial"))
+    vectors, content = np.array(made.references.clips.vectors), made.references.content
+    shutil.rmtree(made.folder)
+    again = prepare(rows)
+    assert np.array_equal(again.references.clips.vectors, vectors) and again.references.content == content
+
+
+def test_a_resumed_run_reads_what_it_had(prepare: Callable, loaded: Any, tmp_path: Path) -> None:
+    """Files may be gone; and what rows have now would be something else."""
+    rows = rows_of(tmp_path, "anna", "anna", "anna")
+    made = prepare(rows, reference_sampling="same_speaker")
+    Path(clip(tmp_path, 2)).unlink()
+    arguments = (made.train, None, loaded.model, loaded.base, made.settings, "cpu")
+    assert prepare_references(*arguments, wanted=made.references.content) == made.folder
+    changed = load_references(prepare_references(*arguments))[0]
+    assert changed.content != made.references.content
 
 
 def test_without_context_nothing_is_encoded(prepare: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,10 +442,10 @@ def test_without_context_nothing_is_encoded(prepare: Callable, tmp_path: Path, m
 
 def test_a_missing_transcript_is_named_with_its_line(prepare: Callable, tmp_path: Path) -> None:
     rows = [*rows_of(tmp_path, "anna"), {"ref_audio": LONG}, {"ref_audio": LONGER, "ref_text": ""}]
-    with pytest.raises(UserError, match=rf"ICL_FRACTION: 2 of 3 references .*{LONG} \(my.jsonl line 2\)"):
+    with pytest.raises(UserError, match=rf"ICL_FRACTION: 2 of 2 references .*{LONG} \(train.jsonl line 2\)"):
         prepare(rows)
     validation = [{"ref_audio": LONG}]
-    with pytest.raises(UserError, match=r"ICL_FRACTION: 1 of 2 references .* \(held.jsonl line 1\)"):
+    with pytest.raises(UserError, match=r"ICL_FRACTION: 1 of 2 references .* \(validation.jsonl line 1\)"):
         prepare(rows[:1], validation, validation_jsonl="held.jsonl")
     with pytest.raises(UserError, match=r"ICL_FRACTION: 1 of 1 references .*\(REF_AUDIO_PATH\).* REF_TEXT"):
         prepare(rows[:1], ref_audio_path=LONG)
@@ -465,7 +520,8 @@ def test_lengths_are_a_bound_of_what_stands_in_context(prepare: Callable, tmp_pa
         assert [len(row.codes) - row.num_reference_frames for row in encoded] == frames.tolist()
         most = np.maximum(most, [row.num_reference_frames for row in encoded])
     assert (most <= bound).all()
-    assert (most == bound).tolist() == [index not in (4, 5) for index in range(7)]
+    own = {"fixed": (3, 4), "same_speaker": (4, 5)}[sampling]
+    assert (most == bound).tolist() == [index not in own for index in range(7)]
 
 
 def mixed(made: Prepared, epoch: int = 0, share: FrameShare | None = None) -> StepDataset:

@@ -651,7 +651,8 @@ def three(build: Build, write_jsonl: WriteJsonl, clip: Path) -> Manifest:
     """Rows with all, some and no optional fields, of 2, 40 and 3 frames."""
     full = {
         "audio": str(clip), "ref_audio": str(clip), "ref_text": "R.", "language": "English", "speaker": "Ada",
-        "instruct": "Softly.", "codes_source": {"num_bytes": 5, "modified_ns": 1 << 60, "codec": "abc"},
+        "instruct": "Softly.",
+        "codes_source": {"num_bytes": 5, "modified_ns": 1 << 60, "codec": "abc", "augmentation": "k"},
         "measures": {"peak_db": -1.5, "ü": None}, "augmentation": {"speed": 1.1},
     }  # fmt: skip
     rows = [

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from finetuning.balance import SpeakerBalance
 from finetuning.errors import UserError
 from finetuning.sampling import (
     Geometry,
@@ -403,3 +404,43 @@ def test_settings_that_do_not_go_with_frames_are_refused(fields: dict[str, Any],
     assert line.startswith(f"  - MAX_FRAMES_PER_BATCH: {message}")
     assert load_settings({"max_frames_per_batch": 4000}, environment={}).max_frames_per_batch == 4000
     assert load_settings(fields | {"effective_batch_size": None}, environment={}).max_frames_per_batch is None
+
+
+# ------------------------------------------------------------------------------------------------- rows that repeat
+
+
+@pytest.mark.parametrize("curriculum", [0, 1], ids=["shuffled", "shortest first"])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 4), (8, 1), (16, 1)])
+def test_no_step_holds_a_clip_twice_where_that_can_be(curriculum: int, batch_size: int, accumulation: int) -> None:
+    """A thousand clips of one speaker and twenty of another, as much of each: every one of the twenty 25 times."""
+    speakers = np.repeat([0, 1], [1000, 20])
+    lengths = np.random.default_rng(0).integers(10, 200, len(speakers))
+    balance = SpeakerBalance(speakers, 1.0, 1)
+    sampler = StepSampler(lengths, batch_size, accumulation, seed=1, balance=balance, curriculum_epochs=curriculum)
+    steps = [[row for batch in step for row in batch] for step in sampler.epoch_plan(0)]
+    assert all(len(step) == len(set(step)) for step in steps)
+    assert sorted(row for step in steps for row in step) == balance.rows(0).tolist()
+    halves = [[row for step in half for row in step] for half in (steps[: len(steps) // 2], steps[len(steps) // 2 :])]
+    if not curriculum:  # and its uses lie all over the epoch
+        assert all(abs(half.count(1010) - 12.5) < 4 for half in halves)
+
+
+def test_what_must_repeat_is_spread(capsys: Any) -> None:
+    """Half of all rows are one clip: no batch of eight can do without, and none has many more than its share."""
+    sampler = StepSampler(np.full(100, 9), 8, seed=1, balance=SpeakerBalance(np.repeat([0, 1], [99, 1]), 1.0))
+    most = [batch.count(99) for (batch,) in sampler.epoch_plan(0)]
+    assert sum(most) == 50 and max(most) <= 5
+
+
+def test_frames_hold_when_repeats_are_exchanged() -> None:
+    speakers = np.repeat([0, 1], [1000, 20])
+    lengths = np.random.default_rng(0).integers(10, 200, len(speakers))
+    sampler = StepSampler(lengths, 0, 2, seed=1, balance=SpeakerBalance(speakers, 1.0, 1), max_frames=2000)
+    batches = [batch for step in sampler.epoch_plan(0) for batch in step]
+    assert all(lengths[batch].sum() <= 2000 and len(set(batch)) == len(batch) for batch in batches)
+
+
+def test_the_curriculum_goes_by_the_clips_own_lengths() -> None:
+    own, whole = np.array([5, 1, 3, 2, 4]), np.array([5, 100, 3, 2, 4])
+    sampler = StepSampler(whole, 1, seed=1, curriculum_epochs=1, own_lengths=own)
+    assert [row for step in sampler.epoch_plan(0) for batch in step for row in batch] == [1, 3, 2, 4, 0]

@@ -226,7 +226,7 @@ def test_file_syntax(load: Load) -> None:
     settings = load(
         "# a comment\n\nexport BATCH_SIZE=5\n"
         "SPEAKER_NAME='Ada Lovelace'  # trailing comment\n"
-        'REF_TEXT="a # b"\nSEED = 7\nOVERWRITE_OUTPUT=True\n'
+        'REF_AUDIO_PATH=x.wav\nREF_TEXT="a # b"\nSEED = 7\nOVERWRITE_OUTPUT=True\n'
     )
     assert (settings.batch_size, settings.speaker_name, settings.ref_text) == (5, "Ada Lovelace", "a # b")
     assert (settings.seed, settings.overwrite_output) == (7, True)
@@ -547,6 +547,8 @@ def test_wrong_effective_batch_size_shows_the_product(problems: Problems, world_
         ),
         ({"AUGMENT_COPIES": "1", "DATA_MODE": "none"}, "AUGMENT_COPIES", "DATA_MODE=none encodes nothing"),
         ({"NEW_LANGUAGES": ", "}, "NEW_LANGUAGES", "names no language"),
+        ({"NEW_LANGUAGES": "hausa", "LANGUAGE_MIX": "1"}, "LANGUAGE_MIX", "and NEW_LANGUAGES nothing"),
+        ({"REF_TEXT": "Hello."}, "REF_TEXT", "REF_AUDIO_PATH, which is not set"),
         ({"NEW_LANGUAGES": "hausa,auto"}, "NEW_LANGUAGES", '"auto" cannot be the name of a language'),
         ({"NEW_LANGUAGES": "kano_dialect"}, "NEW_LANGUAGES", "cannot be the name"),
         ({"NEW_LANGUAGES": ":english"}, "NEW_LANGUAGES", "cannot be the name"),

@@ -19,6 +19,7 @@ from training import build
 from finetuning.audio import load_audio
 from finetuning.base_model import load_tokenizer, resolve_base
 from finetuning.dataset import Batch, RowEncoder, SkippedRow, Step, StepDataset, step_loader
+from finetuning.draws import Draws
 from finetuning.encoding import ClipEncoder
 from finetuning.manifest import MIN_CODEC_FRAMES, RowFormat
 from finetuning.prepare import DatasetRows
@@ -500,7 +501,7 @@ def layouts(steps: Iterable[Step], ids: LayoutIds) -> dict[int, bool]:
 
 def test_layouts_of_a_stream_are_drawn_for_each_row_and_epoch(make_steps: MakeSteps, encoder: RowEncoder) -> None:
     def of(*sharing: StreamedSteps, epoch: int = 0, layout: str = "both") -> dict[int, bool]:
-        own = [replace(steps, encoder=replace(encoder, layout=layout, seed=5)) for steps in sharing]
+        own = [replace(steps, encoder=replace(encoder, draws=Draws(layout, seed=5))) for steps in sharing]
         return layouts((step for steps in own for step in steps.steps(epoch)), encoder.ids)
 
     first = of(make_steps())

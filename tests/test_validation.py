@@ -9,13 +9,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training import FULL, build, make_trainer
 
 from finetuning.dataset import StepDataset
 from finetuning.errors import UserError
-from finetuning.validation import Validator
+from finetuning.validation import Validator, measured_speakers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -142,3 +143,11 @@ def test_the_log_has_every_speaker_and_the_line_their_losses(
         assert figures == pytest.approx(alone(run, ["Ada", "Bea", "Cleo", "Bea"], name), rel=1e-5)
     losses = ", ".join(f"{name} {figures['loss']:.4f}" for name, figures in speakers.items())
     assert f"(1-15) | speakers: {losses}\n" in said
+
+
+def test_of_very_many_speakers_those_with_the_most_rows_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetuning.validation.MAX_MEASURED_SPEAKERS", 2)
+    labels = np.array([0, 1, 2, 1, 3, 3, 3], dtype=np.int32)
+    names, places = measured_speakers(["a", "b", "c", "d"], labels)
+    assert names == ["b", "d"] and places.tolist() == [2, 0, 2, 0, 1, 1, 1]
+    assert measured_speakers(["a"], labels[:1])[0] == ["a"]
