@@ -1,5 +1,5 @@
-"""The metrics of a voice by name: what is better, and in which order they are shown. How each is computed: ``listening``
-(of speech) and ``validation`` (of the objective)."""
+"""The metrics of a voice by name: what is better, and in which order they are shown. How each is computed:
+``listening`` (of speech) and ``validation`` (of the objective)."""
 
 from __future__ import annotations
 
