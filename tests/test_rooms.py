@@ -18,7 +18,7 @@ ORDER = (
     "sampling", "dataset", "steps", "progress", "voice", "codec_rows", "languages", "base_model", "speakers",
     "references", "layer_utils", "adapters", "preparer", "direct", "figures", "checks", "report", "mend",
     "check_rows", "attention", "chunked", "objective", "sharding", "prefix_cache", "small_adamw", "optimizers",
-    "memory", "stages", "averaging", "stepping", "trainer", "checkpoint", "state", "resume", "listening",
+    "memory", "stages", "averaging", "stepping", "trainer", "checkpoint", "state", "resume", "recognition", "listening",
     "validation", "tracking", "saving", "roundtrip", "lora", "session", "library",
 )  # fmt: skip
 ROOMS = sorted(file for file in (PROJECT / "finetuning").glob("*.py") if file.stem != "__init__")
