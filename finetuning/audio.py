@@ -45,12 +45,17 @@ def load_audio(audio: str | Audio) -> np.ndarray:
 
 
 def to_model_rate(waveform: np.ndarray, rate_hz: int) -> np.ndarray:
-    """Resamples (num_samples,) float32 to 24 kHz with soxr's high-quality filter."""
-    if rate_hz == SAMPLE_RATE_HZ or len(waveform) == 0:
+    """Resamples (num_samples,) float32 to 24 kHz."""
+    return resample(waveform, rate_hz, SAMPLE_RATE_HZ)
+
+
+def resample(waveform: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
+    """(num_samples,) float32 at another rate, by soxr's high-quality filter (librosa's default)."""
+    if from_hz == to_hz or len(waveform) == 0:
         return np.ascontiguousarray(waveform, dtype=np.float32)
     import soxr
 
-    return soxr.resample(waveform, rate_hz, SAMPLE_RATE_HZ, quality="HQ").astype(np.float32)
+    return soxr.resample(waveform, from_hz, to_hz, quality="HQ").astype(np.float32)
 
 
 def check_waveform(waveform: np.ndarray) -> None:

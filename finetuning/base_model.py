@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,10 +174,13 @@ def _resolve_encoder(settings: Settings, base: Base, may_download: bool) -> Base
     return encoder
 
 
-def resolve_folder(name: str, setting: str, may_download: bool = True) -> Path:
+def resolve_folder(name: str, setting: str, may_download: bool = True, files: Sequence[str] | None = None) -> Path:
     """A local folder for an embedded model's name, a path, or a Hub id.
 
     Always a folder: stock loading by Hub id asks the network even for what is cached, and tokenizes differently.
+
+    Args:
+        files: patterns of the files that are needed of a Hub id; default all.
     """
     if name in EMBEDDED_NAMES:
         return embedded_model_folder(name)
@@ -187,16 +190,16 @@ def resolve_folder(name: str, setting: str, may_download: bool = True) -> Path:
     looks_like_path = path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_like_path:
         raise UserError(f"{setting}: {name} is not a folder (nor a Hub id of the form owner/name)")
-    return _download_snapshot(name, setting, may_download)
+    return _download_snapshot(name, setting, may_download, files)
 
 
-def _download_snapshot(repository: str, setting: str, may_download: bool) -> Path:
+def _download_snapshot(repository: str, setting: str, may_download: bool, files: Sequence[str] | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     advice = "check the name and the network, set HF_TOKEN for a gated one, or give a local folder"
     try:
-        return Path(snapshot_download(repository, local_files_only=not may_download))
+        return Path(snapshot_download(repository, local_files_only=not may_download, allow_patterns=files))
     except LocalEntryNotFoundError:
         reason = "the Hub cannot be reached" if may_download else "DATA_MODE=none downloads nothing"
         raise UserError(f"{setting}: {repository} is not in the local cache and {reason}; {advice}") from None

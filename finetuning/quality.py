@@ -215,23 +215,34 @@ def silent_edges_seconds(waveform: np.ndarray) -> tuple[float, float]:
     Args:
         waveform: (num_samples,) float32 at 24 kHz.
     """
+    loud = loud_blocks(waveform)
+    # One loud block alone is a click or the scatter of noise; speech lasts.
+    lasting = np.flatnonzero(loud[:-1] & loud[1:]) if len(loud) > 1 else np.flatnonzero(loud)
+    if len(lasting) == 0:
+        return 0.0, 0.0
+    end_of_speech = (lasting[-1] + 2) * EDGE_BLOCK
+    trailing = max(0, len(waveform) - int(end_of_speech)) / SAMPLE_RATE_HZ
+    return float(lasting[0] * EDGE_BLOCK / SAMPLE_RATE_HZ), trailing
+
+
+def loud_blocks(waveform: np.ndarray) -> np.ndarray:
+    """(num_blocks,) bool: which whole blocks of 10 ms are louder than silence or noise; in doubt they are.
+
+    Where all is equally loud, digital silence as well, all of it is.
+
+    Args:
+        waveform: (num_samples,) float32 at 24 kHz.
+    """
     num_blocks = len(waveform) // EDGE_BLOCK
     if num_blocks == 0:
-        return 0.0, 0.0
+        return np.zeros(0, dtype=bool)
     blocks = waveform[: num_blocks * EDGE_BLOCK].reshape(num_blocks, EDGE_BLOCK)
     centred = blocks - waveform.mean(dtype=np.float64).astype(np.float32)
     levels = 10 * np.log10(np.einsum("ij,ij->i", centred, centred) / EDGE_BLOCK + 1e-12)
     speech = np.percentile(levels, 95)
     noise = np.percentile(levels[levels > QUIETEST_DB + 20], 10) if (levels > QUIETEST_DB + 20).any() else speech
     threshold = max(speech - SILENCE_BELOW_SPEECH_DB, min(noise + SILENCE_ABOVE_NOISE_DB, speech - SOFT_SPEECH_DB))
-    loud = levels > threshold
-    # One loud block alone is a click or the scatter of noise; speech lasts.
-    lasting = np.flatnonzero(loud[:-1] & loud[1:]) if num_blocks > 1 else np.flatnonzero(loud)
-    if len(lasting) == 0:
-        return 0.0, 0.0
-    end_of_speech = (lasting[-1] + 2) * EDGE_BLOCK
-    trailing = max(0, len(waveform) - int(end_of_speech)) / SAMPLE_RATE_HZ
-    return float(lasting[0] * EDGE_BLOCK / SAMPLE_RATE_HZ), trailing
+    return levels > threshold
 
 
 # -------------------------------------------------------------------------------------------------------- loudness

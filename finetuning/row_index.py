@@ -127,6 +127,20 @@ class Manifest:
             values[group] = part.to_numpy(zero_copy_only=False)[positions[group] % ROWS_PER_BATCH]
         return values
 
+    def computed(self, name: str, compute: Callable[[Any], Any]) -> np.ndarray:
+        """(num_rows,) what an Arrow function makes of a column of texts: numbers, NaN for None.
+
+        No text becomes a Python object.
+
+        Args:
+            compute: a batch's Arrow array -> an Arrow array of numbers, as long.
+        """
+        import pyarrow as pa
+
+        batches = map(self._reader.get_batch, range(self._reader.num_record_batches))
+        parts = [compute(batch.column(name)).cast(pa.float64()).to_numpy(zero_copy_only=False) for batch in batches]
+        return np.concatenate([np.empty(0, np.float64), *parts])[self._positions()]
+
     def label_numbers(self, name: str) -> np.ndarray:
         """(num_rows,) int32: equal texts have equal numbers, none has -1. No text becomes a Python object."""
         encoded = self._whole_column(name).dictionary_encode()

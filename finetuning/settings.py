@@ -40,6 +40,9 @@ LR_SCHEDULERS = (
 )  # fmt: skip
 
 
+#: Predictors that MOS_MODEL knows by name; ``recognition`` knows which package each comes from.
+MOS_MODELS = ("distillmos", "dnsmos", "utmos")
+
 #: What a stage of TRAIN_STAGES may name; ``stages`` knows which weights belong to each.
 STAGE_NAMES = ("embeddings", "new_layers", "talker", "sub_talker", "heads", "adapters", "all")
 
@@ -360,6 +363,19 @@ class Settings(BaseSettings):
     save_epochs: bool = _setting(False, "keep epoch-N/ as well, outside the rotation")
     verify_roundtrip: int = _setting(
         0, "after training, generate this many training clips with stock qwen-tts and count codes; 0 = off", ge=0
+    )
+
+    asr_model: str | None = _setting(
+        None,
+        "speech recogniser for the word errors of the samples: Hub id or folder of a transformers model, such as "
+        "openai/whisper-large-v3-turbo; default not measured",
+        min_length=1,
+    )
+    mos_model: str | None = _setting(
+        None,
+        "predictor of an opinion score for the samples: distillmos, dnsmos, utmos, or a TorchScript file; default not "
+        "measured",
+        min_length=1,
     )
 
     use_wandb: bool = _setting(True, "log to Weights & Biases; without a key and a terminal it logs offline")
@@ -829,6 +845,13 @@ def _check_noise(settings: Settings, _: int) -> str | None:
     return None
 
 
+def _check_mos_model(settings: Settings, _: int) -> str | None:
+    name = settings.mos_model
+    if name is None or name in MOS_MODELS or Path(name).expanduser().is_file():
+        return None
+    return f"{name} is neither a file nor one of {', '.join(MOS_MODELS)}"
+
+
 #: (fields that the check reads, the blamed one first; check). A check is skipped when one of its fields is bad itself.
 _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None]], ...] = (
     (
@@ -884,6 +907,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
         _check_prefix_cache,
     ),
     (("resume",), _check_resume),
+    (("mos_model",), _check_mos_model),
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetuning.codec import NUM_CODEBOOKS
 from finetuning.console import say
 from finetuning.dataset import Batch, SkippedRow, Step, StepDataset, count_tokens, split_batch, step_loader, to_device
 from finetuning.errors import UserError
@@ -20,6 +21,13 @@ from finetuning.stepping import sum_dtype
 
 #: More speakers than this are not measured one by one: each costs a batch that is not full, and a line in the logs.
 MAX_MEASURED_SPEAKERS = 50
+
+#: What ``Validator._sums`` adds up, in this order; behind them come the right predictions of codebooks 1 … 15.
+_SUMS = (
+    "talker_loss", "sub_talker_loss", "talker_correct", "sub_talker_correct", "num_talker", "num_sub_talker",
+    "num_rows",
+)  # fmt: skip
+_NUM_SUMS = len(_SUMS) + NUM_CODEBOOKS - 1
 
 
 class Validator:
@@ -51,9 +59,10 @@ class Validator:
 
         Returns:
             ``loss`` (talker + weight x sub-talker), ``talker_loss``, ``sub_talker_loss``, ``perplexity`` and
-            ``accuracy`` of codebook 0, ``sub_talker_accuracy`` (mean over codebooks 1-15). Where the training has
-            several speakers also ``speakers``: name -> ``loss``, ``talker_loss``, ``sub_talker_loss``, ``accuracy`` and
-            ``num_rows`` of that speaker's rows. None when it was stopped.
+            ``accuracy`` of codebook 0, ``sub_talker_accuracy`` (mean over codebooks 1-15), ``codebook_accuracy`` (list
+            of 16, codebook 0 first). Where the training has several speakers also ``speakers``: name -> ``loss``,
+            ``talker_loss``, ``sub_talker_loss``, ``accuracy`` and ``num_rows`` of that speaker's rows. None when it was
+            stopped.
         """
         was_training = objective.training
         objective.eval()
@@ -66,8 +75,8 @@ class Validator:
     def _totals(
         self, objective: TrainingObjective, num_parts: int, should_stop: Callable[[], bool]
     ) -> torch.Tensor | None:
-        """(num_speakers, 7) float64, of this process; see ``_sums``. None when it was stopped."""
-        totals = torch.zeros(len(self._speakers or []) + 1, 7, dtype=torch.float64)
+        """(num_speakers, _NUM_SUMS) float64, of this process; see ``_sums``. None when it was stopped."""
+        totals = torch.zeros(len(self._speakers or []) + 1, _NUM_SUMS, dtype=torch.float64)
         steps = self._steps(is_sharded(objective))
         for (rows,), step in zip(steps.sampler, steps, strict=True):  # its plan, and what the loader makes of it
             self._say_skipped(step)
@@ -94,20 +103,23 @@ class Validator:
         return step_loader(self.dataset, plan, self.settings.num_workers)
 
     def _sums(self, objective: TrainingObjective, batch: Batch) -> torch.Tensor:
-        """(7,) float64: both losses, both numbers of right predictions, both numbers of labels, the number of rows."""
+        """(_NUM_SUMS,) float64: losses, right predictions and labels of talker and sub-talker, the number of rows, and
+        the right predictions of each codebook from 1 on."""
         with self.accelerator.autocast():
             sums = objective(to_device(batch, self.accelerator.device))
-        names = ("talker_loss", "sub_talker_loss", "talker_correct", "sub_talker_correct")
-        values = [sums[name].sum().item() for name in names]
-        return torch.tensor([*values, *count_tokens([batch]), len(batch["lines"])], dtype=torch.float64)
+        values = [sums[name].sum().item() for name in _SUMS[:4]]
+        numbers = [*count_tokens([batch]), len(batch["lines"])]
+        return torch.tensor([*values, *numbers, *sums["sub_talker_correct"].tolist()], dtype=torch.float64)
 
     def _means(self, totals: torch.Tensor) -> dict[str, Any]:
         """What ``evaluate`` gives, from the sums of this process."""
         device = self.accelerator.device
         totals = self.accelerator.reduce(totals.to(device, sum_dtype(device)), reduction="sum").cpu().double()
-        figures = self._figures(totals.sum(0))
+        of_all = totals.sum(0)
+        figures = self._figures(of_all)
         if figures is None:
             raise UserError("none of the validation rows can be read; prepare them again, or set VALIDATION_FRACTION=0")
+        figures["codebook_accuracy"] = [figures["accuracy"], *_codebook_accuracies(of_all)]
         if self._speakers is not None:
             figures["speakers"] = self._figures_of_speakers(totals)
         return figures
@@ -118,12 +130,12 @@ class Validator:
         found = {}
         for name, sums in zip(self._speakers, totals, strict=False):  # behind them all others
             if figures := self._figures(sums):
-                found[name] = {key: figures[key] for key in shown} | {"num_rows": int(sums[-1])}
+                found[name] = {key: figures[key] for key in shown} | {"num_rows": int(sums[_SUMS.index("num_rows")])}
         return found
 
     def _figures(self, sums: torch.Tensor) -> dict[str, float] | None:
-        """Means over the tokens, from (7,) sums; None where there are none."""
-        talker, sub_talker, right, sub_right, num_talker, num_sub_talker, _ = sums.tolist()
+        """Means over the tokens, from (_NUM_SUMS,); None where there are none."""
+        talker, sub_talker, right, sub_right, num_talker, num_sub_talker, _ = sums[: len(_SUMS)].tolist()
         if not num_talker:
             return None
         talker, sub_talker = talker / num_talker, sub_talker / num_sub_talker
@@ -149,3 +161,9 @@ def measured_speakers(names: list[str], labels: np.ndarray) -> tuple[list[str], 
     places = np.full(len(names), len(most), dtype=labels.dtype)
     places[most] = np.arange(len(most))
     return [names[place] for place in most], places[labels]
+
+
+def _codebook_accuracies(sums: torch.Tensor) -> list[float]:
+    """Of codebooks 1 … 15, from (_NUM_SUMS,); each has the same number of labels: one a frame."""
+    num_frames = sums[_SUMS.index("num_sub_talker")].item() / (NUM_CODEBOOKS - 1)
+    return [right / num_frames for right in sums[len(_SUMS) :].tolist()]

@@ -41,6 +41,9 @@ extras_for_settings() {
   if grep -qE "^ *(export +)?(OPTIMIZER${value}adamw_8bit|WEIGHTS_PRECISION${value}bf16|MEMORY_PROFILE${value}[a-z0-9])" <<<"$given"; then
     echo "--extra 8bit"
   fi
+  if grep -qE "^ *(export +)?MOS_MODEL${value}(distillmos|dnsmos|utmos)" <<<"$given"; then
+    echo "--extra mos"
+  fi
 }
 
 # take_env_file CALLED_FROM [arguments]: exports ENV_FILE when the first argument is a settings file, looked up where the

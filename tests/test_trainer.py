@@ -108,7 +108,10 @@ def test_steps_epochs_and_folders(settings_for: Callable) -> None:
     assert [(record["epoch"], record["step"]) for record in validation] == [(0, 3), (1, 6), (2, 9)]
     assert set(validation[0]) == {"step", "epoch", "loss", "metrics", "timestamp"}
     metrics = validation[0]["metrics"]
-    assert set(metrics) == {"talker_loss", "sub_talker_loss", "perplexity", "accuracy", "sub_talker_accuracy"}
+    assert set(metrics) == {
+        "talker_loss", "sub_talker_loss", "perplexity", "accuracy", "sub_talker_accuracy", "codebook_accuracy",
+    }  # fmt: skip
+    assert len(metrics["codebook_accuracy"]) == 16
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["talker_loss"]))
     best = json.loads((settings.output_dir / "best" / "training_state.json").read_text())
     assert best["best_by"] == "validation loss"

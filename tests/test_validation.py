@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training import FULL, build, make_trainer
+from training import FULL, build, flat, make_trainer
 
 from finetuning.dataset import StepDataset
 from finetuning.errors import UserError
@@ -54,6 +54,17 @@ def alone(run: Any, speakers: list[str], name: str) -> dict[str, float]:
     }
 
 
+def teach_favourites(objective: Any, dataset: StepDataset) -> None:
+    """Makes the random heads guess the most frequent code of each codebook at about every other place, so that some
+    guesses are right."""
+    codes = torch.cat([dataset.batch([row])["codes"] for row in range(len(dataset))])
+    favourites = codes.mode(dim=0).values.tolist()
+    talker = objective.talker
+    with torch.no_grad():
+        for favourite, head in zip(favourites, [talker.codec_head, *talker.code_predictor.lm_head], strict=True):
+            head.weight[favourite] *= 20.0
+
+
 def evaluated_as_one_speaker(run: Any) -> dict[str, Any]:
     """The figures of all rows by the plan of a run with one speaker."""
     validator = Validator(run.settings, run.accelerator, run.validation)
@@ -72,7 +83,7 @@ def test_figures_of_a_speaker_are_those_of_its_rows_alone(
     assert list(speakers) == ["Ada", "Bea"]
     for name, figures in speakers.items():
         assert figures == pytest.approx(alone(run, SPEAKERS, name), rel=1e-5)
-    assert found == pytest.approx(evaluated_as_one_speaker(run), rel=1e-6)
+    assert flat(found) == pytest.approx(flat(evaluated_as_one_speaker(run)), rel=1e-6)
 
 
 @pytest.mark.parametrize("equal", [False, True])
@@ -96,7 +107,29 @@ def test_processes_sum_up_to_the_same(settings_for: Callable, monkeypatch: pytes
     assert numbers == ([2, 2] if equal else [2, 1])
     found = validator._means(totals[-1])
     assert found.pop("speakers") == {name: pytest.approx(of) for name, of in wanted.pop("speakers").items()}
-    assert found == pytest.approx(wanted)
+    assert flat(found) == pytest.approx(flat(wanted))
+    assert found["codebook_accuracy"] == wanted["codebook_accuracy"]  # sums of whole numbers
+
+
+def test_codebook_accuracies_are_exact_over_all_rows(settings_for: Callable) -> None:
+    """Against a count over the rows one by one, with labels that differ in number from batch to batch."""
+    run = build(settings_for(batch_size=3))
+    teach_favourites(run.objective, run.validation)
+    found = Validator(run.settings, run.accelerator, run.validation).evaluate(run.objective)
+    right, num_frames, num_talker = torch.zeros(16), 0, 0
+    for row in range(len(SPEAKERS)):
+        batch = run.validation.batch([row])
+        with torch.no_grad():
+            sums = run.objective.eval()(batch)
+        right += torch.stack([sums["talker_correct"], *sums["sub_talker_correct"]])
+        num_frames += len(batch["codes"])
+        num_talker += len(batch["codes"]) + 1
+    wanted = [right[0].item() / num_talker, *(right[1:] / num_frames).tolist()]
+    assert found["codebook_accuracy"] == pytest.approx(wanted, rel=1e-6)
+    assert len(set(found["codebook_accuracy"])) > 2  # they do differ
+    assert found["accuracy"] == found["codebook_accuracy"][0]
+    assert found["sub_talker_accuracy"] == pytest.approx(sum(found["codebook_accuracy"][1:]) / 15)
+    assert not any("codebook_accuracy" in figures for figures in found["speakers"].values())
 
 
 def test_no_batch_holds_rows_of_two_speakers(settings_for: Callable) -> None:

@@ -34,6 +34,14 @@ def make_trainer(run: Any) -> Trainer:
     return session.make_trainer(run, session.make_tracker(run))
 
 
+def flat(figures: dict[str, Any]) -> dict[str, Any]:
+    """Validation figures with an entry for each codebook, as pytest.approx can compare them."""
+    accuracies = figures["codebook_accuracy"]
+    assert len(accuracies) == 16
+    numbers = {f"codebook_accuracy/{codebook}": accuracy for codebook, accuracy in enumerate(accuracies)}
+    return {name: value for name, value in figures.items() if name != "codebook_accuracy"} | numbers
+
+
 def before_each_step(trainer: Trainer, act: Callable[[int], Any]) -> None:
     """Calls ``act`` with the number of each step (from 1) while it is under way."""
     take = trainer.stepper.take
