@@ -18,8 +18,8 @@ ORDER = (
     "sampling", "dataset", "steps", "progress", "voice", "codec_rows", "languages", "base_model", "speakers",
     "references", "layer_utils", "adapters", "preparer", "direct", "figures", "checks", "report", "mend",
     "check_rows", "attention", "chunked", "objective", "sharding", "prefix_cache", "small_adamw", "optimizers",
-    "memory", "stages", "averaging", "stepping", "trainer", "checkpoint", "state", "resume", "validation", "tracking",
-    "saving", "roundtrip", "lora", "session", "library",
+    "memory", "stages", "averaging", "stepping", "trainer", "checkpoint", "state", "resume", "validation", "speaking",
+    "samples", "tracking", "saving", "roundtrip", "lora", "session", "library",
 )  # fmt: skip
 ROOMS = sorted(file for file in (PROJECT / "finetuning").glob("*.py") if file.stem != "__init__")
 
