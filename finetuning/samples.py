@@ -51,7 +51,7 @@ MAX_TEXTS, SAMPLE_SPEAKERS = 16, 4
 #: Speech may take so many times what the training data's speech rate predicts, and two seconds more. A model that has
 #: not learnt to stop would babble for minutes.
 MAX_SLOWNESS, SPARE_FRAMES = 3.0, 25
-#: Rows that the speech rate and the languages are taken from; of streamed ones, which have to be encoded first, a few.
+#: Rows that the speech rate and the languages are taken from.
 NUM_KNOWN_ROWS, NUM_STREAMED_ROWS = 2000, 16
 
 
@@ -140,7 +140,7 @@ def plan_samples(
         UserError: the model has no positions for a text.
     """
     known = base.talker_config.get("codec_language_id") or {}
-    rows = _rows_of(train)
+    rows = _rows_of(train, validation)
     lines: list[tuple[str, str | None]] = [(normalize_text(text), None) for text in settings.texts_to_speak()]
     lines = lines or _lines_of(_rows_of_manifest(validation) if validation else []) or _lines_of(rows)
     lines = _first(lines, MAX_TEXTS, "texts of EVAL_TEXTS")
@@ -179,10 +179,12 @@ def _first(items: list[Any], limit: int, what: str) -> list[Any]:
     return items[:limit]
 
 
-def _rows_of(train: TrainingSteps) -> list[_Row]:
-    """Some of the training rows, evenly spread where they are all at hand."""
-    if isinstance(train, MappedSteps):
-        return _rows_of_manifest(train.dataset.manifest, NUM_KNOWN_ROWS)
+def _rows_of(train: TrainingSteps, validation: Manifest | None) -> list[_Row]:
+    """Some of the training rows, evenly spread; of a stream, which would have to be encoded for it, the held-out rows,
+    and a few where none are held out."""
+    manifest = train.dataset.manifest if isinstance(train, MappedSteps) else validation
+    if manifest is not None:
+        return _rows_of_manifest(manifest, NUM_KNOWN_ROWS)
     found = train.rows(NUM_STREAMED_ROWS)
     return [_Row(row["text"], row["speaker"], row["language"], len(row["codes"])) for row in found]
 

@@ -222,9 +222,10 @@ def test_the_adapters_speak_scaled(make: Callable) -> None:
     assert {part.scaling["default"] for part in parts} == {16 / 4}
 
 
-def test_the_same_seed_gives_the_same_speech(make: Callable) -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_same_seed_gives_the_same_speech(make: Callable, precision: str) -> None:
     """And another place among the requests makes no difference, nor does what was drawn before."""
-    trainer = make_trainer(build(make(sample_steps=9, **FULL)))
+    trainer = make_trainer(build(make(sample_steps=9, mixed_precision=precision, **LAYERS)))
     live, first = trainer.sampler.live, trainer.sampler.requests[0]
     with live.ready():
         torch.rand(3)
@@ -419,7 +420,7 @@ def test_without_eval_texts_rows_are_said(make: Callable, rows: list[dict], tmp_
     ]  # fmt: skip
     assert [(one.number, one.seed) for one in found] == [(0, 42), (1, 43)]
     rate = float(np.median([len(row["audio_codes"]) / len(row["text"]) for row in rows[:4]]))
-    assert samples.frames_per_character(samples._rows_of(run.train)) == pytest.approx(rate)
+    assert samples.frames_per_character(samples._rows_of(run.train, None)) == pytest.approx(rate)
     assert [one.max_frames for one in found] == [int(np.ceil(3 * rate * len(one.text))) + 4 for one in found]
     run.validation = None
     assert [one.text for one in planned(run)] == [row["text"] for row in rows[:3]]
@@ -462,7 +463,7 @@ def test_a_text_that_the_model_has_no_room_for(make: Callable) -> None:
     """Before anything is trained, or a run in OUTPUT_DIR removed."""
     settings = make(sample_steps=5, eval_texts="Yes. " * 9000)
     (settings.output_dir / "last").mkdir()
-    with pytest.raises(UserError, match="EVAL_TEXTS: .* positions, and the model has 32768"):
+    with pytest.raises(UserError, match=r"EVAL_TEXTS: .* positions, and the model has 32768"):
         build(settings.model_copy(update={"overwrite_output": True}))
     assert [entry.name for entry in run_entries(settings.output_dir)] == ["last"]
 
