@@ -60,6 +60,7 @@ SETTINGS = {
     "LOGGING_STEPS": str(LOGGING_STEPS),
     "SAVE_STEPS": str(SAVE_STEPS),
     "EVAL_STEPS": str(EVAL_STEPS),
+    "SAMPLE_STEPS": "0",
     "SAVE_TOTAL_LIMIT": "1",
 }
 #: 5 steps an epoch, the last one of a micro-batch alone.

@@ -581,6 +581,7 @@ class Launches:
             "LEARNING_RATE": "1e-4",
             "WARMUP_STEPS": "0",
             "LOGGING_STEPS": "1",
+            "SAMPLE_STEPS": "0",
             "DATA_CHECK": "off",
             "USE_WANDB": "false",
             "HF_HUB_OFFLINE": "1",

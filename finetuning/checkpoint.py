@@ -49,7 +49,9 @@ MAX_LISTED_NAMES = 30
 #: Kept open by the process that trains in the folder.
 LOCK_FILE = ".lock"
 _TALKER_LAYER = re.compile(r"talker\.model\.layers\.(\d+)\.")
-_STEP_FOLDER = re.compile(r"(checkpoint|epoch)-(\d+)")
+_STEP_FOLDER = re.compile(r"(checkpoint|epoch|step)-(\d+)")
+#: What the model said on its way, in ``step-N/``; see ``samples``.
+SAMPLES_FOLDER = "samples"
 
 
 class Exporter:
@@ -89,7 +91,8 @@ class Exporter:
         Raises:
             OSError: the disk refused (full, say), in all processes; older checkpoints stay.
         """
-        weights, speakers, languages = self._weights(), self._speakers(), self._languages()  # all processes take part
+        # All processes take part.
+        weights, speakers, languages = self._weights(), self.speakers_now(), self.languages_now()
         write = partial(self._write, names, state, weights, speakers, languages)
         attempt(self.accelerator, write if self.accelerator.is_main_process else lambda: None)
 
@@ -135,13 +138,28 @@ class Exporter:
         use = how_to_speak(settings, speakers)
         write_checkpoint(folder, self.base, speakers, weights | self._encoder, state, settings.export_type, use)
 
-    def _speakers(self) -> Speakers:
+    def config_now(self) -> dict[str, Any]:
+        """config.json of a checkpoint."""
+        return export_config(self.base, self.speakers, len(self.model.talker.model.layers), self.settings.export_type)
+
+    def rows_now(self) -> tuple[list[int], torch.Tensor]:
+        """The rows of the codec table that a checkpoint gets beside what trains of it, (n,), and what stands there,
+        (n, H) in the checkpoint's dtype: the vectors of its speakers and of new languages."""
+        speakers, languages = self.speakers_now(), self.languages_now()
+        rows, vectors = [], [speakers.vectors[:0]]
+        if None not in speakers.codec_rows:
+            rows, vectors = list(speakers.codec_rows), [speakers.vectors]
+        if languages is not None:
+            rows, vectors = [*rows, *languages.rows.values()], [*vectors, languages.vectors]
+        return rows, torch.cat(vectors).to(self._dtypes[CODEC_TABLE])
+
+    def speakers_now(self) -> Speakers:
         """With their vectors as they are now."""
         if isinstance(self.objective.speaker_vectors, nn.Parameter):
             return replace(self.speakers, vectors=_on_host(self.objective.speaker_vectors))
         return self.speakers
 
-    def _languages(self) -> Languages | None:
+    def languages_now(self) -> Languages | None:
         """With their vectors as they are now."""
         if self.languages is None:
             return None
@@ -203,6 +221,11 @@ def rotate_checkpoints(output_dir: Path, limit: int, step: int) -> None:
     oldest_first = sorted(numbered, key=lambda item: (item[0] <= step, item[0]))
     for _, folder in oldest_first[:-limit]:
         remove_folder(folder)
+
+
+def sample_folders(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of all samples."""
+    return [(int(folder.name.split("-")[1]), folder) for folder in _step_folders(output_dir / SAMPLES_FOLDER, "step")]
 
 
 def _step_folders(output_dir: Path, kind: str) -> list[Path]:
@@ -396,7 +419,7 @@ def run_entries(output_dir: Path) -> list[Path]:
     """What a run leaves in OUTPUT_DIR: its states, checkpoints and logs."""
     if not output_dir.is_dir():
         return []
-    names = ("state", "best", "last", "roundtrip")
+    names = ("state", "best", "last", SAMPLES_FOLDER, "roundtrip")
     folders = [output_dir / name for name in names if (output_dir / name).is_dir()]
     numbered = [*_step_folders(output_dir, "checkpoint"), *_step_folders(output_dir, "epoch")]
     return [*folders, *sorted(numbered), *(output_dir / name for name in RUN_FILES if (output_dir / name).is_file())]
@@ -411,8 +434,8 @@ def clear_output_folder(settings: Settings) -> None:
 
 def clean_up_leftovers(output_dir: Path) -> None:
     """What saves that were cut off have left; see ``disk.clean_up``."""
-    clean_up(output_dir)
-    clean_up(output_dir / "state")
+    for folder in (output_dir, output_dir / "state", output_dir / SAMPLES_FOLDER):
+        clean_up(folder)
 
 
 def reclaimable_bytes(output_dir: Path) -> int:

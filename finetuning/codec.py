@@ -36,6 +36,11 @@ class Codec:
             str(folder), dtype=torch.float32, device_map=device
         )
 
+    def move(self, device: str) -> None:
+        """To another device, where it works from then on."""
+        self._tokenizer.model.to(device)
+        self._tokenizer.device = self._tokenizer.model.device
+
     def encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         """(num_samples,) float32 clips at 24 kHz to their codes, each (T, 16) int16 with T = ceil(samples / 1920).
 

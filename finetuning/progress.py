@@ -21,6 +21,7 @@ class Progress:
         num_fetched: steps that were fetched, with those that turned out to hold no row.
         best_loss: of ``best/``.
         evaluated_at: the last step that was evaluated.
+        sampled_at: the last step that samples were taken of.
         is_settled: whether logging, evaluation and saving after the last step are over.
         ended_at: the last step at which an epoch, or the run, was brought to its end.
         num_skipped_rows: rows that could not be read while training.
@@ -36,6 +37,7 @@ class Progress:
     is_settled: bool = True
     ended_at: int | None = None
     num_skipped_rows: int = 0
+    sampled_at: int | None = None
 
     def is_over(self, settings: Settings, num_steps: int) -> bool:
         """Whether nothing is left to train of so many steps."""

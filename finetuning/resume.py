@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from finetuning.base_model import Base
-from finetuning.checkpoint import LOG_FILES, check_holds_no_run, link_or_copy, run_entries
+from finetuning.checkpoint import LOG_FILES, check_holds_no_run, link_or_copy, run_entries, sample_folders
 from finetuning.console import say
 from finetuning.disk import CHECKSUMS_FILE, checksum, damage, new_folder, remove_folder, write_json
 from finetuning.errors import UserError
@@ -26,7 +26,7 @@ MAY_CHANGE = frozenset({
     "ATTN_IMPLEMENTATION", "DATA_CHECK", "SAVE_AUDIO", "CODES_CACHE_DIR", "CODES_CACHE_GB", "PREPARE_ONLY", "USE_WANDB",
     "WANDB_PROJECT", "WANDB_RUN_NAME", "WANDB_ENTITY", "UPLOAD_TO_HUB", "HUB_MODEL_ID_BEST", "HUB_MODEL_ID_LAST",
     "EFFECTIVE_BATCH_SIZE", "GRADIENT_CHECKPOINTING", "COMPILE", "PREFIX_CACHE", "PREFIX_CACHE_GB", "PREFIX_CACHE_DIR",
-    "MEMORY_PROFILE", "LORA_EXPORT_SCALE", "ASR_MODEL", "MOS_MODEL",
+    "MEMORY_PROFILE", "LORA_EXPORT_SCALE", "ASR_MODEL", "MOS_MODEL", "SAMPLE_STEPS", "EVAL_TEXTS",
 })  # fmt: skip
 #: Settings that name what is compared by its content instead: files may move.
 COMPARED_BY_CONTENT = frozenset({
@@ -323,8 +323,8 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 
 def take_over(resume: Resume, settings: Settings) -> None:
-    """Makes OUTPUT_DIR the folder of the run: states of a future that is given up go; from elsewhere, logs, best/ and
-    the state come (weights as hard links where the disk allows), the state last.
+    """Makes OUTPUT_DIR the folder of the run: states and samples of a future that is given up go; from elsewhere, logs,
+    best/ and the state come (weights as hard links where the disk allows), the state last.
 
     Raises:
         OSError: they cannot be copied.
@@ -333,6 +333,9 @@ def take_over(resume: Resume, settings: Settings) -> None:
     if resume.is_in(output_dir):
         for folder in find_states(output_dir):
             if step_of(folder) > resume.state().step:
+                remove_folder(folder)
+        for step, folder in sample_folders(output_dir):
+            if step > resume.state().step:
                 remove_folder(folder)
         rotate_states(output_dir)  # a save that was cut off may not have come to it
     if resume.origin is None:

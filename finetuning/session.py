@@ -69,11 +69,13 @@ from finetuning.resume import (
 )
 from finetuning.roundtrip import judge
 from finetuning.row_index import Manifest
+from finetuning.samples import Sampler, check_eval_texts, plan_samples
 from finetuning.sampling import StepSampler
 from finetuning.saving import Saver, state_bytes
 from finetuning.settings import Settings
 from finetuning.sharding import asks_for_fsdp, is_sharded
 from finetuning.speakers import Speakers, make_speakers, prepare_speakers
+from finetuning.speaking import LiveModel, Request
 from finetuning.stages import check_stages, check_stages_of_base
 from finetuning.state import State, damage_of_state, find_states, step_of
 from finetuning.stepping import Stepper
@@ -89,6 +91,7 @@ class Run:
     """Everything that a run is made of; built by ``build_run``.
 
     Attributes:
+        requests: what the model says on its way; [] with SAMPLE_STEPS=0.
         state: that it goes on from; None when it begins at the beginning.
         lock: see ``lock_output_folder``.
     """
@@ -102,6 +105,7 @@ class Run:
     train: TrainingSteps
     validation: StepDataset | None
     exporter: Exporter
+    requests: list[Request]
     resume: Resume | None = None
     state: State | None = None
     lock: IO[str] | None = None
@@ -145,6 +149,7 @@ def check_inputs(settings: Settings) -> tuple[Base, str]:
     check_layer_count(settings.replace_last_n_layers, base.talker_config["num_hidden_layers"])
     weights_of(base, settings)  # says which words of LORA_TARGETS match nothing
     check_stages_of_base(settings, base)
+    check_eval_texts(settings, base)
     return base, device
 
 
@@ -290,9 +295,9 @@ def build_run(
     train = make_steps(settings, rows, encoder, accelerator, references)
     validation = StepDataset(rows.validation, encoder, references=held_out) if rows.validation else None
     exporter = Exporter(settings, base, model, objective, speakers, accelerator, languages)
-    run = Run(
-        settings, base, accelerator, model, speakers, objective, train, validation, exporter, resume=resume, state=state
-    )
+    requests = requests_of(settings, base, train, rows.validation, speakers, accelerator)
+    parts = (model, speakers, objective, train, validation, exporter, requests)
+    run = Run(settings, base, accelerator, *parts, resume=resume, state=state)
     if state:
         check_same_rows(state, run.fingerprints)
     if verbose:
@@ -419,6 +424,31 @@ def make_row_encoder(settings: Settings, base: Base, speakers: Speakers) -> RowE
         uses_instruct=base.model_size != "0b6",
         draws=Draws.from_settings(settings),
     )
+
+
+def requests_of(
+    settings: Settings,
+    base: Base,
+    train: TrainingSteps,
+    validation: Manifest | None,
+    speakers: Speakers,
+    accelerator: Accelerator,
+) -> list[Request]:
+    """What the model says every SAMPLE_STEPS; the main process decides for all, as streamed rows are shared out.
+
+    Raises:
+        UserError: in all processes.
+    """
+    found: list[Any] = [[], None]
+    if settings.steps_between_samples and accelerator.is_main_process:
+        try:
+            found[0] = plan_samples(settings, base, train, validation, speakers)
+        except UserError as error:
+            found[1] = str(error)
+    requests, problem = broadcast_object_list(found)
+    if problem:
+        raise UserError(problem)
+    return requests
 
 
 def say_row_notes(rows: Manifest, base: Base, settings: Settings) -> None:
@@ -639,11 +669,26 @@ def make_trainer(run: Run, tracker: Tracker) -> Trainer:
     stepper = Stepper(settings, run.accelerator, run.objective, run.num_steps)
     stepper.prefixes = make_prefix_cache(settings, run.objective, run.accelerator, run.train)
     saver = make_saver(run)
-    trainer = Trainer(settings, stepper, run.train, validator, saver, tracker, run.num_steps)
+    sampler = make_sampler(run)
+    trainer = Trainer(settings, stepper, run.train, validator, saver, tracker, run.num_steps, sampler)
     if run.state:
         say_what_differs(run.state, run.accelerator.num_processes)
         saver.restore(trainer, run.state)
     return trainer
+
+
+def make_sampler(run: Run) -> Sampler | None:
+    """What lets the model speak on its way; None with SAMPLE_STEPS=0, and under FSDP."""
+    if not run.requests:
+        return None
+    if is_sharded(run.objective):
+        say(
+            "SAMPLE_STEPS: no samples under FSDP: for each of the 16 codes of a frame all processes would gather the "
+            "weights of every layer. Listen to checkpoints with synthesize.py; SAMPLE_STEPS=0 silences this"
+        )
+        return None
+    live = LiveModel(run.settings, run.exporter, run.train.encoder, run.accelerator)
+    return Sampler(run.settings, run.accelerator, live, run.requests, run.base.codec_folder)
 
 
 def train(run: Run) -> None:

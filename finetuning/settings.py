@@ -91,6 +91,38 @@ def _parse_stage(item: str) -> Stage:
     return Stage(names, int(steps) if colon else None)
 
 
+def read_eval_texts(value: str) -> list[str]:
+    """The texts that an EVAL_TEXTS gives: the lines of a file, or what stands between its vertical bars.
+
+    What has no vertical bar and is a file, or looks like the path of a text file, is taken for one.
+
+    Raises:
+        ValueError: what is wrong, to be read behind the setting's name.
+    """
+    texts = value.split("|")
+    path = Path(value.strip()).expanduser()
+    if len(texts) == 1 and (_is_file(path) or path.suffix.lower() == ".txt"):
+        try:
+            texts = path.read_text(encoding="utf-8-sig").splitlines()
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path} does not exist; give a file with one text a line, or texts with | between them"
+            ) from None
+        except (OSError, UnicodeDecodeError):
+            raise ValueError(f"{path} cannot be read as UTF-8 text") from None
+    found = [text for text in texts if text.strip()]
+    if not found:
+        raise ValueError("holds no text; give a file with one text a line, or texts with | between them")
+    return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a text that is too long for a path
+        return False
+
+
 def _all_is_none(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() == "all" else value
 
@@ -359,6 +391,14 @@ class Settings(BaseSettings):
         None, "last/ and a state to resume from, every so many minutes as well; default by steps only", gt=0
     )
     eval_steps: Count = _setting(500, "validate every so many optimizer steps, besides every epoch's end")
+    sample_steps: int | None = _setting(
+        None, "speak EVAL_TEXTS every so many optimizer steps, and at the end; 0 = off, default EVAL_STEPS", ge=0
+    )
+    eval_texts: str | None = _setting(
+        None,
+        "what samples say: a text file with one text a line, or texts separated by a vertical bar; default the first "
+        "few validation (else training) texts",
+    )
     save_total_limit: Count = _setting(3, "how many checkpoint-N/ to keep")
     save_epochs: bool = _setting(False, "keep epoch-N/ as well, outside the rotation")
     verify_roundtrip: int = _setting(
@@ -405,6 +445,19 @@ class Settings(BaseSettings):
     def stages(self) -> list[Stage]:
         """The stages of TRAIN_STAGES; [] where all trains always."""
         return parse_stages(self.train_stages) if self.train_stages else []
+
+    @property
+    def steps_between_samples(self) -> int:
+        """Optimizer steps from one time to the next that the model speaks; 0 where it never does."""
+        return self.eval_steps if self.sample_steps is None else self.sample_steps
+
+    def texts_to_speak(self) -> list[str]:
+        """The texts of EVAL_TEXTS as they stand there; [] where it is unset.
+
+        Raises:
+            ValueError: what is wrong, to be read behind the setting's name.
+        """
+        return read_eval_texts(self.eval_texts) if self.eval_texts is not None else []
 
     def rows_per_step(self, num_processes: int) -> int:
         """Rows of an optimizer step, over all processes."""
@@ -705,6 +758,14 @@ def _check_output(settings: Settings, _: int) -> str | None:
     return None
 
 
+def _check_eval_texts(settings: Settings, _: int) -> str | None:
+    try:
+        settings.texts_to_speak()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _check_speaker(settings: Settings, _: int) -> str | None:
     return speaker_name_problem(settings.speaker_name)
 
@@ -866,6 +927,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("lr_num_cycles", "lr_scheduler", "lr_min"), _check_cycles),
     (("train_jsonl", "validation_jsonl"), _check_files),
     (("output_dir",), _check_output),
+    (("eval_texts",), _check_eval_texts),
     (("speaker_name",), _check_speaker),
     (("new_languages",), _check_new_languages),
     (("language_mix", "new_languages"), _check_language_mix),

@@ -7,10 +7,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -18,6 +18,9 @@ from finetuning.checkpoint import LOG_FILES
 from finetuning.console import say
 from finetuning.dataset import SkippedRow
 from finetuning.settings import Settings
+
+if TYPE_CHECKING:  # a room behind this one
+    from finetuning.samples import Sample, Sampled
 
 #: More speakers than this are not told one by one, only those with the highest validation losses.
 MAX_SPEAKERS_TOLD, NUM_WORST_TOLD = 4, 3
@@ -104,19 +107,39 @@ class Tracker:
         """Appends to validation_log.jsonl and says the main figures.
 
         Args:
-            metrics: see ``Validator.evaluate``.
+            metrics: see ``Validator.evaluate``, with figures of samples; without a ``loss`` the figures are of samples
+                alone.
         """
         figures = {name: value for name, value in metrics.items() if name != "loss"}
         self._append(
-            "validation_log.jsonl", {"step": step, "epoch": epoch, "loss": metrics["loss"], "metrics": figures}
+            "validation_log.jsonl", {"step": step, "epoch": epoch, "loss": metrics.get("loss"), "metrics": figures}
         )
-        if self.is_main:
+        if self.is_main and "loss" in metrics:
             say(
                 f"Epoch {epoch} | Step {step} | Validation loss: {metrics['loss']:.4f} | "
                 f"accuracy: {metrics['accuracy']:.1%} (codebook 0), {metrics['sub_talker_accuracy']:.1%} (1-15)"
                 f"{told_of_speakers(metrics.get('speakers', {}))}"
             )
         self._log_wandb("validation", {"step": step, **metrics})
+
+    def log_samples(self, step: int, sampled: Sampled) -> None:
+        """Says where the samples of a step are, and shows them in W&B."""
+        figures, samples = sampled
+        if self.is_main:
+            say(
+                f"Step {step} | {len(samples)} samples, {figures['eos_rate']:.0%} stopped by themselves, "
+                f"{figures['sample_seconds']:.1f} s on average: {samples[0].file.parent}"
+            )
+        if self._wandb is not None:
+            self._try_wandb(self._log_audio, step, samples)
+
+    def _log_audio(self, step: int, samples: Sequence[Sample]) -> None:
+        from wandb import Audio
+
+        shown = {
+            f"samples/{one.file.stem}": Audio(str(one.file), caption=f"{one.text} ({one.language})") for one in samples
+        }
+        self._wandb.log(shown, step=step)
 
     def log_result(self, name: str, record: dict[str, Any]) -> None:
         """A figure of the finished run, as one more line of validation_log.jsonl under ``metrics``."""

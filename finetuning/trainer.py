@@ -35,6 +35,7 @@ from finetuning.stepping import MAX_SKIPPED_IN_A_ROW, Stepper, Window
 from finetuning.steps import TrainingSteps
 
 if TYPE_CHECKING:  # rooms behind this one; the loop only calls what it is handed
+    from finetuning.samples import Sampled, Sampler
     from finetuning.saving import Saved, Saver
     from finetuning.tracking import Tracker
     from finetuning.validation import Validator
@@ -64,6 +65,7 @@ class Trainer:
         train: this process's steps.
         validator: None where no row was held out; then ``best/`` follows the mean training loss of an epoch.
         num_steps: of the whole run; see ``total_steps``.
+        sampler: None where the model does not speak on its way.
 
     Attributes:
         progress, log_window, epoch_window: where the run stands; ``Saver.restore`` puts saved ones in their place.
@@ -78,9 +80,11 @@ class Trainer:
         saver: Saver,
         tracker: Tracker,
         num_steps: int,
+        sampler: Sampler | None = None,
     ) -> None:
         self.settings, self.stepper, self.train_steps = settings, stepper, train
         self.validator, self.saver, self.tracker, self.num_steps = validator, saver, tracker, num_steps
+        self.sampler = sampler
         self.accelerator = stepper.accelerator
         self.progress = Progress()
         self.log_window, self.epoch_window = Window(self.accelerator), Window(self.accelerator)
@@ -163,20 +167,22 @@ class Trainer:
     # ---------------------------------------------------------------------------------------- between the steps
 
     def _settle(self) -> None:
-        """Logging, evaluation and saving after a step. A stop comes first; then they wait for the next start."""
+        """Logging, samples, evaluation, saving after a step. A stop comes first; then they wait for the next start."""
         progress, settings = self.progress, self.settings
         if progress.is_settled:
             return
         logs = progress.step % settings.logging_steps == 0 or progress.step == self.num_steps
         saves, evaluates = progress.step % settings.save_steps == 0, progress.step % settings.eval_steps == 0
+        samples = self._samples_in_step(evaluates)
         # Several processes ask each other only where there is something to wait for.
-        if logs or saves or evaluates or self._is_save_due or self.accelerator.num_processes == 1:
+        if logs or saves or evaluates or samples or self._is_save_due or self.accelerator.num_processes == 1:
             self._stop_if_asked()
-        # First, as a stop may cut it off: then nothing must have been logged that the next start would log again.
+        # First, as a stop may cut them off: then nothing must have been logged that the next start would log again.
+        sampled = self._sample() if samples else None
         metrics = self._evaluate() if evaluates else None
         if logs:
             self._log_training()
-        loss = self._log_validation(metrics)
+        loss = self._log_validation(metrics, sampled)
         progress.is_settled = True
         names = [f"checkpoint-{progress.step}"] * saves + ["last"] * bool(self._is_save_due) + self._best(loss)
         if names:
@@ -187,7 +193,9 @@ class Trainer:
         self._stop_if_asked()
         progress = self.progress
         mean_loss = self.epoch_window.figures(self.settings.sub_talker_loss_weight)["loss"]
-        loss = self._log_validation(self._evaluate()) if self.validator else mean_loss
+        sampled = self._sample() if self._samples_at_end_of_epoch() else None
+        loss = self._log_validation(self._evaluate(), sampled)
+        loss = loss if self.validator else mean_loss
         names = ["last"] + [f"epoch-{progress.epoch}"] * self.settings.save_epochs + self._best(loss)
         epoch, progress.ended_at = progress.epoch, progress.step
         if not self.train_steps.num_steps(epoch, progress.done):
@@ -235,12 +243,49 @@ class Trainer:
                     raise self.stepper.out_of_memory() from None
             self.stepper.halve("the validation")
 
-    def _log_validation(self, metrics: dict[str, float] | None) -> float | None:
-        """Logs the figures of ``_evaluate``; their loss."""
-        if metrics is None:
-            return None
-        self.tracker.log_validation(self.progress.step, self.progress.epoch, metrics)
-        return metrics["loss"]
+    def _samples_in_step(self, evaluates: bool) -> bool:
+        """Whether the model speaks now, before the epoch may end. Its figures stand in the record of an evaluation of
+        the same step, which may be that of the epoch's end."""
+        progress = self.progress
+        if self.sampler is None or not (self.sampler.is_due(progress.step) or progress.step == self.num_steps):
+            return False
+        return evaluates or self.validator is None or not self._is_epoch_over
+
+    def _samples_at_end_of_epoch(self) -> bool:
+        progress = self.progress
+        if self.sampler is None or progress.sampled_at == progress.step:
+            return False
+        is_last = self._is_epoch_over and progress.epoch + 1 >= self.settings.num_epochs
+        return self.sampler.is_due(progress.step) or progress.step == self.num_steps or is_last
+
+    @property
+    def _is_epoch_over(self) -> bool:
+        progress = self.progress
+        return progress.step == self.num_steps or not self.train_steps.num_steps(progress.epoch, progress.done)
+
+    def _sample(self) -> Sampled:
+        """What the model says, and the figures of it. A stop cuts it off, and the next start begins it again.
+
+        Raises:
+            Stopped: see ``run``.
+        """
+        with self._unclocked():
+            spoken = self.sampler.speak(self.stepper.averaged, lambda: self._stop_request.is_made)
+        if self.stepper.any_process(spoken is None):
+            self._save_and_stop()
+        with self._unclocked():
+            sampled = self.sampler.keep(self.progress.step, spoken)
+        self.progress.sampled_at = self.progress.step
+        return sampled
+
+    def _log_validation(self, metrics: dict[str, float] | None, sampled: Sampled | None) -> float | None:
+        """Logs the figures of ``_evaluate`` and of ``_sample`` in one record; the validation loss."""
+        figures = (metrics or {}) | (sampled.figures if sampled else {})
+        if figures:
+            self.tracker.log_validation(self.progress.step, self.progress.epoch, figures)
+        if sampled and sampled.samples:
+            self.tracker.log_samples(self.progress.step, sampled)
+        return metrics["loss"] if metrics else None
 
     def _best(self, loss: float | None) -> list[str]:
         """["best"] where the loss is the lowest so far."""

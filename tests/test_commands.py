@@ -68,6 +68,8 @@ def test_demo_leaves_checkpoints_and_speech(demo: Any) -> None:
     waveform, rate = soundfile.read(demo.output / "roundtrip" / "clip-1.wav")
     assert rate == 24_000
     assert len(waveform) > rate  # clip 1 has more than a second
+    spoken = json.loads((demo.output / "samples" / "step-360" / "samples.json").read_text())
+    assert len(spoken) == 2 and all(sample["stopped"] for sample in spoken)
     settings = json.loads((demo.output / "settings.json").read_text())
     assert settings["NUM_EPOCHS"] == 60
     assert "HF_TOKEN" not in settings
@@ -388,7 +390,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path: Path, demo_
         done = run(
             [*command, "--standalone", "train.py"], ENV_FILE=".env.demo", TRAIN_JSONL=str(jsonl), LOGGING_STEPS="1",
             OUTPUT_DIR=str(output), NUM_EPOCHS="2", BATCH_SIZE=str(4 // processes), GRADIENT_ACCUMULATION_STEPS="2",
-            VERIFY_ROUNDTRIP="0", OMP_NUM_THREADS="1",
+            VERIFY_ROUNDTRIP="0", SAMPLE_STEPS="0", OMP_NUM_THREADS="1",
         )  # fmt: skip
         assert done.code == 0, done.err[-3000:]
         lines = (output / "training_log.jsonl").read_text().splitlines()

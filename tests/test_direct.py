@@ -378,6 +378,19 @@ def test_a_direct_run_trains_every_row_but_the_held_out_ones(
         assert (settings.output_dir / name / "model.safetensors").is_file()
 
 
+def test_a_direct_run_speaks(run_settings: Callable, fake: FakeCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the speech rate of the held-out rows, so that no clip is encoded for it; cloned from the speaker's vector."""
+    monkeypatch.setattr("finetuning.samples.SPARE_FRAMES", 4)
+    settings = run_settings(num_epochs=1, sample_steps=99, eval_texts="Yes.", export_type="base")
+    run = build(settings)
+    make_trainer(run).run()
+    assert fake.take_num_clips() == 24
+    (record,) = read_log(settings, "validation_log.jsonl")
+    assert record["metrics"]["num_samples"] == 1
+    assert np.array_equal(run.requests[0].reference.vector, run.speakers.vectors[0])
+    assert (settings.output_dir / "samples" / "step-3" / "samples.json").is_file()
+
+
 def test_max_train_samples_sets_the_steps_of_a_direct_run(run_settings: Callable, fake: FakeCodec) -> None:
     settings = run_settings(max_train_samples=9, num_epochs=1, validation_fraction=0.0)
     run = build(settings)

@@ -79,7 +79,7 @@ def train_from_hub(
         file = {
             "HF_ENDPOINT": hub.url, "INIT_MODEL_PATH": base, "TRAIN_JSONL": write_jsonl(demo_rows[:4]),
             "OUTPUT_DIR": tmp_path / "output", "DEVICE": "cpu", "MIXED_PRECISION": "no", "USE_WANDB": "false",
-            "MAX_STEPS": "1", "OVERWRITE_OUTPUT": "true",
+            "MAX_STEPS": "1", "SAMPLE_STEPS": "0", "OVERWRITE_OUTPUT": "true",
         }  # fmt: skip
         lines = [f"{name}={value}\n" for name, value in (file | settings).items()]
         (tmp_path / "hub.env").write_text("".join(lines), encoding="utf-8")

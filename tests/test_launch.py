@@ -165,7 +165,7 @@ def demo_run(tmp_path: Path, demo_rows: list, write_jsonl: Callable) -> dict[str
     return {
         "ENV_FILE": ".env.demo", "OUTPUT_DIR": str(tmp_path / "out"), "TRAIN_JSONL": str(write_jsonl(demo_rows[:4])),
         "VALIDATION_JSONL": str(write_jsonl(demo_rows[4:6], "validation.jsonl")), "BATCH_SIZE": "1",
-        "LOGGING_STEPS": "1", "VERIFY_ROUNDTRIP": "0", "NUM_PROCESSES": "2",
+        "LOGGING_STEPS": "1", "VERIFY_ROUNDTRIP": "0", "SAMPLE_STEPS": "0", "NUM_PROCESSES": "2",
     }  # fmt: skip
 
 

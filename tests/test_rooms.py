@@ -19,7 +19,8 @@ ORDER = (
     "reference_choice", "references", "layer_utils", "adapters", "preparer", "direct", "figures", "checks", "report",
     "mend", "check_rows", "attention", "chunked", "objective", "sharding", "prefix_cache", "small_adamw",
     "optimizers", "memory", "stages", "averaging", "stepping", "trainer", "checkpoint", "state", "resume",
-    "recognition", "listening", "validation", "tracking", "saving", "roundtrip", "lora", "session", "library",
+    "recognition", "listening", "validation", "speaking", "samples", "tracking", "saving", "roundtrip", "lora",
+    "session", "library",
 )  # fmt: skip
 ROOMS = sorted(file for file in (PROJECT / "finetuning").glob("*.py") if file.stem != "__init__")
 

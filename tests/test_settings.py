@@ -88,6 +88,8 @@ DESIGN_DEFAULTS: dict[str, Any] = {
     "LOGGING_STEPS": 10,
     "SAVE_STEPS": 500,
     "EVAL_STEPS": 500,
+    "SAMPLE_STEPS": None,
+    "EVAL_TEXTS": None,
     "SAVE_TOTAL_LIMIT": 3,
     "SAVE_EPOCHS": False,
     "OVERWRITE_OUTPUT": False,

@@ -125,7 +125,8 @@ def test_real_offline_run_keeps_the_token_out(tmp_path: Path, demo_rows: list, w
         "ENV_FILE": ".env.demo", "USE_WANDB": "true", "HF_TOKEN": SECRET, "OUTPUT_DIR": str(tmp_path / "output"),
         "TRAIN_JSONL": str(write_jsonl(demo_rows[:4])), "MAX_STEPS": "2", "LOGGING_STEPS": "1", "HOME": str(tmp_path),
         "VALIDATION_JSONL": str(write_jsonl(demo_rows[4:6], "validation.jsonl")),
-        "VERIFY_ROUNDTRIP": "0", "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"),
+        "VERIFY_ROUNDTRIP": "0", "EVAL_TEXTS": "Yes.",
+        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"),
     }  # fmt: skip
     command = [sys.executable, "train.py"]
     done = subprocess.run(
@@ -136,6 +137,7 @@ def test_real_offline_run_keeps_the_token_out(tmp_path: Path, demo_rows: list, w
     runs = list((tmp_path / "output" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(runs) == 1
     assert b"talker_loss" in runs[0].read_bytes()
+    assert len(list(runs[0].parent.rglob("samples/*.wav"))) == 1
     files = [file for file in (tmp_path / "output").rglob("*") if file.is_file()]
     assert len(files) > 20
     assert not [file for file in files if SECRET.encode() in file.read_bytes()]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import VOICE
 from reference import load_stock
@@ -47,6 +48,8 @@ LAYERS = {"replace_last_n_layers": 1, "add_new_layers": 1, "freeze_original_laye
 LEVERS = {"sub_talker_frame_fraction": 0.5, "gradient_checkpointing": True, "prefix_cache": "disk"}
 #: What the objective holds itself and trains; and rows with references of their own.
 VECTORS = {"new_languages": "hausa", "speaker_embedding_trainable": True, "num_epochs": 3}
+#: Said at the end of these lives: two texts by the first process, one by the second.
+SAMPLES = {"sample_steps": 99, "eval_texts": "Yes.|No, thank you.|Rain."}
 CLONING = {"export_type": "base", "icl_fraction": 0.5, "reference_sampling": "same_speaker", "num_epochs": 3}
 #: Adapters, whose matrices and frozen weights are shared out like all others.
 LORA = {"lora_rank": 4, "lora_dropout": 0.0, "freeze_original_layers": True, "num_epochs": 3}
@@ -154,7 +157,7 @@ def lives(life_of: Callable, folder: Path, one_stopped: SimpleNamespace) -> Call
         life_of("ddp-levers", **LAYERS | LEVERS),
         life_of("ddp-small", **SMALL, num_epochs=2),
         *(life_of(f"{mode}-lora", mode == "fsdp", **LORA) for mode in MODES),
-        *(life_of(f"{mode}-vectors", mode == "fsdp", **VECTORS) for mode in MODES),
+        *(life_of(f"{mode}-vectors", mode == "fsdp", **VECTORS, **SAMPLES) for mode in MODES),
         life_of("ddp-cloning", **CLONING),
         *(life_of(f"{mode}-stages", mode == "fsdp", tricks={"notes_moves": True}, **STAGES) for mode in MODES),
         life_of("fsdp-stages-stopped", sharded=True, tricks=stop, **STAGES),
@@ -503,6 +506,28 @@ def test_two_train_adapters_as_one_does(mode: str, lives: Callable, one_with_ada
     assert not {name: far for name, far in distances(merged[1], merged[0]).items() if far > 1e-3}
     adapters = [load_file(seen.output / "last" / "adapter" / "adapter_model.safetensors") for seen in (one, two)]
     assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) > 50
+
+
+def test_two_processes_share_the_samples(lives: Callable) -> None:
+    """Copies deal them out, and each is what stock says from the checkpoint; shards do not speak, and say so."""
+    two = lives("ddp-vectors")
+    folder = two.output / "samples" / "step-6"
+    found = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    assert [one["text"] for one in found] == ["Yes.", "No, thank you.", "Rain."]
+    stock = load_stock(two.output / "last")
+    decode, seen = stock.model.speech_tokenizer.decode, []
+    stock.model.speech_tokenizer.decode = lambda codes: seen.append(codes[0]["audio_codes"]) or decode(codes)
+    for one in found:
+        torch.manual_seed(one["seed"])
+        bound = one["num_codec_frames"] + 1
+        (waveform,), _ = stock.generate_custom_voice(one["text"], one["speaker"], one["language"], max_new_tokens=bound)
+        assert len(seen[-1]) == one["num_codec_frames"]
+        np.testing.assert_allclose(soundfile.read(folder / one["file"])[0], np.clip(waveform, -1, 1), atol=1e-4)
+    last = read_log(two.output, "validation_log.jsonl")[-1]
+    assert last["metrics"]["num_samples"] == 3 and last["loss"] is not None
+    sharded = lives("fsdp-vectors")
+    assert "SAMPLE_STEPS: no samples under FSDP" in sharded.processes[0].said
+    assert not (sharded.output / "samples").exists()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ FULL = {"replace_last_n_layers": 0, "add_new_layers": 0, "freeze_original_layers
 
 
 def build(settings: Settings) -> Any:
-    """The run, ready to train, with its output folder claimed."""
+    """The run, ready to train, with its output folder claimed. It speaks only where the test sets SAMPLE_STEPS."""
+    if not settings.is_set("sample_steps"):
+        settings = settings.model_copy(update={"sample_steps": 0})
     # Accelerate keeps its precision for the life of a process; a test may want another one.
     AcceleratorState._reset_state(reset_partial_state=True)
     base, device = session.check_inputs(settings)
