@@ -15,7 +15,8 @@ import pytest
 from conftest import PROJECT
 
 from finetuning.dataset import SkippedRow
-from finetuning.tracking import Tracker, cut_log, format_seconds, start_wandb, told_of_speakers
+from finetuning.services import start_wandb
+from finetuning.tracking import Tracker, cut_log, format_seconds, told_of_speakers
 
 SECRET = "hf_trackingSecret"
 
@@ -94,8 +95,8 @@ def test_a_service_that_fails_on_the_way_costs_no_run(
 ) -> None:
     """It is said once; the files have all lines, and the state still knows the W&B run."""
     service = FailingRun()
-    monkeypatch.setattr("finetuning.tracking.start_wandb", lambda *_: service)
-    settings = make_settings(use_wandb=True)
+    monkeypatch.setattr("finetuning.services.start_wandb", lambda *_: service)
+    settings = make_settings(use_wandb=True, warmup_steps=0)
     settings.output_dir.mkdir()
     with Tracker(settings, total_steps=9, is_main=True) as tracker:
         for step in range(num_lines):
@@ -159,7 +160,7 @@ def test_bar_on_a_terminal(
 
 
 def test_other_processes_log_nothing(make_settings: Callable, capsys: pytest.CaptureFixture[str]) -> None:
-    with Tracker(make_settings(use_wandb=True), total_steps=2, is_main=False) as tracker:
+    with Tracker(make_settings(use_wandb=True, warmup_steps=0), total_steps=2, is_main=False) as tracker:
         tracker.log_validation(1, 0, {"loss": 1.0, "accuracy": 0.5, "sub_talker_accuracy": 0.5})
     assert capsys.readouterr().out == ""
     assert not make_settings().output_dir.exists()
@@ -184,8 +185,8 @@ def test_figures_of_speakers_are_nested(
 ) -> None:
     """In the file as they are (NaN is no JSON), for W&B by paths, in the line in short."""
     service = NotingRun()
-    monkeypatch.setattr("finetuning.tracking.start_wandb", lambda *_: service)
-    settings = make_settings(use_wandb=True)
+    monkeypatch.setattr("finetuning.services.start_wandb", lambda *_: service)
+    settings = make_settings(use_wandb=True, warmup_steps=0)
     settings.output_dir.mkdir()
     speakers = {"Ada": {"loss": 1.25, "num_rows": 3}, "Bea": {"loss": float("nan"), "num_rows": 1}}
     with Tracker(settings, total_steps=9, is_main=True) as tracker:
@@ -299,7 +300,7 @@ def test_the_same_wandb_run_goes_on(make_settings: Callable, monkeypatch: pytest
     fake = FakeWandb("k" * 40)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    settings = make_settings(use_wandb=True)
+    settings = make_settings(use_wandb=True, warmup_steps=0)
     settings.output_dir.mkdir()
     with Tracker(settings, total_steps=9, is_main=True) as tracker:
         logs = tracker.to_json()
