@@ -19,6 +19,8 @@ from finetuning.metrics import METRICS
 NUM_CODEBOOKS = 16
 #: Inches of a plot (100 pixels each), and plots in a row of a picture that has several.
 WIDTH, HEIGHT, COLUMNS = 7.0, 4.0, 2
+#: A line of more points than this has no dots; one of a single point would be nothing without.
+MAX_DOTS = 50
 PARTS = ("loss", "talker_loss", "sub_talker_loss")
 
 
@@ -71,7 +73,7 @@ def _new_figure(num_plots: int = 1) -> tuple[Any, list[Any]]:
 
 def _line(axis: Any, points: Sequence[tuple[int, float]], **style: Any) -> None:
     steps, values = zip(*points, strict=True)
-    axis.plot(steps, values, **style)
+    axis.plot(steps, values, **{"marker": "." if len(points) <= MAX_DOTS else ""} | style)
 
 
 def _draw_loss(training: Sequence[Record], validation: Sequence[Record]) -> Any:
@@ -86,7 +88,7 @@ def _draw_loss(training: Sequence[Record], validation: Sequence[Record]) -> Any:
         return None
     figure, (axis,) = _new_figure()
     for (place, part), points in found.items():
-        style = {"linestyle": "-"} if place == "training" else {"linestyle": "--", "marker": "o", "markersize": 4}
+        style = {} if place == "training" else {"linestyle": "--", "marker": "o", "markersize": 4}
         _line(axis, points, color=f"C{PARTS.index(part)}", label=f"{place} {part}", **style)
     axis.set_title("Loss by part")
     axis.legend(fontsize="small")
@@ -99,7 +101,7 @@ def _draw_one(name: str, title: str, scale: str) -> Callable[[Sequence[Record], 
         if not points:
             return None
         figure, (axis,) = _new_figure()
-        _line(axis, points, marker="." if len(points) < 50 else "")
+        _line(axis, points)
         axis.set_title(title)
         if scale == "log" and min(value for _, value in points) > 0:
             axis.set_yscale(scale)
@@ -134,7 +136,7 @@ def _draw_codebooks(_: Sequence[Record], validation: Sequence[Record]) -> Any:
     for number in range(NUM_CODEBOOKS):
         color = colormaps["viridis"](number / NUM_CODEBOOKS)
         points = [(step, values[number]) for step, values in found]
-        _line(axis, points, color=color, marker=".", label=str(number))
+        _line(axis, points, color=color, label=str(number))
     axis.set_title("Accuracy of each codebook (validation)")
     axis.legend(fontsize="x-small", ncols=4, title="codebook")
     return figure

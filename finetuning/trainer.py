@@ -192,7 +192,10 @@ class Trainer:
         mean_loss = self.epoch_window.figures(self.settings.sub_talker_loss_weight)["loss"]
         metrics = self._agreed(self._evaluate())
         figures = {"loss": mean_loss} if self.chooser.follows_training else metrics
+        was_last_step = self.has_no_step_left
         best = self.chooser.consider(progress, figures)
+        if self.has_no_step_left and not was_last_step and progress.step % self.settings.logging_steps:
+            self._log_training()
         self._log_validation(metrics, best)
         names = ["last"] + [f"epoch-{progress.epoch}"] * self.settings.save_epochs + ["best"] * bool(best)
         epoch, progress.ended_at = progress.epoch, progress.step
