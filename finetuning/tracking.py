@@ -75,7 +75,7 @@ class Tracker:
         self._limits = {
             "num_steps": total_steps, "warmup_steps": settings.warmup_steps, "max_grad_norm": settings.max_grad_norm,
         }  # fmt: skip
-        self._told = {alarm["kind"]: alarm["size"] for alarm in told if is_number(alarm.get("size"))}
+        self._told = {alarm.get("kind"): alarm["size"] for alarm in told if is_number(alarm.get("size"))}
         self._watch(step)
 
     def to_json(self) -> dict[str, Any]:
@@ -115,8 +115,8 @@ class Tracker:
 
     def log_skipped_row(self, step: int, row: SkippedRow) -> None:
         """Lists a row that could not be read in skipped_rows.jsonl, and says so."""
-        self._append("skipped_rows.jsonl", {"step": step, "line": row.line, "reason": row.reason})
         if self.is_main:
+            self._append("skipped_rows.jsonl", {"step": step, "line": row.line, "reason": row.reason})
             say(f"skipped line {row.line} of the training rows: {row.reason}")
 
     def skipped_rows(self) -> list[tuple[int, SkippedRow]]:
@@ -273,8 +273,9 @@ def told_of_figures(metrics: Mapping[str, Any]) -> str:
     parts = []
     if metrics.get("loss") is not None:
         parts.append(f"Validation loss: {metrics['loss']:.4f}")
-    if metrics.get("accuracy") is not None:
-        parts.append(f"accuracy: {metrics['accuracy']:.1%} (codebook 0), {metrics['sub_talker_accuracy']:.1%} (1-15)")
+    accuracies = {"codebook 0": metrics.get("accuracy"), "1-15": metrics.get("sub_talker_accuracy")}
+    if known := [f"{value:.1%} ({codebooks})" for codebooks, value in accuracies.items() if value is not None]:
+        parts.append(f"accuracy: {', '.join(known)}")
     of_samples = [name for name, metric in METRICS.items() if metric.is_of_samples and is_number(metrics.get(name))]
     if of_samples:
         parts.append("samples: " + ", ".join(f"{name} {metrics[name]:.2f}" for name in of_samples))

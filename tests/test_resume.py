@@ -245,13 +245,20 @@ def test_other_runs_equal_the_untouched_ones(settings_for: Callable, tmp_path: P
 def test_an_early_stop_comes_where_it_came_to_the_untouched_run(settings_for: Callable, tmp_path: Path) -> None:
     """Evaluations at 2, 4, 5, 6 and 8, all ties as next to nothing is learnt: the fourth after the first is the last.
 
-    The alarm of a warm-up that is too long comes once, at the beginning.
+    The last time it is killed between that evaluation and the end of the run. The alarm of a warm-up that is too long
+    comes once, at the beginning.
     """
     fields = {"learning_rate": 1e-30, "eval_steps": 2, "early_stopping_patience": 4, "warmup_steps": 100}
     run_to_the_end(settings_for(output_dir=tmp_path / "untouched", **fields))
     settings = settings_for(**fields)
     run_until(settings, 3, "SIGTERM")
     run_until(settings, 7, "killed")
+    trainer = make_trainer(build(settings))
+    end_epoch = trainer._end_epoch
+    trainer._end_epoch = lambda: raise_killed() if trainer.progress.step == 8 else end_epoch()
+    with pytest.raises(Killed):
+        trainer.run()
+    assert steps_of_states(settings.output_dir) == [8, 4]
     trainer = run_to_the_end(settings)
     assert (trainer.progress.step, trainer.progress.num_not_better, trainer.progress.best.step) == (8, 4, 2)
     assert_same(result(settings.output_dir), result(tmp_path / "untouched"))

@@ -160,8 +160,12 @@ def test_bar_on_a_terminal(
 
 
 def test_other_processes_log_nothing(make_settings: Callable, capsys: pytest.CaptureFixture[str]) -> None:
-    with Tracker(make_settings(use_wandb=True, warmup_steps=0), total_steps=2, is_main=False) as tracker:
+    with Tracker(make_settings(use_wandb=True), total_steps=2, is_main=False) as tracker:
         tracker.log_validation(1, 0, {"loss": 1.0, "accuracy": 0.5, "sub_talker_accuracy": 0.5})
+        tracker.log_training({"step": 1, **RECORD})
+        tracker.log_skipped_row(1, SkippedRow(7, "damaged"))
+        tracker.log_result("roundtrip", {"step": 1, "metrics": {}})
+        tracker.flush()
     assert capsys.readouterr().out == ""
     assert not make_settings().output_dir.exists()
 
