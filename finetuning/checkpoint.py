@@ -42,8 +42,8 @@ CODEC_TABLE = "talker.model.codec_embedding.weight"
 #: copied.
 LINKED_SUFFIX = ".safetensors"
 #: Files of a run besides its checkpoints.
-LOG_FILES = ("training_log.jsonl", "validation_log.jsonl", "skipped_rows.jsonl")
-RUN_FILES = (*LOG_FILES, "settings.json")  # by its settings a half-removed run is known to the end
+LOG_FILES = ("training_log.jsonl", "validation_log.jsonl", "skipped_rows.jsonl", "alarms.jsonl")
+RUN_FILES = (*LOG_FILES, "run.json", "settings.json")  # by its settings a half-removed run is known to the end
 #: So many speakers are named in a line; the configuration has all.
 MAX_LISTED_NAMES = 30
 #: Kept open by the process that trains in the folder.
@@ -419,7 +419,7 @@ def run_entries(output_dir: Path) -> list[Path]:
     """What a run leaves in OUTPUT_DIR: its states, checkpoints and logs."""
     if not output_dir.is_dir():
         return []
-    names = ("state", "best", "last", SAMPLES_FOLDER, "roundtrip")
+    names = ("state", "best", "last", SAMPLES_FOLDER, "roundtrip", "plots", "tensorboard")
     folders = [output_dir / name for name in names if (output_dir / name).is_dir()]
     numbered = [*_step_folders(output_dir, "checkpoint"), *_step_folders(output_dir, "epoch")]
     return [*folders, *sorted(numbered), *(output_dir / name for name in RUN_FILES if (output_dir / name).is_file())]

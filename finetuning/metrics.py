@@ -1,5 +1,7 @@
-"""The metrics of a voice by name: what is better, and in which order they are shown. How each is computed:
-``listening`` (of speech) and ``validation`` (of the objective)."""
+"""The metrics of a voice by name: what is better, and in which order they are shown.
+
+How each is computed: ``listening`` (of speech) and ``validation`` (of the objective).
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,11 @@ class Metric:
     def cost(self, value: float) -> float:
         """A number that is lower for a better value."""
         return {"lower": value, "higher": -value, "nearer to 1": abs(value - 1.0)}[self.better]
+
+    @property
+    def superlative(self) -> str:
+        """The word for its best value."""
+        return {"lower": "lowest", "higher": "highest", "nearer to 1": "nearest to 1"}[self.better]
 
 
 #: Name in validation_log.jsonl -> the metric; BEST_METRIC takes any of these.

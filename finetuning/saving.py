@@ -6,7 +6,6 @@ A disk that is full, or refuses otherwise, costs a checkpoint and not the run, u
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -144,13 +143,17 @@ class Saver:
 
     def _describe(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
         """training_state.json of a checkpoint."""
-        progress = trainer.progress.to_json()
+        progress, chooser = trainer.progress, trainer.chooser
+        best = progress.best
         return {
-            "step": progress["step"],
+            "step": progress.step,
             "epoch": epoch,
-            "best_loss": progress["best_loss"],
-            "train_loss": progress["train_loss"],
-            "best_by": trainer.best_by,
+            "best_by": chooser.text,
+            "best_metric": chooser.metric,
+            "best_value": best.value if best else None,
+            "best_step": best.step if best else None,
+            "best_loss": best.figures.get("loss") if best else None,
+            "train_loss": progress.train_loss,
             "complete": trainer.is_over,
         } | ({"ema_decay": self.settings.ema_decay} if self.settings.ema_decay else {})
 
@@ -200,8 +203,10 @@ class Saver:
             stepper.num_parts = record["num_parts"]
         trainer.progress = Progress.from_json(record["progress"])
         if self._has_lost_best(trainer):
-            trainer.progress.best_loss = math.inf
+            trainer.progress.best = None
             say("best/ is missing or damaged: the next evaluation writes it again")
+        if changed := trainer.chooser.begin(trainer.progress):
+            say(changed)
         same_processes = state.num_processes == self.accelerator.num_processes
         if same_processes:
             own = {name: state[f"process.{index}.{name}"] for name in _names_of_process(state, index)}
@@ -214,7 +219,7 @@ class Saver:
 
     def _has_lost_best(self, trainer: Trainer) -> bool:
         best = self.settings.output_dir / "best"
-        is_lost = self.accelerator.is_main_process and not math.isinf(trainer.progress.best_loss) and bool(damage(best))
+        is_lost = self.accelerator.is_main_process and trainer.progress.best is not None and bool(damage(best))
         return trainer.stepper.any_process(is_lost)
 
     def _sums(self, state: State, name: str, same_processes: bool) -> torch.Tensor:

@@ -40,6 +40,7 @@ from finetuning.checkpoint import (
     reclaimable_bytes,
     run_entries,
 )
+from finetuning.choosing import Chooser
 from finetuning.codec_rows import allocate_codec_rows
 from finetuning.console import say
 from finetuning.dataset import RowEncoder, StepDataset, unknown_languages
@@ -69,6 +70,7 @@ from finetuning.resume import (
 )
 from finetuning.roundtrip import judge
 from finetuning.row_index import Manifest
+from finetuning.run_record import data_summary, environment, record_run
 from finetuning.samples import Sampler, check_eval_texts, plan_samples
 from finetuning.sampling import StepSampler
 from finetuning.saving import Saver, state_bytes
@@ -550,8 +552,20 @@ def describe_run(run: Run, attention: str) -> str:
             describe_batch(settings, accelerator.num_processes),
         ]
         + ([f"Resuming {run.state.folder} after step {run.state.step}"] if run.state else [])
-        + ([] if run.validation else ["No validation rows: best/ follows the mean training loss of an epoch"])
+        + describe_choice(settings, run.validation is not None)
     )
+
+
+def describe_choice(settings: Settings, has_validation: bool) -> list[str]:
+    """What ``best/`` follows and when the run may end early, where that is not what everybody expects."""
+    chooser = Chooser(settings, has_validation)
+    lines = []
+    if chooser.follows_training or settings.best_metric != "loss":
+        why = "No validation rows: " if chooser.follows_training else ""
+        lines.append(f"{why}best/ follows {'the ' * chooser.follows_training}{chooser.text}")
+    if patience := settings.early_stopping_patience:
+        lines.append(f"Early stopping: after {patience} evaluations in a row without a better {chooser.text}")
+    return lines
 
 
 def describe_batch(settings: Settings, num_processes: int) -> str:
@@ -641,9 +655,29 @@ def discard_rows(settings: Settings) -> None:
 
 
 def make_tracker(run: Run) -> Tracker:
-    """The logs; those of a resumed run are cut back to its state."""
-    logs = run.state.record["logs"] if run.state else None
-    return Tracker(run.settings, run.num_steps, run.is_main, logs, run.progress.step)
+    """The logs; those of a resumed run are cut back to its state. All processes must call it."""
+    logs, progress = run.state.record["logs"] if run.state else None, run.progress
+    best_step = progress.best.step if progress.best else None
+    facts = describe_for_record(run)
+    return Tracker(run.settings, run.num_steps, run.is_main, logs, progress.step, facts, best_step)
+
+
+def describe_for_record(run: Run) -> dict[str, Any]:
+    """What ``run.json`` and the tracking services are told of the run. All processes must call it."""
+    now = environment(run.accelerator)
+    if not run.is_main:
+        return {}
+    rows = run.train.dataset.manifest if isinstance(run.train, MappedSteps) else None
+    validation = run.validation.manifest if run.validation else None
+    # A stream's rows are known one by one as they come.
+    train_summary = data_summary(rows) or {"rows": run.train.num_rows, "speakers": list(run.speakers.names)}
+    data = {"train": train_summary, "validation": data_summary(validation)}
+    try:
+        record = record_run(run.settings.output_dir, run.settings.public(), data, now, run.progress.step)
+    except OSError as error:
+        say(f"warning: run.json cannot be written ({error}); the run goes on without it")
+        return {**now, "data": data}
+    return {key: value for key, value in record.items() if key != "settings"}
 
 
 def make_saver(run: Run) -> Saver:
@@ -696,14 +730,27 @@ def train(run: Run) -> None:
     settings = run.settings
     with contextlib.nullcontext() if run.is_over and not owes_roundtrip(run) else make_tracker(run) as tracker:
         if run.is_over:
-            say(
-                f"This run is complete: {settings.output_dir} holds {run.state.step} steps, and nothing is left of its "
-                "NUM_EPOCHS and MAX_STEPS. More of them train on; RESUME=never with OVERWRITE_OUTPUT=true starts over"
-            )
+            say(describe_complete(run))
         else:
             train_on(run, tracker)
         if tracker and settings.verify_roundtrip and run.is_main:
             verify_roundtrip(run, tracker)
+
+
+def describe_complete(run: Run) -> str:
+    """That nothing is left to train, and what would train on."""
+    settings, progress = run.settings, run.progress
+    heading = f"This run is complete: {settings.output_dir} holds {run.state.step} steps"
+    if progress.is_out_of_patience(settings) and progress.step < run.num_steps:
+        return (
+            f"{heading}. It was stopped early, after {progress.num_not_better} evaluations in a row without a better "
+            f"{Chooser(settings, run.validation is not None).text}; a larger EARLY_STOPPING_PATIENCE, or 0, trains on "
+            "(NUM_EPOCHS and MAX_STEPS alone do not); RESUME=never with OVERWRITE_OUTPUT=true starts over"
+        )
+    return (
+        f"{heading}, and nothing is left of its NUM_EPOCHS and MAX_STEPS. More of them train on; RESUME=never with "
+        "OVERWRITE_OUTPUT=true starts over"
+    )
 
 
 def train_on(run: Run, tracker: Tracker) -> None:
@@ -713,7 +760,11 @@ def train_on(run: Run, tracker: Tracker) -> None:
     if trainer.progress.num_skipped_rows:
         say(f"{trainer.progress.num_skipped_rows} rows could not be read; they are listed in skipped_rows.jsonl")
     best, last = run.settings.output_dir / "best", run.settings.output_dir / "last"
-    say(f"Done: {best} (lowest {trainer.best_by}) and {last} (the end of training)")
+    if found := trainer.progress.best:
+        say(f"Done: {best} ({trainer.chooser.say_best(found)}) and {last} (the end of training)")
+    else:
+        say(f"Done: {last}. There is no {best}: no evaluation had a {trainer.chooser.text} to choose it by")
+        best = last
     say(f'Listen: python synthesize.py --checkpoint {best} {how_to_listen(run)}--text "…"')
 
 

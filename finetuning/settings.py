@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from finetuning.disk import write_json
 from finetuning.errors import UserError
+from finetuning.metrics import METRICS
 
 DEFAULT_ENV_FILE = ".env"
 #: Fields of parts that are not built yet (upload); setting one is said, not refused.
@@ -42,7 +43,8 @@ LR_SCHEDULERS = (
 
 #: Predictors that MOS_MODEL knows by name; ``recognition`` knows which package each comes from.
 MOS_MODELS = ("distillmos", "dnsmos", "utmos")
-
+#: What REPORT_TO may name, besides none.
+TRACKERS = ("wandb", "tensorboard")
 #: What a stage of TRAIN_STAGES may name; ``stages`` knows which weights belong to each.
 STAGE_NAMES = ("embeddings", "new_layers", "talker", "sub_talker", "heads", "adapters", "all")
 
@@ -138,6 +140,7 @@ UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 OptionalCount = Annotated[Count | None, BeforeValidator(_all_is_none)]
 ColumnName = Annotated[str, Field(min_length=1)]
 StageList = Annotated[str, AfterValidator(lambda text: "".join(text.split()))]  # a blank is no difference at a resume
+Word = Annotated[str, AfterValidator(lambda text: text.strip().lower())]
 
 
 def _setting(default: Any, help: str, *aliases: str, **constraints: Any) -> Any:
@@ -404,6 +407,17 @@ class Settings(BaseSettings):
     verify_roundtrip: int = _setting(
         0, "after training, generate this many training clips with stock qwen-tts and count codes; 0 = off", ge=0
     )
+    best_metric: Word = _setting(
+        "loss",
+        "figure of the validation log that best/ is chosen by: loss, accuracy, speaker_embedding_similarity, wer, … "
+        "(the README lists them)",
+    )
+    early_stopping_patience: int = _setting(
+        0, "end the run after so many evaluations in a row without a better BEST_METRIC; 0 = off", ge=0
+    )
+    report_to: Word | None = _setting(
+        None, "trackers: wandb, tensorboard, both (wandb,tensorboard) or none; default what USE_WANDB says"
+    )
 
     asr_model: str | None = _setting(
         None,
@@ -418,7 +432,9 @@ class Settings(BaseSettings):
         min_length=1,
     )
 
-    use_wandb: bool = _setting(True, "log to Weights & Biases; without a key and a terminal it logs offline")
+    use_wandb: bool = _setting(
+        True, "log to Weights & Biases, the short form of REPORT_TO; without a key and a terminal it logs offline"
+    )
     wandb_project: str = _setting("qwen3-tts-hausa", "W&B project", min_length=1)
     wandb_run_name: str | None = _setting(None, "W&B run name")
     wandb_entity: str | None = _setting(None, "W&B user or team")
@@ -441,6 +457,13 @@ class Settings(BaseSettings):
         words = [word.strip().lower() for word in (self.new_languages or "").split(",") if word.strip()]
         pairs = [word.partition(":") for word in words]
         return [(name.strip(), relative.strip() or None) for name, _, relative in pairs]
+
+    def trackers(self) -> tuple[str, ...]:
+        """The services that the run reports to, of ``TRACKERS``."""
+        if self.report_to is None:
+            return ("wandb",) if self.use_wandb else ()
+        words = [word.strip() for word in self.report_to.split(",")]
+        return tuple(word for word in TRACKERS if word in words)
 
     def stages(self) -> list[Stage]:
         """The stages of TRAIN_STAGES; [] where all trains always."""
@@ -657,7 +680,15 @@ def _validate(
     for fields, check in _CROSS_CHECKS:
         if failed.isdisjoint(fields) and (message := check(settings, num_processes)):
             problems.append(f"{where(fields[0])}: {message}")
-    return settings
+    return _with_short_form(settings) if settings.report_to else settings
+
+
+def _with_short_form(settings: Settings) -> Settings:
+    """USE_WANDB as REPORT_TO has it, so that what is shown and saved does not contradict itself."""
+    changed = settings.model_copy(update={"use_wandb": "wandb" in settings.trackers()})
+    if not settings.is_set("use_wandb"):
+        changed.model_fields_set.discard("use_wandb")  # nobody set it
+    return changed
 
 
 def _without_new_layers(settings: Settings) -> Settings:
@@ -673,6 +704,29 @@ def _check_lora(settings: Settings, _: int) -> str | None:
         return "LORA_TARGETS names nothing"
     if settings.lora_rank and not settings.freeze_original_layers:
         return "adapters stand beside frozen weights; set FREEZE_ORIGINAL_LAYERS=true, or LORA_RANK=0 to train them all"
+    return None
+
+
+def _check_best_metric(settings: Settings, _: int) -> str | None:
+    if settings.best_metric in METRICS:
+        return None
+    nearest = difflib.get_close_matches(settings.best_metric, METRICS, n=1, cutoff=0.6)
+    hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+    return f"is no figure of the validation log{hint}; set one of {', '.join(METRICS)}"
+
+
+def _check_report_to(settings: Settings, _: int) -> str | None:
+    if settings.report_to is None:
+        return None
+    words = [word.strip() for word in settings.report_to.split(",")]
+    if words != ["none"] and not set(words) <= set(TRACKERS):
+        return f"must be {', '.join(TRACKERS)}, several of them joined by commas, or none"
+    if settings.is_set("use_wandb") and settings.use_wandb != ("wandb" in words):
+        wandb = "without" if settings.use_wandb else "with"
+        return (
+            f"is {wandb} wandb, but USE_WANDB is {str(settings.use_wandb).lower()}; unset USE_WANDB, which is its "
+            "short form"
+        )
     return None
 
 
@@ -922,6 +976,8 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("max_frames_per_batch", "batch_size", "effective_batch_size", "lr_scaling", "data_mode"), _check_max_frames),
     (("lora_rank", "lora_targets", "freeze_original_layers"), _check_lora),
     (("train_stages", "prefix_cache"), _check_stages),
+    (("best_metric",), _check_best_metric),
+    (("report_to", "use_wandb"), _check_report_to),
     (("lr_scheduler",), _check_scheduler),
     (("lr_min", "lr_scheduler", "learning_rate"), _check_lr_min),
     (("lr_num_cycles", "lr_scheduler", "lr_min"), _check_cycles),

@@ -1,4 +1,4 @@
-"""What a run tells: JSONL logs, a progress bar or plain lines, Weights & Biases."""
+"""What a run tells: JSONL logs, a progress bar or plain lines, alarms, plots, the services of REPORT_TO."""
 
 from __future__ import annotations
 
@@ -7,23 +7,41 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from finetuning.alarms import NUM_RECENT, History, find_alarms, news
 from finetuning.checkpoint import LOG_FILES
 from finetuning.console import say
 from finetuning.dataset import SkippedRow
+from finetuning.evaluations import evaluations_table
+from finetuning.history import is_number, read_records
+from finetuning.metrics import METRICS
+from finetuning.services import (
+    TITLES,
+    flattened,
+    log_audio,
+    numbers_of_evaluation,
+    numbers_of_training,
+    start_services,
+)
 from finetuning.settings import Settings
 
 if TYPE_CHECKING:  # a room behind this one
-    from finetuning.samples import Sample, Sampled
+    from finetuning.samples import Sampled
 
+#: Logs that alarms are found in, and where they are listed.
+WATCHED = ("training_log.jsonl", "validation_log.jsonl", "alarms.jsonl")
 #: More speakers than this are not told one by one, only those with the highest validation losses.
 MAX_SPEAKERS_TOLD, NUM_WORST_TOLD = 4, 3
+#: Plots are drawn at an evaluation unless the last drawing is nearer than so many times the seconds that it took;
+#: those of the first are guessed.
+PLOT_PATIENCE, PLOT_SECONDS = 20, 2.0
 
 
 class Tracker:
@@ -32,6 +50,8 @@ class Tracker:
     Args:
         resumed: ``to_json()`` of the run that is resumed; what its logs say beyond that is cut off.
         step: optimizer steps that are behind.
+        facts: JSON values that describe the run, for the services; see ``run_record``.
+        best_step: the evaluation that ``best/`` was written after.
     """
 
     def __init__(
@@ -41,6 +61,8 @@ class Tracker:
         is_main: bool,
         resumed: Mapping[str, Any] | None = None,
         step: int = 0,
+        facts: Mapping[str, Any] | None = None,
+        best_step: int | None = None,
     ) -> None:
         self.output_dir, self.is_main = settings.output_dir, is_main
         self.uses_bar = is_main and sys.stderr.isatty()
@@ -52,9 +74,19 @@ class Tracker:
                 num_lines = self._num_lines.get(file, 0)
                 self._num_lines[file] = cut_log(self.output_dir / file, num_lines)
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=not self.uses_bar)
-        self._wandb = start_wandb(settings, resumed["wandb_run_id"]) if is_main and settings.use_wandb else None
+        self._services = start_services(settings, resumed["wandb_run_id"], facts or {}) if is_main else {}
         # Kept when W&B fails on the way: the run that is resumed goes on with it.
-        self._wandb_run_id = getattr(self._wandb, "id", None) or resumed["wandb_run_id"]
+        self._wandb_run_id = getattr(self._services.get("wandb"), "id", None) or resumed["wandb_run_id"]
+        self._best_step = best_step
+        self._plots = Plots(settings.output_dir) if is_main else None
+        self._training, self._evaluations, told = (
+            read_records(self.output_dir / file) if is_main else [] for file in WATCHED
+        )
+        self._limits = {
+            "num_steps": total_steps, "warmup_steps": settings.warmup_steps, "max_grad_norm": settings.max_grad_norm,
+        }  # fmt: skip
+        self._told = {alarm.get("kind"): alarm["size"] for alarm in told if is_number(alarm.get("size"))}
+        self._watch(step)
 
     def to_json(self) -> dict[str, Any]:
         """How far the logs have come: lines of each file, the W&B run's id."""
@@ -77,21 +109,24 @@ class Tracker:
 
     def log_training(self, record: dict[str, Any]) -> None:
         """Appends to training_log.jsonl; needs step, epoch, loss, learning_rate, frames_per_second, seconds_left."""
-        self._append("training_log.jsonl", record)
+        if not self.is_main:
+            return
+        self._training.append(self._append("training_log.jsonl", record))
         figures = {"loss": f"{record['loss']:.4f}", "lr": f"{record['learning_rate']:.2g}"}
         self._bar.set_postfix(figures | {"frames/s": f"{record['frames_per_second']:.0f}"})
-        if self.is_main and not self.uses_bar:
+        if not self.uses_bar:
             say(
                 f"Epoch {record['epoch']} | Step {record['step']} | Loss: {record['loss']:.4f} | "
                 f"LR: {record['learning_rate']:.1e} | {record['frames_per_second']:.0f} frames/s | "
                 f"{format_seconds(record['seconds_left'])} left"
             )
-        self._log_wandb("train", record)
+        self._report(numbers_of_training(record), record["step"])
+        self._watch(record["step"])
 
     def log_skipped_row(self, step: int, row: SkippedRow) -> None:
         """Lists a row that could not be read in skipped_rows.jsonl, and says so."""
-        self._append("skipped_rows.jsonl", {"step": step, "line": row.line, "reason": row.reason})
         if self.is_main:
+            self._append("skipped_rows.jsonl", {"step": step, "line": row.line, "reason": row.reason})
             say(f"skipped line {row.line} of the training rows: {row.reason}")
 
     def skipped_rows(self) -> list[tuple[int, SkippedRow]]:
@@ -103,24 +138,31 @@ class Tracker:
         except (OSError, ValueError, LookupError, TypeError):
             return []
 
-    def log_validation(self, step: int, epoch: int, metrics: dict[str, Any]) -> None:
-        """Appends to validation_log.jsonl and says the main figures.
+    def log_validation(self, step: int, epoch: int, metrics: dict[str, Any], best_by: str | None = None) -> None:
+        """Appends to validation_log.jsonl and says the main figures: in a line, or on a terminal in a table with those
+        before. Then come alarms and plots.
 
         Args:
-            metrics: see ``Validator.evaluate``, with figures of samples; without a ``loss`` the figures are of samples
-                alone.
+            metrics: see ``Validator.evaluate``; of ``METRICS`` any may be missing, ``loss`` too.
+            best_by: what this evaluation is the best so far of, in words; None where it is not.
         """
+        if not self.is_main:
+            return
         figures = {name: value for name, value in metrics.items() if name != "loss"}
-        self._append(
-            "validation_log.jsonl", {"step": step, "epoch": epoch, "loss": metrics.get("loss"), "metrics": figures}
-        )
-        if self.is_main and "loss" in metrics:
-            say(
-                f"Epoch {epoch} | Step {step} | Validation loss: {metrics['loss']:.4f} | "
-                f"accuracy: {metrics['accuracy']:.1%} (codebook 0), {metrics['sub_talker_accuracy']:.1%} (1-15)"
-                f"{told_of_speakers(metrics.get('speakers', {}))}"
-            )
-        self._log_wandb("validation", {"step": step, **metrics})
+        record = {"step": step, "epoch": epoch, "loss": metrics.get("loss"), "metrics": figures}
+        self._evaluations.append(self._append("validation_log.jsonl", record))
+        if best_by:
+            self._best_step = step
+        speakers = told_of_speakers(metrics.get("speakers", {}))
+        best = f" | {best_by} so far" if best_by else ""
+        if self.uses_bar:
+            say(f"Epoch {epoch} | Step {step} | Validation{speakers}{best}")
+            say(evaluations_table(self._evaluations, self._best_step))
+        else:
+            say(f"Epoch {epoch} | Step {step}{told_of_figures(metrics)}{speakers}{best}")
+        self._report(numbers_of_evaluation(metrics), step)
+        self._watch(step)
+        self._plots.refresh()
 
     def log_samples(self, step: int, sampled: Sampled) -> None:
         """Says where the samples of a step are, and shows them in W&B."""
@@ -130,33 +172,39 @@ class Tracker:
                 f"Step {step} | {len(samples)} samples, {figures['eos_rate']:.0%} stopped by themselves, "
                 f"{figures['sample_seconds']:.1f} s on average: {samples[0].file.parent}"
             )
-        if self._wandb is not None:
-            self._try_wandb(self._log_audio, step, samples)
-
-    def _log_audio(self, step: int, samples: Sequence[Sample]) -> None:
-        from wandb import Audio
-
-        shown = {
-            f"samples/{one.file.stem}": Audio(str(one.file), caption=f"{one.text} ({one.language})") for one in samples
-        }
-        self._wandb.log(shown, step=step)
+        for name, service in list(self._services.items()):
+            self._try(name, log_audio, service, samples, step)
 
     def log_result(self, name: str, record: dict[str, Any]) -> None:
         """A figure of the finished run, as one more line of validation_log.jsonl under ``metrics``."""
-        self._append("validation_log.jsonl", record)
-        self._log_wandb(name, {"step": record["step"], **record["metrics"]})
+        if self.is_main:
+            self._append("validation_log.jsonl", record)
+            self._report(flattened(record["metrics"], name), record["step"])
 
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._bar.close()
-        if self._wandb is not None:
-            self._try_wandb(self._wandb.finish)
+        if self._plots and kind is None:  # else somebody is waiting for the process to leave
+            self._plots.draw()
+        for name, service in list(self._services.items()):
+            self._try(name, service.finish)
 
-    def _append(self, file: str, record: dict[str, Any]) -> None:
+    def _watch(self, step: int) -> None:
+        """Says what has begun to go wrong, and logs it."""
         if not self.is_main:
             return
+        del self._training[:-NUM_RECENT]
+        history = History(self._training, self._evaluations, **self._limits)
+        for alarm in news(find_alarms(history), self._told):
+            self._told[alarm.kind] = alarm.size
+            say(f"ALARM {alarm.kind}: {alarm.text}")
+            self._append("alarms.jsonl", {"step": step, "kind": alarm.kind, "size": alarm.size, "text": alarm.text})
+            self._report({f"alarms/{alarm.kind}": alarm.size}, step)
+
+    def _append(self, file: str, record: dict[str, Any]) -> dict[str, Any]:
+        """Gives the record as it will be read again."""
         record = {**_json_value(record), "timestamp": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
         self._pending.setdefault(file, []).append(json.dumps(record) + "\n")
         self._num_lines[file] = self._num_lines.get(file, 0) + 1
@@ -165,6 +213,7 @@ class Tracker:
         except OSError as error:
             if len(self._pending[file]) == 1:
                 say(f"warning: {file} cannot be written ({error}); its lines are kept and written later")
+        return record
 
     def _write(self, file: str) -> None:
         """Appends what is pending, all of it or nothing."""
@@ -181,17 +230,46 @@ class Tracker:
             raise
         self._pending[file] = []
 
-    def _log_wandb(self, group: str, record: dict[str, Any]) -> None:
-        if self._wandb is not None:
-            named = flattened({key: value for key, value in record.items() if key != "step"}, group)
-            self._try_wandb(self._wandb.log, named, step=record["step"])
+    def _report(self, numbers: Mapping[str, float], step: int) -> None:
+        for name, service in list(self._services.items()):
+            self._try(name, service.log, numbers, step=step)
 
-    def _try_wandb(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    def _try(self, name: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         try:
             call(*arguments, **options)
         except Exception as error:  # a tracking service must never cost a run
-            self._wandb = None
-            say(f"W&B failed ({type(error).__name__}); logging to files only")
+            del self._services[name]
+            rest = ", ".join(["files", *(TITLES[other] for other in self._services)])
+            say(f"{TITLES[name]} failed ({type(error).__name__}); logging to {rest} only")
+
+
+class Plots:
+    """The pictures of a run while it goes on. One that cannot be drawn is said once, and ends nothing."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self._output_dir = output_dir
+        self._seconds, self._drawn_at = PLOT_SECONDS, time.monotonic()
+        self._has_failed = False
+
+    def refresh(self) -> None:
+        """Draws them, unless evaluations follow one another so fast that drawing would take long beside them."""
+        if time.monotonic() - self._drawn_at >= PLOT_PATIENCE * self._seconds:
+            self.draw()
+
+    def draw(self) -> None:
+        from finetuning.plots import draw_plots
+
+        start = time.monotonic()
+        try:
+            draw_plots(self._output_dir)
+        except Exception as error:  # a picture must never cost a run
+            if not self._has_failed:
+                say(
+                    f"warning: plots could not be drawn ({type(error).__name__}: {error}); the run goes on without them"
+                )
+            self._has_failed = True
+        self._drawn_at = time.monotonic()
+        self._seconds = self._drawn_at - start
 
 
 def cut_log(file: Path, num_lines: int) -> int:
@@ -211,43 +289,18 @@ def cut_log(file: Path, num_lines: int) -> int:
     return found
 
 
-def start_wandb(settings: Settings, run_id: str | None = None) -> Any:
-    """A W&B run, offline where nobody could type a key; None with a word when the package is missing or fails.
-
-    Args:
-        run_id: of the run that is resumed.
-    """
-    try:
-        import wandb
-    except ImportError:
-        say("W&B is not installed; logging to files only (USE_WANDB=false silences this)")
-        return None
-    mode = os.environ.get("WANDB_MODE")
-    if mode is None and not _has_wandb_key() and not sys.stdin.isatty():
-        mode = "offline"
-        say("W&B: no key and no terminal, so this run is logged offline (upload it with `wandb sync`)")
-    try:
-        return wandb.init(
-            project=settings.wandb_project,
-            name=settings.wandb_run_name,
-            entity=settings.wandb_entity,
-            config=settings.public(),
-            dir=str(Path(settings.output_dir).resolve()),
-            mode=mode,
-            id=run_id,
-            resume="allow" if run_id else None,
-        )
-    except Exception as error:  # a tracking service must never cost a run
-        say(f"W&B could not start ({type(error).__name__}); logging to files only")
-        return None
-
-
-def _has_wandb_key() -> bool:
-    """Whether `wandb login` or WANDB_API_KEY has left a key."""
-    from requests.utils import get_netrc_auth
-
-    host = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(host))
+def told_of_figures(metrics: Mapping[str, Any]) -> str:
+    """The main figures of an evaluation for a line, those that are there."""
+    parts = []
+    if metrics.get("loss") is not None:
+        parts.append(f"Validation loss: {metrics['loss']:.4f}")
+    accuracies = {"codebook 0": metrics.get("accuracy"), "1-15": metrics.get("sub_talker_accuracy")}
+    if known := [f"{value:.1%} ({codebooks})" for codebooks, value in accuracies.items() if value is not None]:
+        parts.append(f"accuracy: {', '.join(known)}")
+    of_samples = [name for name, metric in METRICS.items() if metric.is_of_samples and is_number(metrics.get(name))]
+    if of_samples:
+        parts.append("samples: " + ", ".join(f"{name} {metrics[name]:.2f}" for name in of_samples))
+    return "".join(f" | {part}" for part in parts)
 
 
 def told_of_speakers(figures: Mapping[str, Mapping[str, float]]) -> str:
@@ -267,21 +320,12 @@ def told_of_speakers(figures: Mapping[str, Mapping[str, float]]) -> str:
     return f" | {heading}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
 
 
-def flattened(record: Mapping[str, Any], path: str) -> dict[str, int | float]:
-    """The numbers of a record under their paths: ``validation/loss``, ``validation/speakers/anna/loss``."""
-    numbers: dict[str, int | float] = {}
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            numbers |= flattened(value, f"{path}/{key}")
-        elif isinstance(value, (int, float)):
-            numbers[f"{path}/{key}"] = value
-    return numbers
-
-
 def _json_value(value: Any) -> Any:
     """With None for NaN and infinite numbers, which are no JSON."""
     if isinstance(value, dict):
         return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -22,12 +22,13 @@ from accelerate.utils import (
     gather_object,
 )
 
+from finetuning.choosing import Chooser
 from finetuning.console import say
 from finetuning.dataset import SkippedRow, Step, count_tokens
 from finetuning.errors import Stopped, UserError
 from finetuning.manifest import MAX_BAD_SHARE
 from finetuning.processes import MAX_WAIT
-from finetuning.progress import Progress
+from finetuning.progress import Best, Progress
 from finetuning.sampling import Part, merged
 from finetuning.settings import Settings
 from finetuning.signals import StopRequest
@@ -63,11 +64,12 @@ class Trainer:
 
     Args:
         train: this process's steps.
-        validator: None where no row was held out; then ``best/`` follows the mean training loss of an epoch.
+        validator: None where no row was held out.
         num_steps: of the whole run; see ``total_steps``.
         sampler: None where the model does not speak on its way.
 
     Attributes:
+        chooser: says which evaluation is the best.
         progress, log_window, epoch_window: where the run stands; ``Saver.restore`` puts saved ones in their place.
     """
 
@@ -86,7 +88,8 @@ class Trainer:
         self.validator, self.saver, self.tracker, self.num_steps = validator, saver, tracker, num_steps
         self.sampler = sampler
         self.accelerator = stepper.accelerator
-        self.progress = Progress()
+        self.chooser = Chooser(settings, has_validation=validator is not None)
+        self.progress = Progress(best_metric=settings.best_metric)
         self.log_window, self.epoch_window = Window(self.accelerator), Window(self.accelerator)
         self._stop_request = StopRequest()
         self._saved_at = time.monotonic()
@@ -115,17 +118,16 @@ class Trainer:
         return self.progress.is_over(self.settings, self.num_steps)
 
     @property
-    def best_by(self) -> str:
-        """What ``best/`` is the lowest of."""
-        return "validation loss" if self.validator else "mean training loss of an epoch"
+    def has_no_step_left(self) -> bool:
+        return self.progress.has_no_step_left(self.settings, self.num_steps)
 
     def _train_epoch(self) -> None:
         progress = self.progress
-        if progress.step < self.num_steps:  # else only the end of the run is left
+        if not self.has_no_step_left:  # else only the end of the run is left
             for fetched in self.train_steps.steps(progress.epoch, progress.done):
                 if self._take_step(fetched):
                     self._settle()
-                if progress.step == self.num_steps:
+                if self.has_no_step_left:
                     break
         self._end_epoch()
 
@@ -171,7 +173,7 @@ class Trainer:
         progress, settings = self.progress, self.settings
         if progress.is_settled:
             return
-        logs = progress.step % settings.logging_steps == 0 or progress.step == self.num_steps
+        logs = progress.step % settings.logging_steps == 0 or self.has_no_step_left
         saves, evaluates = progress.step % settings.save_steps == 0, progress.step % settings.eval_steps == 0
         samples = self._samples_in_step(evaluates)
         # Several processes ask each other only where there is something to wait for.
@@ -179,14 +181,15 @@ class Trainer:
             self._stop_if_asked()
         # First, as a stop may cut them off: then nothing must have been logged that the next start would log again.
         sampled = self._sample() if samples else None
-        metrics = self._evaluate() if evaluates else None
-        if logs:
+        figures = self._agreed(self._evaluate() if evaluates else None, sampled) if evaluates or samples else None
+        best = self.chooser.consider(progress, figures)
+        if logs or self.has_no_step_left:
             self._log_training()
-        loss = self._log_validation(metrics, sampled)
+        self._log_validation(figures, best, sampled)
         progress.is_settled = True
-        names = [f"checkpoint-{progress.step}"] * saves + ["last"] * bool(self._is_save_due) + self._best(loss)
+        names = [f"checkpoint-{progress.step}"] * saves + ["last"] * bool(self._is_save_due) + ["best"] * bool(best)
         if names:
-            self._save(names, with_state=saves or bool(self._is_save_due), best_loss=loss)
+            self._save(names, with_state=saves or bool(self._is_save_due), best=best)
 
     def _end_epoch(self) -> None:
         """Evaluation and ``last/``, at the end of every epoch and so of the run, whose state is kept as well."""
@@ -194,15 +197,22 @@ class Trainer:
         progress = self.progress
         mean_loss = self.epoch_window.figures(self.settings.sub_talker_loss_weight)["loss"]
         sampled = self._sample() if self._samples_at_end_of_epoch() else None
-        loss = self._log_validation(self._evaluate(), sampled)
-        loss = loss if self.validator else mean_loss
-        names = ["last"] + [f"epoch-{progress.epoch}"] * self.settings.save_epochs + self._best(loss)
+        metrics = self._agreed(self._evaluate(), sampled)
+        figures = (metrics or {}) | {"loss": mean_loss} if self.chooser.follows_training else metrics
+        was_last_step = self.has_no_step_left
+        best = self.chooser.consider(progress, figures)
+        if self.has_no_step_left and not was_last_step and progress.step % self.settings.logging_steps:
+            self._log_training()
+        self._log_validation(metrics, best, sampled)
+        names = ["last"] + [f"epoch-{progress.epoch}"] * self.settings.save_epochs + ["best"] * bool(best)
         epoch, progress.ended_at = progress.epoch, progress.step
+        if progress.is_out_of_patience(self.settings) and progress.step < self.num_steps:
+            say(self.chooser.say_stop(progress))
         if not self.train_steps.num_steps(epoch, progress.done):
             progress.epoch, progress.done = epoch + 1, ()
             self.epoch_window = Window(self.accelerator)
             self._unreadable.begin_epoch()
-        saved = self._save(names, with_state=self.is_over, best_loss=loss, epoch=epoch)
+        saved = self._save(names, with_state=self.is_over, best=best, epoch=epoch)
         # With last/ but without its state the run is complete all the same; only prolonging it begins further back.
         if self.is_over and not saved.checkpoints:
             raise UserError(
@@ -210,7 +220,7 @@ class Trainer:
                 "start it again: it goes on from the newest state"
             )
 
-    def _evaluate(self) -> dict[str, float] | None:
+    def _evaluate(self) -> dict[str, Any] | None:
         """The validation figures; None where there are none or this step has had them.
 
         A stop cuts it off, and the next start evaluates again; several processes finish it first, since they could
@@ -229,7 +239,7 @@ class Trainer:
         progress.evaluated_at = progress.step
         return metrics
 
-    def _validate(self) -> dict[str, float] | None:
+    def _validate(self) -> dict[str, Any] | None:
         """In smaller batches where the memory does not suffice, like the steps; None when it is to stop."""
         is_alone = self.accelerator.num_processes == 1
         while True:
@@ -278,37 +288,38 @@ class Trainer:
         self.progress.sampled_at = self.progress.step
         return sampled
 
-    def _log_validation(self, metrics: dict[str, float] | None, sampled: Sampled | None) -> float | None:
-        """Logs the figures of ``_evaluate`` and of ``_sample`` in one record; the validation loss."""
-        figures = (metrics or {}) | (sampled.figures if sampled else {})
-        if figures:
-            self.tracker.log_validation(self.progress.step, self.progress.epoch, figures)
-        if sampled and sampled.samples:
-            self.tracker.log_samples(self.progress.step, sampled)
-        return metrics["loss"] if metrics else None
+    def _agreed(self, metrics: dict[str, Any] | None, sampled: Sampled | None) -> dict[str, Any] | None:
+        """The figures of ``_evaluate`` and of ``_sample``; those of the main process, by which all of them choose."""
+        figures = (metrics or {}) | (sampled.figures if sampled else {}) or None
+        if self.accelerator.num_processes == 1:
+            return figures
+        return broadcast_object_list([figures])[0]
 
-    def _best(self, loss: float | None) -> list[str]:
-        """["best"] where the loss is the lowest so far."""
-        return ["best"] if loss is not None and loss < self.progress.best_loss else []
+    def _log_validation(self, metrics: dict[str, Any] | None, best: Best | None, sampled: Sampled | None) -> None:
+        """Logs the figures of ``_evaluate`` and of ``_sample`` in one record."""
+        with self._unclocked():
+            if metrics:
+                told = self.chooser.best_text if best else None
+                self.tracker.log_validation(self.progress.step, self.progress.epoch, metrics, told)
+            if sampled and sampled.samples:
+                self.tracker.log_samples(self.progress.step, sampled)
 
-    def _save(
-        self, names: list[str], with_state: bool, best_loss: float | None = None, epoch: int | None = None
-    ) -> Saved:
+    def _save(self, names: list[str], with_state: bool, best: Best | None = None, epoch: int | None = None) -> Saved:
         """What worked of it; a full disk does not end the run.
 
         Args:
             names: of checkpoints, in the order in which they are written; best/ last, so that it is the one before
                 wherever not all of them could be written.
-            best_loss: of best/, where it is among them.
+            best: of best/, where it is among them.
         """
         progress = self.progress
-        loss_before = progress.best_loss
+        best_before = progress.best
         if "best" in names:
-            progress.best_loss = best_loss
+            progress.best = best
         with self._unclocked():
             saved = self.saver.save(self, names, with_state, progress.epoch if epoch is None else epoch)
         if not saved.checkpoints:
-            progress.best_loss = loss_before  # that of the best/ which is still there
+            progress.best = best_before  # that of the best/ which is still there
         if with_state:
             self._saved_at = time.monotonic()
         return saved

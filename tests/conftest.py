@@ -34,6 +34,12 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite ends hundreds of runs, each of which would draw for a second; test_plots.py looks at the pictures."""
+    monkeypatch.setattr("finetuning.plots.draw_plots", lambda _: [])
+
+
 @pytest.fixture(scope="session")
 def demo_rows(codec: Any) -> list[dict[str, Any]]:
     """The demo's training rows with absolute paths and codes (of the tiny codec)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -95,7 +94,7 @@ def steps_of_states(output: Path) -> list[int]:
 def result(output: Path) -> dict[str, Any]:
     """Weights of every checkpoint, all log lines without clocks, what the checkpoints say of themselves."""
     folders = {"best", "last", *(folder.name for folder in output.glob("checkpoint-*"))}
-    logs = [output / "training_log.jsonl", output / "validation_log.jsonl"]
+    logs = [output / "training_log.jsonl", output / "validation_log.jsonl", output / "alarms.jsonl"]
     lines = [[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else None for log in logs]
     return {
         "weights": {name: load_file(output / name / "model.safetensors") for name in sorted(folders)},
@@ -241,6 +240,30 @@ def test_other_runs_equal_the_untouched_ones(settings_for: Callable, tmp_path: P
     assert sorted(states[0].names("")) == sorted(names)
     assert [name for name in names if bits(states[0][name]) != bits(states[1][name])] == []
     assert any(name.startswith("ema.talker.") for name in names) == ("average" in recipe)
+
+
+def test_an_early_stop_comes_where_it_came_to_the_untouched_run(settings_for: Callable, tmp_path: Path) -> None:
+    """Evaluations at 2, 4, 5, 6 and 8, all ties as next to nothing is learnt: the fourth after the first is the last.
+
+    The last time it is killed between that evaluation and the end of the run. The alarm of a warm-up that is too long
+    comes once, at the beginning.
+    """
+    fields = {"learning_rate": 1e-30, "eval_steps": 2, "early_stopping_patience": 4, "warmup_steps": 100}
+    run_to_the_end(settings_for(output_dir=tmp_path / "untouched", **fields))
+    settings = settings_for(**fields)
+    run_until(settings, 3, "SIGTERM")
+    run_until(settings, 7, "killed")
+    trainer = make_trainer(build(settings))
+    end_epoch = trainer._end_epoch
+    trainer._end_epoch = lambda: raise_killed() if trainer.progress.step == 8 else end_epoch()
+    with pytest.raises(Killed):
+        trainer.run()
+    assert steps_of_states(settings.output_dir) == [8, 4]
+    trainer = run_to_the_end(settings)
+    assert (trainer.progress.step, trainer.progress.num_not_better, trainer.progress.best.step) == (8, 4, 2)
+    assert_same(result(settings.output_dir), result(tmp_path / "untouched"))
+    alarms = [json.loads(line) for line in (settings.output_dir / "alarms.jsonl").read_text().splitlines()]
+    assert [(alarm["step"], alarm["kind"]) for alarm in alarms] == [(0, "warm_up_too_long")]
 
 
 @pytest.mark.parametrize("steps", [(3,), (11,), (14, 16)], ids=["in a window", "second window", "second epoch, twice"])
@@ -445,7 +468,8 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "intervals": {"logging_steps": 1, "save_steps": 9, "eval_steps": 9, "save_minutes": 5.0, "save_total_limit": 1},
     "keeping": {"save_epochs": True, "verify_roundtrip": 1, "overwrite_output": True},
     "machine": {"num_workers": 3, "attn_implementation": "eager", "data_check": "off"},
-    "logging": {"wandb_project": "mine", "wandb_run_name": "second"},
+    "logging": {"wandb_project": "mine", "wandb_run_name": "second", "report_to": "tensorboard"},
+    "best": {"best_metric": "accuracy", "early_stopping_patience": 3},
     "cut otherwise": {"batch_size": 1, "gradient_accumulation_steps": 4, "effective_batch_size": 4},
 }
 
@@ -596,7 +620,7 @@ def test_checkpoints_whose_states_are_gone_are_not_removed(settings_for: Callabl
 def test_a_lost_best_is_written_again(settings_for: Callable, stopped: Path) -> None:
     shutil.rmtree(stopped / "best")
     trainer = make_trainer(build(settings_for()))
-    assert trainer.progress.best_loss == math.inf
+    assert trainer.progress.best is None
     trainer.run()
     assert damage(stopped / "best") == []
 

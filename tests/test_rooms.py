@@ -12,15 +12,15 @@ from conftest import PROJECT
 
 #: A room imports only from rooms before it.
 ORDER = (
-    "errors", "console", "signals", "disk", "processes", "settings", "metrics", "stock", "tiny_model", "audio",
-    "codec", "quality", "manifest", "row_index", "dataset_files", "tables", "readers", "source", "augment",
-    "encoding", "workspace", "encode_rows", "prepare", "stream", "training_rows", "prompt", "draws", "balance",
-    "sampling", "dataset", "steps", "progress", "voice", "codec_rows", "languages", "base_model", "speakers",
-    "reference_choice", "references", "layer_utils", "adapters", "preparer", "direct", "figures", "checks", "report",
-    "mend", "check_rows", "attention", "chunked", "objective", "sharding", "prefix_cache", "small_adamw",
-    "optimizers", "memory", "stages", "averaging", "stepping", "trainer", "checkpoint", "state", "resume",
-    "recognition", "listening", "validation", "speaking", "samples", "tracking", "saving", "roundtrip", "lora",
-    "session", "library",
+    "errors", "console", "signals", "disk", "processes", "metrics", "history", "alarms", "evaluations", "plots",
+    "settings", "stock", "tiny_model", "audio", "codec", "quality", "manifest", "row_index", "dataset_files",
+    "tables", "readers", "source", "augment", "encoding", "workspace", "encode_rows", "prepare", "stream",
+    "training_rows", "prompt", "draws", "balance", "sampling", "dataset", "steps", "progress", "choosing", "voice",
+    "codec_rows", "languages", "base_model", "speakers", "reference_choice", "references", "layer_utils", "adapters",
+    "preparer", "direct", "figures", "checks", "report", "mend", "check_rows", "attention", "chunked", "objective",
+    "sharding", "prefix_cache", "small_adamw", "optimizers", "memory", "stages", "averaging", "stepping", "trainer",
+    "checkpoint", "state", "resume", "recognition", "listening", "validation", "speaking", "samples", "run_record",
+    "services", "tracking", "saving", "roundtrip", "lora", "session", "library",
 )  # fmt: skip
 ROOMS = sorted(file for file in (PROJECT / "finetuning").glob("*.py") if file.stem != "__init__")
 

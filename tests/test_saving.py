@@ -22,6 +22,7 @@ from finetuning import checkpoint, saving
 from finetuning.checkpoint import rotate_checkpoints
 from finetuning.disk import bytes_of, damage
 from finetuning.errors import UserError, run_main
+from finetuning.progress import Best
 from finetuning.saving import Saved, Saver, state_bytes
 from finetuning.state import State, find_states, state_folder, step_of
 from finetuning.tracking import Tracker
@@ -380,7 +381,7 @@ def test_best_loss_is_that_of_the_best_on_the_disk(
     monkeypatch.setattr(trainer.saver, "save", limited)
     trainer.run()
     assert seen == [(1, 1, 5.0), (2, 1, 5.0), (3, 3, 4.0), (5, 5, 2.0)]
-    assert trainer.progress.best_loss == 2.0
+    assert trainer.progress.best == Best(2.0, 5, {"loss": 2.0, **figures})
 
 
 @pytest.mark.parametrize("fails", ["checkpoint-2", "best"])
@@ -406,7 +407,7 @@ def test_best_loss_where_only_some_names_could_be_written(
     best = json.loads((settings.output_dir / "best" / "training_state.json").read_text())
     assert failed == [fails]
     assert (best["step"], best["best_loss"]) == (1, 5.0)
-    assert trainer.progress.best_loss == 5.0
+    assert trainer.progress.best == Best(5.0, 1, {"loss": 5.0, **figures})
 
 
 def test_a_stop_saves_the_state_first(quiet: Any, saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:

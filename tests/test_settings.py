@@ -96,6 +96,9 @@ DESIGN_DEFAULTS: dict[str, Any] = {
     "SEED": 42,
     "ASR_MODEL": None,
     "MOS_MODEL": None,
+    "BEST_METRIC": "loss",
+    "EARLY_STOPPING_PATIENCE": 0,
+    "REPORT_TO": None,
     "USE_WANDB": True,
     "WANDB_PROJECT": "qwen3-tts-hausa",
     "WANDB_RUN_NAME": None,
@@ -468,6 +471,9 @@ def test_nothing_is_exported_from_a_refused_file(load: Load, monkeypatch: pytest
         ("CURRICULUM", "long_first"),
         *[("CURRICULUM_EPOCHS", value) for value in ("0", "-1", "1.5")],
         ("USE_WANDB", "maybe"),
+        *[("BEST_METRIC", value) for value in ("lose", "roundtrip_reproduced", "loss,accuracy")],
+        *[("EARLY_STOPPING_PATIENCE", value) for value in ("-1", "1.5", "on")],
+        *[("REPORT_TO", value) for value in ("wand", "wandb tensorboard", "none,wandb", "wandb,", ",", "all")],
     ],
 )
 def test_absurd_value_is_refused(problems: Problems, name: str, value: str) -> None:
@@ -576,6 +582,11 @@ def test_wrong_effective_batch_size_shows_the_product(problems: Problems, world_
         ({"AUGMENT_COPIES": "1", "AUGMENT_NOISE_DIR": "no/where"}, "AUGMENT_NOISE_DIR", "no/where is no folder"),
         ({"TRAIN_STAGES": "all", "PREFIX_CACHE": "ram"}, "TRAIN_STAGES", "PREFIX_CACHE=off"),
         ({"MOS_MODEL": "umtos"}, "MOS_MODEL", "neither a file nor one of distillmos, dnsmos, utmos"),
+        ({"BEST_METRIC": "similarity"}, "BEST_METRIC", "set one of loss, talker_loss,"),
+        ({"BEST_METRIC": "acuracy"}, "BEST_METRIC", "did you mean accuracy?"),
+        ({"REPORT_TO": "tensorboard", "USE_WANDB": "true"}, "REPORT_TO", "without wandb, but USE_WANDB is true"),
+        ({"REPORT_TO": "none", "USE_WANDB": "true"}, "REPORT_TO", "without wandb, but USE_WANDB is true"),
+        ({"REPORT_TO": "wandb,tensorboard", "USE_WANDB": "false"}, "REPORT_TO", "with wandb, but USE_WANDB is false"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -602,11 +613,34 @@ def test_cross_check(problems: Problems, given: dict[str, str], blamed: str, par
         {"AUGMENT_COPIES": "2", "AUGMENT_NOISE_DIR": "."},
         {f"AUGMENT_{name}": value for name, value in zip(NAMES_OF_CHANGES, "1004", strict=True)},
         {"AUGMENT_SPEED": "0", "AUGMENT_NOISE_DIR": "no/where", "DATA_MODE": "none"},
+        {"BEST_METRIC": " WER ", "EARLY_STOPPING_PATIENCE": "3"},
+        {"REPORT_TO": "none", "USE_WANDB": "false"},
+        {"REPORT_TO": "wandb", "USE_WANDB": "true"},
     ],
     ids=lambda given: "-".join(given),
 )
 def test_cross_check_lets_good_settings_pass(load: Load, given: dict[str, str]) -> None:
     load(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "trackers"),
+    [
+        ({}, ("wandb",)),
+        ({"USE_WANDB": "false"}, ()),
+        ({"REPORT_TO": "none"}, ()),
+        ({"REPORT_TO": "tensorboard"}, ("tensorboard",)),
+        ({"REPORT_TO": "tensorboard", "USE_WANDB": "false"}, ("tensorboard",)),
+        ({"REPORT_TO": "TensorBoard , wandb"}, ("wandb", "tensorboard")),
+        ({"REPORT_TO": "wandb,wandb"}, ("wandb",)),
+    ],
+)
+def test_trackers(load: Load, given: dict[str, str], trackers: tuple[str, ...]) -> None:
+    """USE_WANDB is shown as it was meant, and counts as set only where somebody did."""
+    settings = load(**given)
+    assert settings.trackers() == trackers
+    assert settings.public()["USE_WANDB"] == ("wandb" in trackers)
+    assert settings.is_set("use_wandb") == ("USE_WANDB" in given)
 
 
 def test_every_allowed_scheduler_is_known_to_transformers() -> None:

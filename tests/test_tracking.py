@@ -15,7 +15,8 @@ import pytest
 from conftest import PROJECT
 
 from finetuning.dataset import SkippedRow
-from finetuning.tracking import Tracker, cut_log, format_seconds, start_wandb, told_of_speakers
+from finetuning.services import start_wandb
+from finetuning.tracking import Tracker, cut_log, format_seconds, told_of_speakers
 
 SECRET = "hf_trackingSecret"
 
@@ -94,8 +95,8 @@ def test_a_service_that_fails_on_the_way_costs_no_run(
 ) -> None:
     """It is said once; the files have all lines, and the state still knows the W&B run."""
     service = FailingRun()
-    monkeypatch.setattr("finetuning.tracking.start_wandb", lambda *_: service)
-    settings = make_settings(use_wandb=True)
+    monkeypatch.setattr("finetuning.services.start_wandb", lambda *_: service)
+    settings = make_settings(use_wandb=True, warmup_steps=0)
     settings.output_dir.mkdir()
     with Tracker(settings, total_steps=9, is_main=True) as tracker:
         for step in range(num_lines):
@@ -163,6 +164,10 @@ def test_bar_on_a_terminal(
 def test_other_processes_log_nothing(make_settings: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     with Tracker(make_settings(use_wandb=True), total_steps=2, is_main=False) as tracker:
         tracker.log_validation(1, 0, {"loss": 1.0, "accuracy": 0.5, "sub_talker_accuracy": 0.5})
+        tracker.log_training({"step": 1, **RECORD})
+        tracker.log_skipped_row(1, SkippedRow(7, "damaged"))
+        tracker.log_result("roundtrip", {"step": 1, "metrics": {}})
+        tracker.flush()
     assert capsys.readouterr().out == ""
     assert not make_settings().output_dir.exists()
 
@@ -186,8 +191,8 @@ def test_figures_of_speakers_are_nested(
 ) -> None:
     """In the file as they are (NaN is no JSON), for W&B by paths, in the line in short."""
     service = NotingRun()
-    monkeypatch.setattr("finetuning.tracking.start_wandb", lambda *_: service)
-    settings = make_settings(use_wandb=True)
+    monkeypatch.setattr("finetuning.services.start_wandb", lambda *_: service)
+    settings = make_settings(use_wandb=True, warmup_steps=0)
     settings.output_dir.mkdir()
     speakers = {"Ada": {"loss": 1.25, "num_rows": 3}, "Bea": {"loss": float("nan"), "num_rows": 1}}
     with Tracker(settings, total_steps=9, is_main=True) as tracker:
@@ -211,6 +216,116 @@ def test_of_many_speakers_only_the_worst_are_told() -> None:
     figures = {f"s{number}": {"loss": loss} for number, loss in enumerate(losses)}
     assert told_of_speakers(figures) == " | highest of 6 speakers: s3 nan, s2 5.0000, s4 4.0000"
     assert told_of_speakers({"Ada": {"loss": 1.0}}) == told_of_speakers({}) == ""
+
+
+def test_an_evaluation_without_some_figures_is_told(
+    make_settings: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Samples where nothing was validated; one of their figures could not be measured."""
+    settings = make_settings(warmup_steps=0)
+    settings.output_dir.mkdir()
+    with Tracker(settings, total_steps=9, is_main=True) as tracker:
+        tracker.log_validation(3, 1, {"eos_rate": 1.0, "wer": None, "mos": float("nan")}, "highest eos_rate")
+    assert "Epoch 1 | Step 3 | samples: eos_rate 1.00 | highest eos_rate so far\n" in capsys.readouterr().out
+    (record,) = map(json.loads, (settings.output_dir / "validation_log.jsonl").read_text().splitlines())
+    assert (record["loss"], record["metrics"]) == (None, {"eos_rate": 1.0, "wer": None, "mos": None})
+
+
+def test_table_on_a_terminal(
+    make_settings: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The evaluations before a resume stand in it, too; the best one is marked."""
+    settings = make_settings(warmup_steps=0)
+    settings.output_dir.mkdir()
+    with Tracker(settings, total_steps=9, is_main=True) as tracker:
+        tracker.log_validation(3, 0, METRICS, "lowest validation loss")
+        logs = tracker.to_json()
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Tracker(settings, total_steps=9, is_main=True, resumed=logs, step=3, best_step=3) as tracker:
+        tracker.log_validation(6, 0, METRICS | {"eos_rate": 0.5, "speakers": {"Ada": {"loss": 1}, "Bea": {"loss": 2}}})
+    assert capsys.readouterr().out.splitlines() == [
+        "Epoch 0 | Step 6 | Validation | speakers: Ada 1.0000, Bea 2.0000",
+        "step    loss  accuracy  sub-acc     eos",
+        "  *3  1.0000    0.5000   0.5000       -",
+        "   6  1.0000    0.5000   0.5000  0.5000",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ alarms, plots
+
+
+def test_alarms_are_said_logged_and_not_repeated_after_a_resume(
+    make_settings: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three evaluations that are worse than the first; the fifth is no news, the sixth is clearly worse."""
+    service = NotingRun()
+    monkeypatch.setattr("finetuning.services.start_wandb", lambda *_: service)
+    settings = make_settings(use_wandb=True, warmup_steps=0)
+    settings.output_dir.mkdir()
+    logs, said = None, []
+    for step, loss in enumerate([2.0, 2.1, 2.1, 2.1, 2.15, 2.4], 1):
+        with Tracker(settings, total_steps=9, is_main=True, resumed=logs, step=step - 1) as tracker:
+            tracker.log_validation(step, 0, METRICS | {"loss": loss})
+            logs = json.loads(json.dumps(tracker.to_json()))
+        said += [step] * capsys.readouterr().out.count("ALARM validation_rising: the validation loss rises: ")
+    assert said == steps_in(settings, "alarms.jsonl") == [4, 6]
+    record = json.loads((settings.output_dir / "alarms.jsonl").read_text().splitlines()[0])
+    assert record.keys() == {"step", "kind", "size", "text", "timestamp"}
+    assert (record["kind"], record["size"]) == ("validation_rising", pytest.approx(0.05))
+    reported = [logged for logged in service.logged if "alarms/validation_rising" in logged]
+    assert [logged["step"] for logged in reported] == [4, 6]
+
+
+def test_alarms_of_the_training(make_settings: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = make_settings(warmup_steps=9)
+    settings.output_dir.mkdir()
+    with Tracker(settings, total_steps=9, is_main=True) as tracker:
+        for step in range(1, 13):
+            tracker.log_training({**RECORD, "step": step, "loss": 0.05, "grad_norm": 50.0 if step == 12 else 1.5})
+    kinds = [json.loads(line)["kind"] for line in (settings.output_dir / "alarms.jsonl").read_text().splitlines()]
+    assert kinds == ["warm_up_too_long", "loss_near_zero", "gradient_norm_exploding"]
+    said = capsys.readouterr().out
+    assert [said.count(f"ALARM {kind}: ") for kind in kinds] == [1, 1, 1]
+
+
+def test_plots_are_drawn_at_the_end_and_at_evaluations_that_are_not_too_near(
+    make_settings: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, now = [], [0.0]
+
+    def draw(output_dir: Path) -> None:
+        drawn.append(len(steps_in(settings, "validation_log.jsonl")))
+        now[0] += 3.0
+
+    monkeypatch.setattr("finetuning.plots.draw_plots", draw)
+    monkeypatch.setattr("finetuning.tracking.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    settings = make_settings(warmup_steps=0)
+    settings.output_dir.mkdir()
+    with Tracker(settings, total_steps=9, is_main=True) as tracker:
+        for seconds in (39.0, 1.0, 59.0, 1.0, 1000.0):
+            now[0] += seconds
+            tracker.log_validation(1, 0, METRICS)
+    assert drawn == [2, 4, 5, 5]
+    with pytest.raises(KeyboardInterrupt), Tracker(settings, total_steps=9, is_main=True):
+        raise KeyboardInterrupt
+    assert len(drawn) == 4
+
+
+def test_plots_that_cannot_be_drawn_are_said_once(
+    make_settings: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(_: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("finetuning.plots.draw_plots", refused)
+    monkeypatch.setattr("finetuning.tracking.PLOT_PATIENCE", 0)
+    settings = make_settings(warmup_steps=0)
+    settings.output_dir.mkdir()
+    with Tracker(settings, total_steps=9, is_main=True) as tracker:
+        for step in (1, 2):
+            tracker.log_validation(step, 0, METRICS)
+    assert capsys.readouterr().out.count("plots could not be drawn (OSError: disk full); the run goes on") == 1
 
 
 def test_times_are_readable() -> None:
@@ -301,7 +416,7 @@ def test_the_same_wandb_run_goes_on(make_settings: Callable, monkeypatch: pytest
     fake = FakeWandb("k" * 40)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    settings = make_settings(use_wandb=True)
+    settings = make_settings(use_wandb=True, warmup_steps=0)
     settings.output_dir.mkdir()
     with Tracker(settings, total_steps=9, is_main=True) as tracker:
         logs = tracker.to_json()

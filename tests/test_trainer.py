@@ -18,7 +18,7 @@ from reference import naive_losses
 from safetensors.torch import load_file
 from training import FULL, build, make_trainer, signal_in_step, train
 
-from finetuning import stepping
+from finetuning import session, stepping
 from finetuning.dataset import SkippedRow
 from finetuning.errors import Stopped, UserError
 from finetuning.progress import Progress
@@ -157,6 +157,131 @@ def test_without_validation_best_follows_the_training_loss(settings_for: Callabl
     state = json.loads((settings.output_dir / "best" / "training_state.json").read_text())
     assert (state["epoch"], state["best_by"]) == (1, "mean training loss of an epoch")
     assert not (settings.output_dir / "validation_log.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------------------- best/ and early stopping
+
+
+def evaluating(trainer: Trainer, evaluations: list[dict], monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """The validator gives these figures, one evaluation after the other."""
+    given = iter(evaluations)
+    monkeypatch.setattr(trainer.validator, "evaluate", lambda *_: dict(next(given)))
+    return trainer
+
+
+def state_of(settings: Any, name: str) -> dict[str, Any]:
+    return json.loads((settings.output_dir / name / "training_state.json").read_text())
+
+
+def with_losses(*losses: float) -> list[dict]:
+    return [{"loss": loss, "accuracy": 0.5, "sub_talker_accuracy": 0.5} for loss in losses]
+
+
+def test_best_metric_chooses(
+    settings_for: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Samples are spoken at two of four steps; at the others nothing is chosen, however low the loss is."""
+    settings = settings_for(num_rows=8, num_validation=2, eval_steps=1, best_metric="speech_rate_ratio")
+    evaluations = with_losses(4.0, 3.0, 2.0, 1.0)
+    evaluations[1]["speech_rate_ratio"], evaluations[2]["speech_rate_ratio"] = 1.5, 0.8
+    trainer = evaluating(make_trainer(build(settings)), evaluations, monkeypatch)
+    trainer.run()
+    best = state_of(settings, "best")
+    assert (best["step"], best["best_step"], best["best_value"], best["best_loss"]) == (3, 3, 0.8, 2.0)
+    assert best["best_by"] == best["best_metric"] == "speech_rate_ratio"
+    assert state_of(settings, "last")["best_step"] == 3
+    lines = [line for line in capsys.readouterr().out.splitlines() if "Validation loss" in line]
+    assert ["nearest to 1 speech_rate_ratio so far" in line for line in lines] == [False, True, True, False]
+    assert "samples: speech_rate_ratio 0.80 | nearest to 1" in lines[2]
+
+
+def test_early_stopping(
+    settings_for: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two evaluations that are no better than that of step 2, the second a tie: the run is complete after step 4."""
+    settings = settings_for(
+        num_rows=6, num_validation=2, num_epochs=3, eval_steps=1, logging_steps=3, early_stopping_patience=2
+    )
+    trainer = evaluating(make_trainer(build(settings)), with_losses(5.0, 3.0, 4.0, 3.0), monkeypatch)
+    trainer.run()
+    assert (trainer.progress.step, trainer.is_over) == (4, True)
+    assert [(name, state_of(settings, name)["step"]) for name in ("best", "last")] == [("best", 2), ("last", 4)]
+    assert state_of(settings, "last")["complete"] and (settings.output_dir / "state" / "step-4").is_dir()
+    assert [record["step"] for record in read_log(settings)] == [3, 4]
+    said = capsys.readouterr().out
+    assert said.count("Early stopping at step 4: 2 evaluations in a row without a better validation loss") == 1
+
+
+def test_early_stopping_at_the_end_of_an_epoch(settings_for: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps since the last logged line are logged, too."""
+    settings = settings_for(num_rows=4, num_validation=2, num_epochs=5, early_stopping_patience=1, logging_steps=3)
+    trainer = evaluating(make_trainer(build(settings)), with_losses(3.0, 3.5), monkeypatch)
+    trainer.run()
+    assert (trainer.progress.step, trainer.progress.epoch, trainer.is_over) == (4, 2, True)
+    assert [record["step"] for record in read_log(settings)] == [3, 4]
+    assert (settings.output_dir / "state" / "step-4").is_dir()
+
+
+def test_without_validation_rows_epochs_are_waited_for(
+    settings_for: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their mean training loss stands for the accuracy, which there is none of."""
+    settings = settings_for(num_rows=4, num_epochs=6, best_metric="accuracy", early_stopping_patience=2)
+    trainer = make_trainer(build(settings))
+    losses, figures = iter([3.0, 2.0, 2.0, 2.5]), type(trainer.epoch_window).figures
+
+    def told(window: Any, weight: float) -> dict[str, float]:
+        found = figures(window, weight)
+        return found if window is trainer.log_window else found | {"loss": next(losses)}
+
+    monkeypatch.setattr(type(trainer.epoch_window), "figures", told)
+    trainer.run()
+    best = state_of(settings, "best")
+    assert (best["step"], best["best_by"], best["best_metric"]) == (4, "mean training loss of an epoch", "loss")
+    assert trainer.progress.step == 8 and trainer.is_over
+
+
+def test_a_run_without_a_figure_to_choose_by(settings_for: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody speaks samples: no best/, and nothing to be patient about."""
+    settings = settings_for(num_rows=4, num_validation=2, best_metric="mos", early_stopping_patience=1, eval_steps=1)
+    session.train(build(settings))
+    assert folders(settings) == {"last", "state"}
+    said = capsys.readouterr().out
+    assert f"There is no {settings.output_dir / 'best'}: no evaluation had a mos" in said
+    assert f"--checkpoint {settings.output_dir / 'last'} " in said
+
+
+def test_an_early_stop_is_complete_until_there_is_more_patience(
+    settings_for: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a rate of next to nothing all evaluations are ties."""
+    fields = {
+        "num_rows": 8, "num_validation": 2, "eval_steps": 1, "learning_rate": 1e-30, "warmup_steps": 0,
+        "resume": "auto", "num_epochs": 2, "lr_scheduler": "constant",
+    }  # fmt: skip
+
+    def go(**others: Any) -> tuple[str, Any]:
+        run = build(settings_for(**fields | others))
+        session.train(run)
+        run.lock.close()
+        return capsys.readouterr().out, run
+
+    said, run = go(early_stopping_patience=2)
+    assert "Early stopping at step 3: 2 evaluations" in said and "(lowest validation loss " in said
+    for others in ({}, {"num_epochs": 5}, {"max_steps": 20, "num_epochs": 5}):
+        said, run = go(early_stopping_patience=2, **others)
+        assert "is complete" in said and "holds 3 steps. It was stopped early, after 2 evaluations" in said
+        assert "a larger EARLY_STOPPING_PATIENCE, or 0, trains on" in said and run.is_over
+    said, _ = go(early_stopping_patience=3)
+    assert "Early stopping at step 4: 3 evaluations" in said
+    said, _ = go(early_stopping_patience=3, best_metric="accuracy")  # waiting begins anew
+    assert "BEST_METRIC was loss, is accuracy, of which best/ has" in said and "Early stopping at step 7: 3" in said
+    said, run = go(best_metric="accuracy")
+    assert "Early stopping" not in said and state_of(run.settings, "last")["step"] == 8
+    assert state_of(run.settings, "best")["step"] == 1
+    assert [record["step"] for record in read_log(run.settings, "validation_log.jsonl")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    said, _ = go(best_metric="accuracy", early_stopping_patience=2)
+    assert "nothing is left of its NUM_EPOCHS" in said  # its last step was its last step anyway
 
 
 def poison(run: Any, monkeypatch: pytest.MonkeyPatch, steps: set[int], loss: str = "talker_loss") -> list[list[int]]:

@@ -164,6 +164,9 @@ def lives(life_of: Callable, folder: Path, one_stopped: SimpleNamespace) -> Call
         life_of(
             "fsdp-stages-resumed", sharded=True, **STAGES | {"output_dir": folder / "fsdp-stages-stopped" / "output"}
         ),
+        life_of(
+            "ddp-patience", tricks={"own_figures": True}, learning_rate=1e-30, eval_steps=1, early_stopping_patience=2
+        ),
         life_of("fsdp-checkpointed", True, tricks={"gradients_of": [1], "end_after": 3}, gradient_checkpointing=True),
     ]
     launch(folder, listed)
@@ -340,6 +343,19 @@ def test_a_resumed_run_is_bit_for_bit_the_untouched_one(mode: str, lives: Callab
         assert got == want and len(want) > 6
     for first, then, untouched in zip(stopped.processes, resumed.processes, two.processes, strict=True):
         assert first.rows + then.rows == untouched.rows
+
+
+def test_both_lose_their_patience_at_the_same_step(lives: Callable) -> None:
+    """Evaluations at 1, 2 and 3 are ties, as next to nothing is learnt; the third ends the run in the second epoch.
+
+    The first process's figures count: those of the second would never have it stop.
+    """
+    seen = lives("ddp-patience")
+    assert seen.exit_codes == [0, 0], seen.printed
+    assert [process.step for process in seen.processes] == [3, 3]
+    state = json.loads((seen.output / "last" / "training_state.json").read_text())
+    assert (state["step"], state["complete"], state["best_step"]) == (3, True, 1)
+    assert seen.processes[0].said.count("Early stopping at step 3: 2 evaluations in a row") == 1
 
 
 def test_sharded_processes_write_the_state_in_parts(lives: Callable) -> None:

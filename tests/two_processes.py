@@ -218,6 +218,7 @@ class Witness:
         ``no_memory_in_backward``: (process, backward): there is no room at the end of that backward.
         ``failing_saves``: for each save "" or what fails of it: "state" (in the second process), "export" or "log".
         ``damaged``: lines of training rows that cannot be read.
+        ``own_figures``: beside the first process each evaluation has a lower loss than the one before.
 
     Attributes:
         seen: lists and figures:
@@ -256,6 +257,9 @@ class Witness:
                     tensor.add_(0.1)
         self.trainer = make_trainer(run)
         self.run, self.stepper = run, self.trainer.stepper
+        if self.tricks.get("own_figures") and self.rank > 0:
+            evaluate, losses = self.trainer.validator.evaluate, iter(range(0, -1000, -1))
+            self.trainer.validator.evaluate = lambda *given: evaluate(*given) | {"loss": float(next(losses))}
         if run.state:
             self._keep("restored", self._training_tensors())
         for num_rows in self.tricks.get("validate", ()):
