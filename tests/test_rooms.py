@@ -19,7 +19,7 @@ ORDER = (
     "references", "layer_utils", "adapters", "preparer", "direct", "figures", "checks", "report", "mend",
     "check_rows", "attention", "chunked", "objective", "sharding", "prefix_cache", "small_adamw", "optimizers",
     "memory", "stages", "averaging", "stepping", "trainer", "checkpoint", "state", "resume", "validation", "tracking",
-    "saving", "roundtrip", "lora", "session", "library",
+    "saving", "roundtrip", "lora", "session", "library", "intervals", "evaluation_media", "report_html",
 )  # fmt: skip
 ROOMS = sorted(file for file in (PROJECT / "finetuning").glob("*.py") if file.stem != "__init__")
 
