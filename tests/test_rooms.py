@@ -19,7 +19,8 @@ ORDER = (
     "references", "layer_utils", "adapters", "preparer", "direct", "figures", "checks", "report", "mend",
     "check_rows", "attention", "chunked", "objective", "sharding", "prefix_cache", "small_adamw", "optimizers",
     "memory", "stages", "averaging", "stepping", "trainer", "checkpoint", "state", "resume", "validation", "tracking",
-    "saving", "roundtrip", "lora", "session", "library", "intervals", "evaluation_media", "report_html",
+    "saving", "roundtrip", "lora", "session", "library", "intervals", "evaluation_media", "report_html", "kept_samples",
+    "evaluation_plan", "evaluation_report", "evaluation",
 )  # fmt: skip
 ROOMS = sorted(file for file in (PROJECT / "finetuning").glob("*.py") if file.stem != "__init__")
 
