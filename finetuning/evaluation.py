@@ -160,15 +160,52 @@ def _speak_all(
     """Loads a model, generates its samples and lets go of it."""
     check_is_whole(model.folder, "--checkpoints")
     stock = _load(model, settings, device)
+    _check_is_the_same(model)
     prompts: dict[tuple[str, Manner], Any] = {}
     made = []
-    with _quiet():
+    with _quiet(), _failures(model):
         for job in jobs:
             made.append(keep(folder, job.request, _speak(stock, job, prompts)))
             tick()
     del stock, prompts
     _free_memory()
     return made
+
+
+def _check_is_the_same(model: Model) -> None:
+    """Raises UserError where a run that goes on has replaced the folder since it was read: samples would be kept under
+    the name of another model."""
+    try:
+        is_same = fingerprint(model.folder) == model.fingerprint
+    except OSError:
+        is_same = False
+    if not is_same:
+        raise UserError(
+            f"--checkpoints: {model.name} has been replaced meanwhile (is its run still training?); start the same "
+            "command again"
+        )
+
+
+@contextlib.contextmanager
+def _failures(model: Model) -> Iterator[None]:
+    """Names the model where generation fails for a reason that the user can do something about.
+
+    Raises:
+        UserError: its weights give no finite figures, or it does not fit into the GPU's memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"DEVICE: the GPU's memory does not suffice for {model.name}; free some, or set DEVICE=cpu (--device cpu)"
+        ) from None
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("probability tensor", "device-side assert")):
+            raise
+        raise UserError(
+            f"--checkpoints: {model.name} gives probabilities that are not finite, so its training has diverged; leave "
+            "it out by naming the others"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -604,3 +604,27 @@ def test_much_speech_leaves_sounds_out(run: Any, noise: list, monkeypatch: pytes
     assert html.count("<audio") == 1 + 2  # the reference, and the first of two seeds of each text
     assert html.count("<code>samples/best/") == 2
     assert "would make the page too large" in html
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_and_one_that_has_diverged(
+    run: Any, noise: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_of(run, checkpoints=("checkpoint-2",), with_base=False)
+    folder = run.output_dir / "checkpoint-2"
+
+    def replacing(*_: Any) -> None:
+        shutil.rmtree(folder)
+        shutil.copytree(run.output_dir / "checkpoint-4", folder)
+
+    monkeypatch.setattr(evaluation, "_load", replacing)
+    with pytest.raises(UserError, match=r"checkpoint-2 has been replaced meanwhile"):
+        evaluate(run, options)
+    assert noise == []
+    monkeypatch.setattr(evaluation, "_load", lambda *_: None)
+
+    def diverged(*_: Any) -> None:
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+
+    monkeypatch.setattr(evaluation, "_speak", diverged)
+    with pytest.raises(UserError, match=r"checkpoint-2 gives probabilities that are not finite"):
+        evaluate(run, options)
