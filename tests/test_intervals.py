@@ -9,9 +9,10 @@ from scipy import stats
 from finetuning.intervals import interval, interval_of_mean, mean_over_texts, resampled_means
 
 
-def test_one_sample_a_text_is_scipys_percentile_bootstrap() -> None:
+@pytest.mark.parametrize("shape", [(14, 1), (1, 14)], ids=["one sample a text", "one text"])
+def test_a_single_level_is_scipys_percentile_bootstrap(shape: tuple[int, int]) -> None:
     values = np.random.default_rng(1).gamma(2.0, 0.3, 14)
-    low, high = interval_of_mean(values[:, None])
+    low, high = interval_of_mean(values.reshape(shape))
     theirs = stats.bootstrap(
         (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
