@@ -24,14 +24,12 @@ from tqdm import tqdm
 from finetuning.audio import load_audio
 from finetuning.base_model import choose_device, load_speaker_encoder
 from finetuning.checkpoint import CODEC_TABLE
-from finetuning.codec import FRAMES_PER_SECOND
 from finetuning.console import say
 from finetuning.disk import check_is_whole, checksum
 from finetuning.errors import UserError
 from finetuning.evaluation_plan import Job, Model, Options, Plan, Voice, make_plan
 from finetuning.evaluation_report import write_report
 from finetuning.kept_samples import Kept, Manner, Request, find, fingerprint, keep, note_measures, remove_outdated
-from finetuning.row_index import Manifest
 from finetuning.settings import Settings
 from finetuning.stock import import_qwen_tts
 
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
     from finetuning.listening import Yardstick
 
 #: References of a speaker whose mean vector its samples are compared with, and training rows that its pace is taken of.
-MAX_REFERENCES, MAX_PACE_ROWS = 20, 5000
+MAX_REFERENCES = 20
 #: Samples that are measured, and noted, at a time.
 SAMPLES_AT_ONCE = 16
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -300,36 +298,34 @@ def _spoken(kind: Callable[..., Any], job: Job, sample: Kept) -> Any:
 def build_yardstick(plan: Plan, settings: Settings, device: str) -> Yardstick:
     """What the samples are measured with, as far as it can be had: the base's speaker encoder, each speaker's vector
     and pace in the training rows, and what ASR_MODEL and MOS_MODEL name."""
-    from finetuning import listening
+    from finetuning.listening import Yardstick
+    from finetuning.recognition import load_opinion, load_recognizer
 
-    encode = load_speaker_encoder(plan.base, device) if _can_encode(plan) else None
-    return listening.Yardstick(
-        encode=encode,
-        vectors=_vectors(plan, encode),
-        characters_per_second=_paces(plan),
-        recognize=_load_named(listening, "load_recognizer", settings, "asr_model", device),
-        opinion=_load_named(listening, "load_opinion", settings, "mos_model", device),
+    encode, may_download = (
+        load_speaker_encoder(plan.base, device) if _can_encode(plan) else None,
+        settings.data_mode != "none",
     )
+    recognize = opinion = None
+    if settings.asr_model:
+        recognize = load_recognizer(settings.asr_model, device, may_download=may_download)
+    if settings.mos_model:
+        opinion = load_opinion(settings.mos_model, device, may_download)
+    vectors = {name.lower(): vector for name, vector in _vectors(plan, encode).items()}
+    return Yardstick(encode, vectors, _paces(plan), recognize, opinion)
 
 
 def yardstick_digest(plan: Plan, settings: Settings) -> str:
     """What the figures of a sample depend on, beside the sample."""
-    from finetuning import listening
+    from finetuning import listening, recognition
 
     content = {
-        "code": checksum(Path(listening.__file__)),
+        "code": [checksum(Path(room.__file__)) for room in (listening, recognition)],
         "encoder": fingerprint(plan.base.encoder_source.folder) if _can_encode(plan) else None,
         "references": {voice.speaker: [checksum(file) for file in _references(voice)] for voice in plan.voices},
         "paces": _paces(plan),
-        "models": [getattr(settings, name, None) for name in ("asr_model", "mos_model")],
+        "models": [settings.asr_model, settings.mos_model],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _load_named(room: Any, loader: str, settings: Settings, setting: str, device: str) -> Any:
-    """A model that a setting names, by the loader of that name; None where there is neither."""
-    name = getattr(settings, setting, None)
-    return getattr(room, loader)(name, device) if name and hasattr(room, loader) else None
 
 
 def _can_encode(plan: Plan) -> bool:
@@ -368,18 +364,7 @@ def _stored_vector(plan: Plan, voice: Voice) -> np.ndarray | None:
 
 
 def _paces(plan: Plan) -> dict[str, float]:
-    """Speaker -> characters a second of its training clips; those without rows are missing."""
-    if plan.rows is None:
-        return {}
-    train = plan.rows.train
-    names, places = train.labels("speaker")
-    numbers = {name.lower(): number for number, name in enumerate(names)}
-    is_clip = ~train.has("augmentation")
-    known = {voice.speaker: numbers.get(voice.speaker.lower()) for voice in plan.voices}
-    rows = {name: np.flatnonzero((places == number) & is_clip) for name, number in known.items() if number is not None}
-    return {name: _pace(train.select(some[:MAX_PACE_ROWS])) for name, some in rows.items() if len(some)}
+    """Lower-case name of a speaker -> its pace in the training rows; those without rows are missing."""
+    from finetuning.listening import characters_per_second
 
-
-def _pace(rows: Manifest) -> float:
-    seconds = rows.column("num_codec_frames").sum() / FRAMES_PER_SECOND
-    return float(sum(map(len, rows.column("text"))) / seconds)
+    return {} if plan.rows is None else characters_per_second(plan.rows.train)

@@ -163,7 +163,9 @@ def make_plan(settings: Settings, options: Options) -> Plan:
     texts = read_texts(options.texts) if options.texts else []
     rows = open_run_rows(settings)
     base = _find_base(settings, options, notes)
-    texts = _with_language(texts or _default_texts(rows, notes), options, rows, checkpoints)
+    texts = _with_language(
+        texts or [*map(Text, settings.texts_to_speak())] or _default_texts(rows, notes), options, rows, checkpoints
+    )
     _check_texts(texts, base)
     speakers = choose_speakers(checkpoints, options.speakers)
     voices = _voices(settings, options, speakers, checkpoints, rows)

@@ -229,7 +229,7 @@ def _voices(
     references = train.dataset.references if isinstance(train, MappedSteps) else None
     if references is None:
         return [(Reference(speakers.vectors[number].numpy(), speakers.references[number][0]), False)]
-    reference = references.clips.reference(int(references.of_speaker(number)[0]), settings.icl_fraction > 0)
+    reference = references.clips.reference(int(references.of_speakers()[number][0]), settings.icl_fraction > 0)
     ways = {0: [False], 1: [True]}.get(settings.icl_fraction, [False, True])
     return [(reference, in_context) for in_context in ways]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from finetuning.base_model import (
     load_tokenizer,
     resolve_base,
     set_precision,
+    voice_encoder,
 )
 from finetuning.check_rows import check_at_start
 from finetuning.checkpoint import (
@@ -50,6 +51,7 @@ from finetuning.draws import Draws
 from finetuning.errors import UserError
 from finetuning.languages import MAX_COVERAGE_TEXTS, Languages, coverage, initial_languages
 from finetuning.layer_utils import check_layer_count, print_model_summary, replace_and_add_layers
+from finetuning.listening import Spoken, Yardstick, characters_per_second, measure
 from finetuning.manifest import RowFormat, remove_empty_folders
 from finetuning.memory import pick_for_memory, weights_of
 from finetuning.objective import TrainingObjective, check_compiler, compile_layers
@@ -59,6 +61,7 @@ from finetuning.preparer import prepare_missing_rows
 from finetuning.processes import Processes
 from finetuning.progress import Progress, total_steps
 from finetuning.prompt import LayoutIds, resolve_language
+from finetuning.recognition import load_opinion, load_recognizer
 from finetuning.references import References, load_references, prepare_references, say_contexts, speakers_of
 from finetuning.resume import (
     Resume,
@@ -71,7 +74,7 @@ from finetuning.resume import (
 from finetuning.roundtrip import judge
 from finetuning.row_index import Manifest
 from finetuning.run_record import data_summary, environment, record_run
-from finetuning.samples import Sampler, check_eval_texts, plan_samples
+from finetuning.samples import Sample, Sampler, check_eval_texts, plan_samples
 from finetuning.sampling import StepSampler
 from finetuning.saving import Saver, state_bytes
 from finetuning.settings import Settings
@@ -86,6 +89,7 @@ from finetuning.tracking import Tracker
 from finetuning.trainer import Trainer, make_accelerator
 from finetuning.training_rows import TrainingRows, open_training_rows
 from finetuning.validation import Validator
+from finetuning.voice import voice_vector
 
 
 @dataclass
@@ -722,7 +726,41 @@ def make_sampler(run: Run) -> Sampler | None:
         )
         return None
     live = LiveModel(run.settings, run.exporter, run.train.encoder, run.accelerator)
-    return Sampler(run.settings, run.accelerator, live, run.requests, run.base.codec_folder)
+    return Sampler(run.settings, run.accelerator, live, run.requests, run.base.codec_folder, make_judge(run))
+
+
+def make_judge(run: Run) -> Callable[[Sequence[Sample]], dict[str, float]] | None:
+    """What measures the samples, on the main process: the base's speaker encoder, what ASR_MODEL and MOS_MODEL name.
+
+    Raises:
+        UserError: one of these cannot be loaded.
+    """
+    if not run.is_main or not run.requests:
+        return None
+    settings, device, may_download = run.settings, device_name(run.accelerator), run.settings.data_mode != "none"
+    encoder, recognize, opinion, rates = voice_encoder(run.model, run.base), None, None, {}
+    if settings.asr_model:
+        recognize = load_recognizer(settings.asr_model, device, spoken_language(run), may_download)
+    if settings.mos_model:
+        opinion = load_opinion(settings.mos_model, device, may_download)
+    if isinstance(run.train, MappedSteps):
+        rates = characters_per_second(run.train.dataset.manifest)
+    named = zip(run.speakers.names, run.speakers.vectors, strict=True)
+    vectors = {name.lower(): vector.numpy() for name, vector in named}
+    encode = None if encoder is None else lambda waveform: voice_vector(encoder, waveform).numpy()
+    yardstick = Yardstick(encode, vectors, rates, recognize, opinion)
+    return lambda samples: measure([spoken(sample) for sample in samples], yardstick)
+
+
+def spoken_language(run: Run) -> str | None:
+    """Of all that the model says, where it is one."""
+    languages = {request.language for request in run.requests}
+    return languages.pop() if len(languages) == 1 else None
+
+
+def spoken(sample: Sample) -> Spoken:
+    """A sample as it is measured."""
+    return Spoken(sample.text, sample.speaker, sample.waveform, len(sample.codes), sample.stopped)
 
 
 def train(run: Run) -> None:
