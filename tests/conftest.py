@@ -87,6 +87,7 @@ def make_settings(tmp_path: Path) -> Callable[..., Any]:
             "output_dir": tmp_path / "output",
             "use_wandb": False,
             "resume": "never",
+            "sample_steps": 0,
         }
         return load_settings(defaults | fields, environment={})
 
