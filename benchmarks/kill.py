@@ -81,7 +81,9 @@ MAX_NUMBER, PARTS_OF_A_RUN = 3, 3
 MAX_SILENT_SECONDS = 120.0
 #: Figures of a log line that depend on the clock.
 CLOCK = ("timestamp", "frames_per_second", "seconds_left")
-LOGS = ("training_log.jsonl", "validation_log.jsonl")
+LOGS = ("training_log.jsonl", "validation_log.jsonl", "alarms.jsonl")
+#: What run.json says of the starts of a run, which are others.
+STARTS = ("timestamp", "begun_at_step", "resumed")
 #: Tensors of a state; see ``hash_of_tensors``.
 PYTHON_GENERATOR = re.compile(r"process\.\d+\.python(_gauss)?")
 _CHECKPOINT = re.compile(r"best|last|(checkpoint|epoch)-\d+")
@@ -109,6 +111,7 @@ def main() -> None:
 
 def import_all() -> None:
     """What training imports, once for all processes that are forked; starts no thread that calculates."""
+    import matplotlib.backends.backend_agg  # noqa: F401
     import qwen_tts  # noqa: F401
 
     import train  # noqa: F401
@@ -409,6 +412,10 @@ def content_of(path: Path) -> Any:
         return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
     if path.name == "settings.json":
         return without_folders(json.loads(path.read_text(encoding="utf-8")))
+    if path.name == "run.json":
+        record = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in record.items() if key not in STARTS}
+        return kept | {"settings": without_folders(record["settings"])}
     if path.name == "state.json":
         record = json.loads(path.read_text(encoding="utf-8"))
         return record | {"settings": without_folders(record["settings"])}

@@ -175,6 +175,11 @@ class Tracker:
         for name, service in list(self._services.items()):
             self._try(name, log_audio, service, samples, step)
 
+    def draw_plots(self) -> None:
+        """Draws the plots of a run that has come to its end."""
+        if self.is_main:
+            self._plots.draw()
+
     def log_result(self, name: str, record: dict[str, Any]) -> None:
         """A figure of the finished run, as one more line of validation_log.jsonl under ``metrics``."""
         if self.is_main:
@@ -184,10 +189,8 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
-        if self._plots and kind is None:  # else somebody is waiting for the process to leave
-            self._plots.draw()
         for name, service in list(self._services.items()):
             self._try(name, service.finish)
 

@@ -212,6 +212,9 @@ class Trainer:
             progress.epoch, progress.done = epoch + 1, ()
             self.epoch_window = Window(self.accelerator)
             self._unreadable.begin_epoch()
+        if self.is_over:  # before the state that says so: whoever is killed in between draws them again
+            with self._unclocked():
+                self.tracker.draw_plots()
         saved = self._save(names, with_state=self.is_over, best=best, epoch=epoch)
         # With last/ but without its state the run is complete all the same; only prolonging it begins further back.
         if self.is_over and not saved.checkpoints:

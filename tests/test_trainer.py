@@ -284,6 +284,15 @@ def test_an_early_stop_is_complete_until_there_is_more_patience(
     assert "nothing is left of its NUM_EPOCHS" in said  # its last step was its last step anyway
 
 
+def test_plots_are_drawn_before_the_state_that_ends_the_run(settings_for: Callable) -> None:
+    """Whoever is killed in between comes to the end again, and draws them."""
+    settings = settings_for(num_rows=4, num_epochs=2)
+    trainer, seen = make_trainer(build(settings)), []
+    trainer.tracker.draw_plots = lambda: seen.append((trainer.progress.step, (settings.output_dir / "state").exists()))
+    trainer.run()
+    assert seen == [(4, False)] and (settings.output_dir / "state" / "step-4").is_dir()
+
+
 def poison(run: Any, monkeypatch: pytest.MonkeyPatch, steps: set[int], loss: str = "talker_loss") -> list[list[int]]:
     """Makes the loss of some steps NaN (a step is one micro-batch); gives the lines of the rows of each step so far."""
     forward, to_device, lines = run.objective.forward, stepping.to_device, []
