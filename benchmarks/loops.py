@@ -207,6 +207,9 @@ class EncodedRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"line": index, "speaker": None}
 
+    def has(self, _: str) -> np.ndarray:
+        return np.zeros(len(self), dtype=bool)
+
     def encode(self, row: dict[str, Any]) -> AlignedIds:
         return self._rows[row["line"]]
 
