@@ -151,7 +151,8 @@ def test_everything_that_matters_is_in_the_key(settings_for: Any) -> None:
     other_codes[0, 5] += 1
     keys = [key(), key(text_ids=other_text), key(codec_ids=other_language), key(codes=other_codes)]
     keys.append(key(speaker_positions=torch.tensor([-1])))
-    cache._vectors[0] = bytes(len(cache._vectors[0]))
+    keys.append(key(row_vectors=torch.ones(1, cache._vectors.shape[1])))  # a reference of its own
+    cache._vectors[0] = 0
     keys.append(key())
     assert len(set(keys)) == len(keys)
     padded = collate([row, run.train.encoder.encode(run.train.rows(2)[1])], [0, 0])
