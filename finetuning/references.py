@@ -200,14 +200,14 @@ def load_references(folder: Path) -> tuple[References, References | None]:
     clips = Clips(about["files"], about["texts"], *arrays)
     found = []
     for file in sorted(folder.glob("rows-*.npz")):
-        with np.load(file, allow_pickle=False) as kept:
+        with np.load(file) as kept:
             found.append(References(clips, Assigned(**kept), about["content"]))
     train, validation = (*found, None)[:2]
     return train, validation
 
 
 def _mapped(file: Path) -> np.ndarray:
-    return np.load(file, mmap_mode="r", allow_pickle=False)
+    return np.load(file, mmap_mode="r")
 
 
 def _find_kept(parent: Path, content: str) -> Path | None:
@@ -319,7 +319,7 @@ def _assemble(folder: Path, chunks: Sequence[Path], num_references: int) -> None
     lengths, vectors, position = [], None, 0
     with (folder / "codes.raw").open("wb") as stream:
         for chunk in chunks:
-            with np.load(chunk, allow_pickle=False) as part:
+            with np.load(chunk) as part:
                 if vectors is None:
                     shape = (num_references, part["vectors"].shape[1])
                     vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, shape)

@@ -386,7 +386,7 @@ SIZES = ((SAMPLE_RATE_HZ, True), (2 * SAMPLE_RATE_HZ, False), (0, True), (3 * SA
 def test_wandb_gets_the_audio(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[dict] = []
     service = SimpleNamespace(id="x", log=lambda found, step: logged.append(found), finish=lambda: None)
-    monkeypatch.setattr("finetuning.tracking.start_wandb", lambda *_: service)
+    monkeypatch.setattr("finetuning.services.start_wandb", lambda *_: service)
     settings = make(use_wandb=True)
     file = settings.output_dir / "samples" / "step-1" / "01-anna.wav"
     sample = Sample("Yes.", "anna", "Auto", np.zeros((3, 16)), np.zeros(5760, np.float32), True, 42, file)

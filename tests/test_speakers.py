@@ -84,7 +84,7 @@ def test_mean_over_distinct_references_each_read_once(
         {"ref_audio": str(REFERENCE), "speaker": "Ben"},
     ]
     read = []
-    monkeypatch.setattr("finetuning.speakers.load_audio", lambda path: read.append(str(path)) or load_audio(path))
+    monkeypatch.setattr("finetuning.voice.load_audio", lambda path: read.append(str(path)) or load_audio(path))
     speakers = prepare_speakers(manifest_of(rows), loaded.model, loaded.base, make_settings())
     assert sorted(read) == sorted([str(REFERENCE), str(tmp_path / "tone.wav"), str(REFERENCE)])
     first, second = speaker_vector(loaded.model, REFERENCE), speaker_vector(loaded.model, tmp_path / "tone.wav")

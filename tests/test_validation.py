@@ -175,7 +175,7 @@ def test_the_log_has_every_speaker_and_the_line_their_losses(
     for name, figures in speakers.items():
         assert figures == pytest.approx(alone(run, ["Ada", "Bea", "Cleo", "Bea"], name), rel=1e-5)
     losses = ", ".join(f"{name} {figures['loss']:.4f}" for name, figures in speakers.items())
-    assert f"(1-15) | speakers: {losses}\n" in said
+    assert f"(1-15) | speakers: {losses} | lowest validation loss so far\n" in said
 
 
 def test_of_very_many_speakers_those_with_the_most_rows_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
