@@ -140,9 +140,11 @@ class Preflight:
 
     def model(self) -> str:
         from finetuning.base_model import load_tokenizer, resolve_base
+        from finetuning.session import check_measures
 
         self.base = resolve_base(self.settings)
         load_tokenizer(self.base.folder)
+        check_measures(self.settings, self.base)
         talker = self.base.talker_config
         return (
             f"{self.base.name}, {talker['num_hidden_layers']} talker layers of width {talker['hidden_size']}, "

@@ -33,6 +33,7 @@ def train(settings: Settings) -> None:
         from finetuning import session
 
     base, device = session.check_inputs(settings)
+    session.check_measures(settings, base)
     accelerator = session.start(settings, device)
     settings = session.apply_memory_profile(settings, base, accelerator)
     try:

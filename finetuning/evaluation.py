@@ -307,7 +307,7 @@ def build_yardstick(plan: Plan, settings: Settings, device: str) -> Yardstick:
     )
     recognize = opinion = None
     if settings.asr_model:
-        recognize = load_recognizer(settings.asr_model, device, may_download=may_download)
+        recognize = load_recognizer(settings.asr_model, device, _spoken_language(plan), may_download)
     if settings.mos_model:
         opinion = load_opinion(settings.mos_model, device, may_download)
     vectors = {name.lower(): vector for name, vector in _vectors(plan, encode).items()}
@@ -323,9 +323,15 @@ def yardstick_digest(plan: Plan, settings: Settings) -> str:
         "encoder": fingerprint(plan.base.encoder_source.folder) if _can_encode(plan) else None,
         "references": {voice.speaker: [checksum(file) for file in _references(voice)] for voice in plan.voices},
         "paces": _paces(plan),
-        "models": [settings.asr_model, settings.mos_model],
+        "models": [settings.asr_model, settings.mos_model, _spoken_language(plan)],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _spoken_language(plan: Plan) -> str | None:
+    """Of all texts, where it is one."""
+    languages = {text.language for text in plan.texts}
+    return languages.pop() if len(languages) == 1 else None
 
 
 def _can_encode(plan: Plan) -> bool:

@@ -160,12 +160,11 @@ def make_plan(settings: Settings, options: Options) -> Plan:
     """
     notes: list[str] = []
     checkpoints = find_checkpoints(settings.output_dir, options.checkpoints)
-    texts = read_texts(options.texts) if options.texts else []
+    texts = read_texts(options.texts) if options.texts else _texts_of_settings(settings)
     rows = open_run_rows(settings)
     base = _find_base(settings, options, notes)
-    texts = _with_language(
-        texts or [*map(Text, settings.texts_to_speak())] or _default_texts(rows, notes), options, rows, checkpoints
-    )
+    is_given = bool(texts)
+    texts = _with_language(texts or _default_texts(rows, notes), is_given, options, rows, checkpoints)
     _check_texts(texts, base)
     speakers = choose_speakers(checkpoints, options.speakers)
     voices = _voices(settings, options, speakers, checkpoints, rows)
@@ -398,10 +397,22 @@ def _default_texts(rows: TrainingRows | None, notes: list[str]) -> list[Text]:
     return [Text(text) for text in BUILT_IN_TEXTS]
 
 
+def _texts_of_settings(settings: Settings) -> list[Text]:
+    """Those of EVAL_TEXTS, each once."""
+    return [Text(text) for text in dict.fromkeys(map(normalize_text, settings.texts_to_speak()))]
+
+
 def _with_language(
-    texts: Sequence[Text], options: Options, rows: TrainingRows | None, checkpoints: Sequence[Model]
+    texts: Sequence[Text],
+    is_given: bool,
+    options: Options,
+    rows: TrainingRows | None,
+    checkpoints: Sequence[Model],
 ) -> list[Text]:
     """Texts in --language, else in that of their row, else in the run's where all rows are in one.
+
+    Args:
+        is_given: whether they were given, so that no row says their language.
 
     Raises:
         UserError: a checkpoint has no such language.
@@ -410,7 +421,7 @@ def _with_language(
         for model in checkpoints:
             _check_language(model, options.language)
         return [replace(text, language=options.language) for text in texts]
-    if not options.texts or rows is None:
+    if not is_given or rows is None:
         return list(texts)
     languages = rows.train.distinct("language")
     return [replace(text, language=languages[0]) for text in texts] if len(languages) == 1 else list(texts)
@@ -510,6 +521,10 @@ def choose_speakers(checkpoints: Sequence[Model], wanted: Sequence[str]) -> list
         UserError: the run has no such speaker.
     """
     known = list(dict.fromkeys(name for model in checkpoints for name in _speakers_of(model)))
+    if not known:
+        raise UserError(
+            "--checkpoints: none of them says which speakers it was trained for; name a checkpoint of a run as well"
+        )
     if not wanted:
         return known[:NUM_SPEAKERS]
     by_key = {name.lower(): name for name in known}

@@ -24,7 +24,7 @@ from finetuning.settings import Settings
 #: Version of report.json; it changes when a key is renamed or removed.
 JSON_VERSION = 1
 #: What --rank_by is by default: the first of these that was measured.
-RANKED_BY = ("speaker_embedding_similarity", "mos", "wer", "cer", "speech_rate_ratio", "eos_rate")
+RANKED_BY = ("speaker_embedding_similarity", "mos", "cer", "wer", "speech_rate_ratio", "eos_rate")
 #: Speech of so many seconds stands in the page in full (about 80 MB); of more only each first seed's.
 MAX_EMBEDDED_SECONDS = 5400.0
 
@@ -232,8 +232,12 @@ def _verdict(line: Figures, place: int | None, first: Figures | None, base: Figu
 
 def differs(line: Figures, other: Figures, by: str) -> int:
     """-1 where ``line`` is better beyond chance, 1 where it is worse, 0 where that is open: the interval of their
-    difference, over the same texts and seeds, holds 0."""
-    bounds = interval(line.costs(by) - other.costs(by))
+    difference, over the samples that both have a figure of, holds 0, or there are less than two of these."""
+    both = np.isfinite(line.values[by]) & np.isfinite(other.values[by])
+    if both.sum() < 2:
+        return 0
+    mine, others = (_cost(by, resampled_means(np.where(both, one.values[by], np.nan))) for one in (line, other))
+    bounds = interval(mine - others)
     if bounds is None:
         return 0
     return -1 if bounds[1] < 0 else 1 if bounds[0] > 0 else 0

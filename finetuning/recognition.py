@@ -22,7 +22,7 @@ from finetuning.audio import SAMPLE_RATE_HZ, resample
 from finetuning.base_model import resolve_folder
 from finetuning.console import say
 from finetuning.errors import UserError
-from finetuning.settings import MOS_MODELS
+from finetuning.settings import MOS_MODELS, Settings
 
 #: What is fetched of a recogniser on the Hub: not the same weights once more for other frameworks, or in fp32.
 ASR_FILES = (
@@ -75,6 +75,21 @@ class _Recognizer:
         if self.pipeline.type == "seq2seq_whisper" and len(clip) > extractor.n_samples:
             options["return_timestamps"] = True
         return self.pipeline({"raw": clip, "sampling_rate": extractor.sampling_rate}, **options)["text"].strip()
+
+
+def check_judges(settings: Settings) -> None:
+    """Looks for what ASR_MODEL and MOS_MODEL name, before anything is prepared or removed.
+
+    Raises:
+        UserError: it is not there, cannot be loaded, or is something else.
+    """
+    if settings.asr_model:
+        folder = resolve_folder(settings.asr_model, "ASR_MODEL", settings.data_mode != "none", ASR_FILES)
+        _recognizer_class(settings.asr_model, folder)
+    if settings.mos_model in MOS_MODELS:
+        _import_predictor(settings.mos_model)
+    elif settings.mos_model:
+        _scripted(Path(settings.mos_model).expanduser(), "cpu")
 
 
 def load_recognizer(name: str, device: str, language: str | None = None, may_download: bool = True) -> Recognize:

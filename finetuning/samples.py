@@ -145,10 +145,13 @@ def plan_samples(
     lines = lines or _lines_of(_rows_of_manifest(validation) if validation else []) or _lines_of(rows)
     lines = _first(lines, MAX_TEXTS, "texts of EVAL_TEXTS")
     names = _first(list(speakers.names), SAMPLE_SPEAKERS, "speakers")
-    rate, requests = frames_per_character(rows), []
+    requests: list[Request] = []
     for (text, language), (number, name) in product(lines, enumerate(names)):
+        wanted = language or _usual_language(rows, name)
+        # Scripts differ in how much is said by a character.
+        rate = frames_per_character([row for row in rows if row.language == wanted] or rows)
         bound = math.ceil(MAX_SLOWNESS * rate * len(text)) + SPARE_FRAMES
-        spoken_in = _language(language or _usual_language(rows, name), known)
+        spoken_in = _language(wanted, known)
         for voice in _voices(settings, train, speakers, number):
             place = len(requests)
             requests.append(Request(place, text, name, spoken_in, settings.seed + place, bound, *voice))
@@ -369,4 +372,4 @@ def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
 
 def _file_name(speaker: str) -> str:
     """A speaker's name as part of a file's."""
-    return re.sub(r"[^\w-]+", "_", speaker)
+    return re.sub(r"[^\w-]+", "_", speaker).encode()[:100].decode(errors="ignore")  # a name has room for 255 bytes

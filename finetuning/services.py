@@ -95,8 +95,8 @@ def start_wandb(settings: Settings, run_id: str | None = None, facts: Mapping[st
     """
     try:
         import wandb
-    except ImportError:
-        say("W&B is not installed; logging to files only (USE_WANDB=false silences this)")
+    except Exception as error:  # missing, or broken by another package's version
+        say(f"W&B cannot be imported ({type(error).__name__}); logging to files only (USE_WANDB=false silences this)")
         return None
     mode = os.environ.get("WANDB_MODE")
     if mode is None and not _has_wandb_key() and not sys.stdin.isatty():

@@ -54,6 +54,7 @@ from finetuning.layer_utils import check_layer_count, print_model_summary, repla
 from finetuning.listening import Spoken, Yardstick, characters_per_second, measure
 from finetuning.manifest import RowFormat, remove_empty_folders
 from finetuning.memory import pick_for_memory, weights_of
+from finetuning.metrics import METRICS
 from finetuning.objective import TrainingObjective, check_compiler, compile_layers
 from finetuning.optimizers import check_optimizer, keep_matrices_in_bf16
 from finetuning.prefix_cache import check_prefix_cache, make_prefix_cache
@@ -61,7 +62,7 @@ from finetuning.preparer import prepare_missing_rows
 from finetuning.processes import Processes
 from finetuning.progress import Progress, total_steps
 from finetuning.prompt import LayoutIds, resolve_language
-from finetuning.recognition import load_opinion, load_recognizer
+from finetuning.recognition import check_judges, load_opinion, load_recognizer
 from finetuning.references import References, load_references, prepare_references, say_contexts, speakers_of
 from finetuning.resume import (
     Resume,
@@ -157,6 +158,34 @@ def check_inputs(settings: Settings) -> tuple[Base, str]:
     check_stages_of_base(settings, base)
     check_eval_texts(settings, base)
     return base, device
+
+
+def check_measures(settings: Settings, base: Base) -> None:
+    """What measures the samples, and whether BEST_METRIC is going to be measured.
+
+    Raises:
+        UserError
+    """
+    if settings.steps_between_samples:
+        check_judges(settings)
+    name = settings.best_metric
+    if METRICS[name].is_of_samples and (problem := _why_not_measured(name, settings, base)):
+        raise UserError(f"BEST_METRIC: {name} {problem}; set another one, such as loss")
+
+
+def _why_not_measured(name: str, settings: Settings, base: Base) -> str | None:
+    needed = {"wer": "asr_model", "cer": "asr_model", "mos": "mos_model"}.get(name)
+    if not settings.steps_between_samples:
+        return "is measured on samples, and SAMPLE_STEPS=0 turns them off"
+    if asks_for_fsdp():
+        return "is measured on samples, and there are none under FSDP"
+    if needed and getattr(settings, needed) is None:
+        return f"needs {needed.upper()}, which is not set"
+    if name == "speech_rate_ratio" and settings.data_mode == "direct":
+        return "needs the training rows ahead, which DATA_MODE=direct does not have"
+    if name == "speaker_embedding_similarity" and not base.has_speaker_encoder:
+        return "needs a speaker encoder, which the base lacks (SPEAKER_ENCODER_PATH)"
+    return None
 
 
 def check_levers(settings: Settings, device: str) -> None:
@@ -451,6 +480,8 @@ def requests_of(
             found[0] = plan_samples(settings, base, train, validation, speakers)
         except UserError as error:
             found[1] = str(error)
+        except ValueError as error:  # the file has changed since the start
+            found[1] = f"EVAL_TEXTS: {error}"
     requests, problem = broadcast_object_list(found)
     if problem:
         raise UserError(problem)
@@ -800,6 +831,10 @@ def train_on(run: Run, tracker: Tracker) -> None:
     best, last = run.settings.output_dir / "best", run.settings.output_dir / "last"
     if found := trainer.progress.best:
         say(f"Done: {best} ({trainer.chooser.say_best(found)}) and {last} (the end of training)")
+    elif best.is_dir():
+        say(
+            f"Done: {last}. {best} is from before BEST_METRIC={run.settings.best_metric}: no evaluation had that figure"
+        )
     else:
         say(f"Done: {last}. There is no {best}: no evaluation had a {trainer.chooser.text} to choose it by")
         best = last

@@ -269,7 +269,7 @@ class Trainer:
         if self.sampler is None or progress.sampled_at == progress.step:
             return False
         is_last = self._is_epoch_over and progress.epoch + 1 >= self.settings.num_epochs
-        return self.sampler.is_due(progress.step) or progress.step == self.num_steps or is_last
+        return self.sampler.is_due(progress.step) or self.has_no_step_left or is_last
 
     @property
     def _is_epoch_over(self) -> bool:
@@ -288,11 +288,12 @@ class Trainer:
             self._save_and_stop()
         with self._unclocked():
             sampled = self.sampler.keep(self.progress.step, spoken)
-        self.progress.sampled_at = self.progress.step
         return sampled
 
     def _agreed(self, metrics: dict[str, Any] | None, sampled: Sampled | None) -> dict[str, Any] | None:
         """The figures of ``_evaluate`` and of ``_sample``; those of the main process, by which all of them choose."""
+        if sampled is not None:  # no stop follows: what was said is going to be logged
+            self.progress.sampled_at = self.progress.step
         figures = (metrics or {}) | (sampled.figures if sampled else {}) or None
         if self.accelerator.num_processes == 1:
             return figures

@@ -21,6 +21,7 @@ from training import FULL, build, make_trainer
 
 from finetuning import samples, session
 from finetuning.audio import SAMPLE_RATE_HZ
+from finetuning.base_model import resolve_base
 from finetuning.checkpoint import clear_output_folder, run_entries
 from finetuning.errors import Stopped, UserError
 from finetuning.metrics import METRICS
@@ -486,3 +487,33 @@ def test_the_bases_own_sampling_is_used(make: Callable) -> None:
     options = LiveModel._options(trainer.sampler.live, 50)
     assert options["max_new_tokens"] == 52 and options["do_sample"] and options["subtalker_top_k"] == 50
     assert LiveModel._options(trainer.sampler.live, 99_999)["max_new_tokens"] == 8192
+
+
+# ----------------------------------------------------------------------------------------------- what is not measured
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"best_metric": "eos_rate", "sample_steps": 0}, r"BEST_METRIC: eos_rate .* SAMPLE_STEPS=0 turns them off"),
+        ({"best_metric": "wer"}, r"BEST_METRIC: wer needs ASR_MODEL, which is not set"),
+        ({"best_metric": "mos"}, r"BEST_METRIC: mos needs MOS_MODEL"),
+        ({"best_metric": "wer", "asr_model": "./no-such-folder/x"}, r"ASR_MODEL: \./no-such-folder/x is not a folder"),
+        ({"mos_model": "__file__"}, r"MOS_MODEL: .*test_samples.py is no TorchScript file"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(make: Callable, fields: dict, message: str) -> None:
+    fields = {name: __file__ if value == "__file__" else value for name, value in fields.items()}
+    settings = make(**({"sample_steps": 1} | fields))
+    with pytest.raises(UserError, match=message):
+        session.check_measures(settings, resolve_base(settings))
+
+
+def test_what_is_measured_passes(make: Callable) -> None:
+    for name in ("loss", "eos_rate", "speaker_embedding_similarity", "speech_rate_ratio"):
+        settings = make(best_metric=name, sample_steps=1)
+        session.check_measures(settings, resolve_base(settings))
+
+
+def test_a_long_name_fits_into_a_file_s() -> None:
+    assert len((samples._file_name("न" * 100) + "00-.wav").encode()) < 255
