@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetuning.errors import UserError, run_main
+from finetuning.errors import UserError, run_main, whole_number
 from finetuning.settings import Settings, load_settings
 
 #: The Python interface -> the room it lives in; imported when asked for, so that a mistake in .env is reported at once.
@@ -181,13 +181,6 @@ def parse_arguments() -> argparse.Namespace:
     mending.add_argument("--loudness", type=float, metavar="LUFS", help="bring the clips to this loudness, such as -23")
     mending.add_argument("--drop_flagged", action="store_true", help=DROP_FLAGGED_HELP)
     return parser.parse_args()
-
-
-def whole_number(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 if __name__ == "__main__":

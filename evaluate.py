@@ -12,7 +12,7 @@ what was generated is kept in OUTPUT_DIR/evaluation/samples; a checkpoint that h
 import argparse
 from pathlib import Path
 
-from finetuning.errors import run_main
+from finetuning.errors import run_main, whole_number
 from finetuning.metrics import METRICS
 from finetuning.settings import load_settings
 from finetuning.stock import quick_imports
@@ -74,13 +74,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", choices=["auto", "cuda", "cpu", "mps"], help="default DEVICE")
     add("--no_base", action="store_true", help="without the line of the base")
     return parser.parse_args()
-
-
-def whole_number(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 if __name__ == "__main__":

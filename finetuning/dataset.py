@@ -56,6 +56,7 @@ from finetuning.prompt import (
     append_frames,
     assistant_turn,
     build_prompt,
+    find_language,
     instruct_turn,
     language_codec_id,
     reference_turn,
@@ -163,10 +164,7 @@ class RowEncoder:
 
     def language_of(self, row: Mapping[str, Any]) -> str | None:
         """The base's name of the language that a row is laid out in; None for Auto."""
-        try:
-            language = resolve_language(row["language"], self.ids.languages)
-        except KeyError:
-            return None  # `unknown_languages` tells the user
+        language = find_language(row["language"], self.ids.languages)  # `unknown_languages` tells of unknown ones
         return language if language and self.draws.has_language(row) else None
 
     def instruct_of(self, row: Mapping[str, Any]) -> str | None:

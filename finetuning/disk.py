@@ -199,6 +199,15 @@ def nearest_existing(path: Path) -> Path:
     return path if path.exists() else nearest_existing(path.parent)
 
 
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in a file; None where it is missing or damaged."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON with a final newline; whoever reads it meanwhile sees the file before or the new one."""
     unfinished = path.with_name(f".{path.name}.tmp")

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -206,3 +207,15 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+
+
+def whole_number(text: str) -> int:
+    """An option's number, for argparse.
+
+    Raises:
+        ValueError, ArgumentTypeError: it is none, or below 1.
+    """
+    number = int(text)
+    if number < 1:
+        raise ArgumentTypeError("must be at least 1")
+    return number

@@ -31,7 +31,7 @@ from finetuning.evaluation_plan import Job, Model, Options, Plan, Voice, make_pl
 from finetuning.evaluation_report import write_report
 from finetuning.kept_samples import Kept, Manner, Request, find, fingerprint, keep, note_measures, remove_outdated
 from finetuning.settings import Settings
-from finetuning.stock import import_qwen_tts
+from finetuning.stock import import_qwen_tts, quiet_transformers
 
 if TYPE_CHECKING:
     from finetuning.listening import Yardstick
@@ -161,7 +161,7 @@ def _speak_all(
     _check_is_the_same(model)
     prompts: dict[tuple[str, Manner], Any] = {}
     made = []
-    with _quiet(), _failures(model):
+    with quiet_transformers(), _failures(model):
         for job in jobs:
             made.append(keep(folder, job.request, _speak(stock, job, prompts)))
             tick()
@@ -204,19 +204,6 @@ def _failures(model: Model) -> Iterator[None]:
             f"--checkpoints: {model.name} gives probabilities that are not finite, so its training has diverged; leave "
             "it out by naming the others"
         ) from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Each call of generate would warn about the pad token that stock leaves unset."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _load(model: Model, settings: Settings, device: str) -> Any:

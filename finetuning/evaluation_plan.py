@@ -3,7 +3,6 @@ before anything is generated."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ import numpy as np
 from finetuning.audio import AudioError, audio_duration_seconds, load_audio
 from finetuning.base_model import Base, load_tokenizer, read_base_config, resolve_base
 from finetuning.codec import FRAMES_PER_SECOND, check_codec_folder
-from finetuning.disk import checksum
+from finetuning.disk import checksum, read_json
 from finetuning.errors import UserError
 from finetuning.kept_samples import Manner, Request, fingerprint
 from finetuning.manifest import RowFormat, normalize_text
@@ -229,20 +228,12 @@ def _read_checkpoint(folder: Path, output_dir: Path) -> Model:
     name = folder.name if is_of_run else str(folder)
     print_of_folder = fingerprint(folder)
     samples = folder.name if is_of_run else f"{folder.name}-{print_of_folder[:8]}"
-    step = _read_json(folder / "training_state.json").get("step")
+    step = (read_json(folder / "training_state.json") or {}).get("step")
     return Model(name, folder, config, print_of_folder, samples, step=step if isinstance(step, int) else None)
 
 
 def _joined(first: Model, second: Model) -> Model:
     return replace(first, also=(*first.also, second.name))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def known_languages(model: Model) -> Mapping[str, int]:
@@ -255,7 +246,7 @@ def known_languages(model: Model) -> Mapping[str, int]:
 
 def _find_base(settings: Settings, options: Options, notes: list[str]) -> Base | None:
     """The run's base, whose speaker encoder measures voices as well; without a base line it may be out of reach."""
-    saved = _read_json(settings.output_dir / "settings.json").get("INIT_MODEL_PATH")
+    saved = (read_json(settings.output_dir / "settings.json") or {}).get("INIT_MODEL_PATH")
     if saved not in (None, settings.init_model_path):
         notes.append(f"the run was trained from {saved}, but INIT_MODEL_PATH is {settings.init_model_path}")
     try:
@@ -495,7 +486,7 @@ def _frames_of(text: str, num_tokens: int, context: int, longest: int, positions
 
 
 def _longest_speech(model: Model) -> int:
-    value = _read_json(model.folder / "generation_config.json").get("max_new_tokens")
+    value = (read_json(model.folder / "generation_config.json") or {}).get("max_new_tokens")
     return value if isinstance(value, int) else 2048  # stock's own default
 
 
@@ -539,7 +530,7 @@ def _speakers_of(model: Model) -> list[str]:
 
 
 def _speaker_entries(model: Model) -> Mapping[str, Any]:
-    entries = _read_json(model.folder / "speaker_encoder" / "speaker_config.json").get("speakers")
+    entries = (read_json(model.folder / "speaker_encoder" / "speaker_config.json") or {}).get("speakers")
     return entries if isinstance(entries, dict) else {}
 
 

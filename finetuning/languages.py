@@ -18,7 +18,7 @@ import torch
 
 from finetuning.codec_rows import allocate_language_rows
 from finetuning.errors import UserError
-from finetuning.prompt import resolve_language
+from finetuning.prompt import find_language
 from finetuning.settings import Settings
 
 #: Texts of a language that are tokenized to tell how well the tokenizer suits it.
@@ -71,12 +71,12 @@ def new_languages(config: Mapping[str, Any], settings: Settings) -> list[NewLang
     listed = ", ".join(sorted(known)) or "none"
     relatives: list[str | None] = []
     for name, relative in given:
-        if (own := _find(name, known)) is not None:
+        if (own := find_language(name, known)) is not None:
             raise UserError(
                 f"NEW_LANGUAGES: the base knows {name} already (as {own}, id {known[own]}); leave it out, and rows of "
                 "that language train it as it is"
             )
-        relatives.append(relative and _find(relative, known))
+        relatives.append(relative and find_language(relative, known))
         if relative and not relatives[-1]:
             raise UserError(
                 f"NEW_LANGUAGES: {name} is to start from {relative}, which the base does not know ({listed})"
@@ -89,14 +89,6 @@ def new_languages(config: Mapping[str, Any], settings: Settings) -> list[NewLang
         NewLanguage(name, row, languages if relative is None else (known[relative],))
         for (name, _), relative, row in zip(given, relatives, rows, strict=True)
     ]
-
-
-def _find(name: str, known: Mapping[str, int]) -> str | None:
-    """The base's name of a language, by any name or code that rows may give it."""
-    try:
-        return resolve_language(name, known)
-    except KeyError:
-        return None
 
 
 def with_languages(config: Mapping[str, Any], languages: Mapping[str, int]) -> Mapping[str, Any]:

@@ -44,6 +44,8 @@ CONTEXT_BYTES, GAPS_SHARE = 1.5e9, 0.07
 UNDER_NOMINAL_SHARE = 0.03
 #: Bytes of both moments of a weight: in 8 bits, one scale for 256 values of each.
 BYTES_OF_MOMENTS, BYTES_OF_8_BIT_MOMENTS = 8, 2 + 2 * 4 / 256
+#: Of a weight\'s running average, where EMA_DECAY asks for one: fp32.
+BYTES_OF_AVERAGE = 4
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -211,7 +213,7 @@ class Needs:
         """Weights, the optimizer's states and the weights' average: there from the first step to the last."""
         whole = sum(map(self._weight_bytes, self.weights)) + sum(map(self._state_bytes, self._trained()))
         if self.settings.ema_decay:
-            whole += sum(4 * weight.size for weight in self._trained())
+            whole += sum(BYTES_OF_AVERAGE * weight.size for weight in self._trained())
         return whole / self.num_processes if self.is_sharded else whole
 
     @property

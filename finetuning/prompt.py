@@ -156,6 +156,14 @@ def resolve_language(name: str | None, known: Mapping[str, int]) -> str | None:
     raise KeyError(name)
 
 
+def find_language(name: str | None, known: Mapping[str, int]) -> str | None:
+    """``resolve_language``, with None for languages that the base does not have as well."""
+    try:
+        return resolve_language(name, known)
+    except KeyError:
+        return None
+
+
 def language_codec_id(language: str | None, ids: LayoutIds, dialect: str | None = None) -> int | None:
     """The id in the codec prefix, or None for Auto. A dialect speaker's own id stands under Auto and Chinese."""
     if dialect and language in (None, "chinese"):

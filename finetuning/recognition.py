@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from finetuning.base_model import resolve_folder
 from finetuning.console import say
 from finetuning.errors import UserError
 from finetuning.settings import MOS_MODELS, Settings
+from finetuning.stock import quiet_transformers
 
 #: What is fetched of a recogniser on the Hub: not the same weights once more for other frameworks, or in fp32.
 ASR_FILES = (
@@ -64,7 +65,7 @@ class _Recognizer:
 
     def __call__(self, waveforms: Sequence[np.ndarray]) -> list[str]:
         """(num_samples,) float32 at 24 kHz each -> what was understood."""
-        with _quiet(), _apart_from_training():
+        with quiet_transformers(), _apart_from_training():
             return [self._one(waveform) for waveform in waveforms]
 
     def _one(self, waveform: np.ndarray) -> str:
@@ -112,7 +113,7 @@ def load_recognizer(name: str, device: str, language: str | None = None, may_dow
     from transformers import AutoFeatureExtractor, AutomaticSpeechRecognitionPipeline, AutoTokenizer
 
     try:
-        with _quiet(), _apart_from_training():
+        with quiet_transformers(), _apart_from_training():
             extractor = AutoFeatureExtractor.from_pretrained(str(folder))
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
             model = model_class.from_pretrained(str(folder), dtype=_precision(device), use_safetensors=True)
@@ -259,19 +260,6 @@ def _scripted(file: Path, device: str) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------- common
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' remarks: it tells of devices and of pipelines that are called one by one."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _apart_from_training() -> contextlib.AbstractContextManager[None]:

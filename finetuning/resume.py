@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from finetuning.base_model import Base
 from finetuning.checkpoint import LOG_FILES, check_holds_no_run, link_or_copy, run_entries, sample_folders
 from finetuning.console import say
-from finetuning.disk import CHECKSUMS_FILE, checksum, damage, new_folder, remove_folder, write_json
+from finetuning.disk import CHECKSUMS_FILE, checksum, damage, new_folder, read_json, remove_folder, write_json
 from finetuning.errors import UserError
 from finetuning.settings import Settings
 from finetuning.state import RECORD_FILE, State, damage_of_state, find_states, rotate_states, state_folder, step_of
@@ -167,7 +166,7 @@ def _has_gone_on_from(origin: dict[str, str], output_dir: Path) -> bool:
 
     The named state itself may have been rotated away since.
     """
-    known = _read_json(_origin_file(output_dir))
+    known = read_json(_origin_file(output_dir))
     if known is None or not find_states(output_dir):
         return False
     return known["path"] == origin["path"] and origin["content"] in ("", known["content"])
@@ -186,10 +185,10 @@ def may_begin_again(settings: Settings) -> bool:
     output_dir = settings.output_dir
     if settings.resume == "never" or find_states(output_dir):
         return False
-    saved = _read_json(output_dir / "settings.json")
+    saved = read_json(output_dir / "settings.json")
     if saved is None:
         return False
-    checkpoints = {file.parent.name: _read_json(file) or {} for file in output_dir.glob("*/training_state.json")}
+    checkpoints = {file.parent.name: read_json(file) or {} for file in output_dir.glob("*/training_state.json")}
     if settings.resume != "auto" and saved.get("RESUME") == settings.resume:
         checkpoints.pop("best", None)  # copied from what RESUME names
     if any(found.get("complete") or found.get("step", 0) > settings.save_steps for found in checkpoints.values()):
@@ -311,13 +310,6 @@ def _listed(differences: list[str]) -> str:
         f"{'; '.join(differences)}. Put them back to resume it, choose another OUTPUT_DIR, or replace it with "
         "RESUME=never and OVERWRITE_OUTPUT=true"
     )
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 # --------------------------------------------------------------------------------------------- where it goes on

@@ -37,7 +37,7 @@ from finetuning.dataset import Reference
 from finetuning.disk import new_folder, write_json
 from finetuning.errors import UserError
 from finetuning.manifest import normalize_text
-from finetuning.prompt import resolve_language
+from finetuning.prompt import find_language
 from finetuning.row_index import Manifest
 from finetuning.settings import Settings
 from finetuning.speakers import Speakers
@@ -218,9 +218,7 @@ def _usual_language(rows: Sequence[_Row], speaker: str) -> str:
 
 def _language(name: str, known: dict[str, int]) -> str:
     """As stock takes it."""
-    with contextlib.suppress(KeyError):
-        return resolve_language(name, known) or "Auto"
-    return "Auto"
+    return find_language(name, known) or "Auto"
 
 
 def _voices(

@@ -16,6 +16,7 @@ from finetuning.checkpoint import Exporter, attempt, rotate_checkpoints
 from finetuning.console import say
 from finetuning.disk import bytes_of, damage, free_bytes
 from finetuning.errors import UserError
+from finetuning.memory import BYTES_OF_AVERAGE
 from finetuning.progress import Progress
 from finetuning.resume import versions
 from finetuning.settings import Settings
@@ -38,8 +39,6 @@ from finetuning.trainer import Trainer
 MAX_FAILURES = 3
 #: A trained weight is kept with Adam's two moments, all in fp32.
 STATE_BYTES_PER_WEIGHT = 12
-#: Its running average, where EMA_DECAY asks for one.
-AVERAGE_BYTES_PER_WEIGHT = 4
 
 
 class Saved(NamedTuple):
@@ -239,7 +238,7 @@ def state_bytes(model: nn.Module, ema_decay: float = 0.0) -> int:
 
 def state_bytes_per_weight(ema_decay: float) -> int:
     """Of each weight that trains."""
-    return STATE_BYTES_PER_WEIGHT + (AVERAGE_BYTES_PER_WEIGHT if ema_decay else 0)
+    return STATE_BYTES_PER_WEIGHT + (BYTES_OF_AVERAGE if ema_decay else 0)
 
 
 def _names_of_process(state: State, index: int) -> list[str]:

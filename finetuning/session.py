@@ -61,7 +61,7 @@ from finetuning.prefix_cache import check_prefix_cache, make_prefix_cache
 from finetuning.preparer import prepare_missing_rows
 from finetuning.processes import Processes
 from finetuning.progress import Progress, total_steps
-from finetuning.prompt import LayoutIds, resolve_language
+from finetuning.prompt import LayoutIds, find_language
 from finetuning.recognition import check_judges, load_opinion, load_recognizer
 from finetuning.references import References, load_references, prepare_references, say_contexts, speakers_of
 from finetuning.resume import (
@@ -516,8 +516,8 @@ def check_names(speakers: Sequence[str], languages: Sequence[str], base: Base, s
     if settings.export_type == "custom_voice":
         known = base.talker_config.get("spk_id") or {}
         allocate_codec_rows(base.config, sum(name.lower() not in known for name in speakers))
-    named = list(languages)
-    found = {language for name in named if (language := find_language(name, base)) is not None}
+    named, known = list(languages), base.talker_config.get("codec_language_id") or {}
+    found = {find_language(name, known) for name in named}
     missing = [language.name for language in base.new_languages if language.name not in found]
     if missing:
         raise UserError(
@@ -526,19 +526,12 @@ def check_names(speakers: Sequence[str], languages: Sequence[str], base: Base, s
         )
 
 
-def find_language(name: str, base: Base) -> str | None:
-    """The base's name of a row's language, or None for Auto and unknown ones."""
-    try:
-        return resolve_language(name, base.talker_config.get("codec_language_id") or {})
-    except KeyError:
-        return None
-
-
 def say_coverage(rows: Manifest, base: Base, tokenizer: Any) -> None:
     """How well the text tokenizer suits each new language."""
     names, languages = rows.labels("language")
+    known = base.talker_config.get("codec_language_id") or {}
     for language in base.new_languages:
-        places = [place for place, name in enumerate(names) if find_language(name, base) == language.name]
+        places = [place for place, name in enumerate(names) if find_language(name, known) == language.name]
         some = np.flatnonzero(np.isin(languages, places))
         some = some[np.linspace(0, len(some) - 1, min(len(some), MAX_COVERAGE_TEXTS)).astype(int)]
         texts = rows.select(some).column("text")

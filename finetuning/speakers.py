@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from finetuning.audio import AudioError, audio_duration_seconds, load_audio
+from finetuning.balance import rows_by_label
 from finetuning.base_model import Base, voice_encoder
 from finetuning.codec import FRAMES_PER_SECOND
 from finetuning.codec_rows import allocate_codec_rows
@@ -189,9 +190,7 @@ def _first_uses(rows: np.ndarray, references: np.ndarray, name: str) -> np.ndarr
 def rows_by_speaker(manifest: Manifest) -> dict[str, np.ndarray]:
     """Each speaker's rows, sorted, in the order of the speakers' first use."""
     names, speakers = manifest.labels("speaker")
-    order = np.argsort(speakers, kind="stable")
-    ends = np.searchsorted(speakers[order], np.arange(1, len(names)))
-    return dict(zip(names, np.split(order, ends), strict=True))
+    return dict(zip(names, rows_by_label(speakers), strict=True))
 
 
 def choose_reference(manifest: Manifest, speaker: str, rows: np.ndarray | None = None) -> str:

@@ -29,7 +29,7 @@ from finetuning.dataset import Reference, RowEncoder
 from finetuning.prompt import assistant_turn, reference_turn
 from finetuning.settings import Settings
 from finetuning.state import random_tensors, restore_random
-from finetuning.stock import import_qwen_tts
+from finetuning.stock import import_qwen_tts, quiet_transformers
 
 #: Names of a checkpoint's configuration that stock's ``generate`` looks speakers and languages up by.
 _LOOKED_UP = ("spk_id", "spk_is_dialect", "codec_language_id")
@@ -102,7 +102,7 @@ class LiveModel:
             _configured(model.config.talker_config, self.exporter.config_now()["talker_config"]),
             _adapters_scaled(model.talker, self.settings.lora_export_scale),
             _checking_logits(model.talker),
-            _quiet(),
+            quiet_transformers(),
             self.accelerator.autocast(),
         ):
             yield
@@ -267,16 +267,3 @@ def _checking_logits(talker: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Each call of generate would warn of the pad token that stock leaves unset."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import stat
@@ -16,7 +15,7 @@ import numpy as np
 from finetuning.augment import Augmentation
 from finetuning.codec import codec_fingerprint
 from finetuning.console import say
-from finetuning.disk import write_json
+from finetuning.disk import read_json, write_json
 from finetuning.encode_rows import encode_jsonl, encoded_path
 from finetuning.errors import UserError
 from finetuning.manifest import Row, RowFormat
@@ -198,7 +197,7 @@ class _File:
     def _is_encoded(self) -> bool:
         """Whether the encoded file's index was made of this very file, so that neither has to be read again."""
         rows = self._find(self.encoded)
-        if rows is None or _read_json(_origin_file(rows)) != self._origin():
+        if rows is None or read_json(_origin_file(rows)) != self._origin():
             return False
         return not CodesCheck(self.encoded, self.setting, self.codec_folder).any_stale(rows)
 
@@ -289,7 +288,7 @@ def _write_pointer(settings: Settings, setting: str, rows: Manifest) -> None:
 
 
 def _follow_pointer(settings: Settings, setting: str) -> Manifest:
-    pointer = _read_json(_pointer(settings, setting))
+    pointer = read_json(_pointer(settings, setting))
     if pointer is None:
         raise UserError(f"OUTPUT_DIR: {_pointer(settings, setting)} is not there; all processes must see OUTPUT_DIR")
     return Manifest(Path(pointer["rows"]))
@@ -297,13 +296,6 @@ def _follow_pointer(settings: Settings, setting: str) -> Manifest:
 
 def _origin_file(rows: Manifest) -> Path:
     return rows.arrow_file.with_name("origin.json")
-
-
-def _read_json(file: Path) -> dict[str, str] | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 # -------------------------------------------------------------------------------------------------- validation rows

@@ -96,7 +96,6 @@ def test_every_condition_gives_its_own_codes(voices: Any) -> None:
 
 
 def test_another_speaker_language_or_instruction_does_not(voices: Any) -> None:
-    print(voices.wrong)
     assert max(voices.wrong) < 0.2
 
 
@@ -131,6 +130,5 @@ def cloned(codes: list, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
 
 
 def test_a_base_export_clones_in_and_out_of_context(cloned: Any) -> None:
-    print(cloned.right, cloned.wrong)
     assert sum(cloned.right) / len(cloned.right) >= 0.99
     assert max(cloned.wrong) < 0.2  # the other reference: the other row of that sentence

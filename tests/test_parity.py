@@ -113,13 +113,18 @@ def test_prompt_embeddings_equal_stock(
     batch = collate(prompts, [0] * len(TEXTS), padding_side=padding_side)
     with torch.no_grad():
         got = case.objective.input_embeddings(batch)
+    assert_prompts_equal(got, prompts, batch, want, atol=1e-6)
+    if padding_side == "left":
+        assert torch.equal(batch["attention_mask"], want["attention_mask"])
+
+
+def assert_prompts_equal(got: torch.Tensor, prompts: list[AlignedIds], batch: dict, want: dict, atol: float) -> None:
+    """Our embeddings of some prompts, one behind the other, against stock's, which are padded on the left."""
     for index, prompt in enumerate(prompts):
         length = int(want["attention_mask"][index].sum())
         assert length == len(prompt.text)
         ours = got[batch["row_starts"][index] : batch["row_starts"][index + 1]]
-        torch.testing.assert_close(ours, want["inputs_embeds"][index, -length:], atol=1e-6, rtol=0)
-    if padding_side == "left":
-        assert torch.equal(batch["attention_mask"], want["attention_mask"])
+        torch.testing.assert_close(ours, want["inputs_embeds"][index, -length:], atol=atol, rtol=0)
 
 
 def test_stock_drops_instructions_of_small_models_and_so_do_we(case: Any) -> None:
@@ -182,12 +187,8 @@ def test_cloning_prompts_equal_stock(
     batch["row_vectors"] = torch.stack([vector for vector, _ in voices])
     with torch.no_grad():
         got = case.objective.input_embeddings(batch)
+    assert_prompts_equal(got, prompts, batch, want, atol=1e-5)  # frames are sums of 17 embeddings, in another order
     for index, prompt in enumerate(prompts):
-        length = int(want["attention_mask"][index].sum())
-        assert length == len(prompt.text)
-        ours = got[batch["row_starts"][index] : batch["row_starts"][index + 1]]
-        # Frames are sums of 17 embeddings, in another order.
-        torch.testing.assert_close(ours, want["inputs_embeds"][index, -length:], atol=1e-5, rtol=0)
         # Beside the frames to come: the rest of the text, then tts_pad.
         trailing = want["trailing_text_hidden"][index]
         text = case.stock.model.talker.text_projection(

@@ -425,7 +425,7 @@ def test_no_step_holds_a_clip_twice_where_that_can_be(curriculum: int, batch_siz
         assert all(abs(half.count(1010) - 12.5) < 4 for half in halves)
 
 
-def test_what_must_repeat_is_spread(capsys: Any) -> None:
+def test_what_must_repeat_is_spread() -> None:
     """Half of all rows are one clip: no batch of eight can do without, and none has many more than its share."""
     sampler = StepSampler(np.full(100, 9), 8, seed=1, balance=SpeakerBalance(np.repeat([0, 1], [99, 1]), 1.0))
     most = [batch.count(99) for (batch,) in sampler.epoch_plan(0)]

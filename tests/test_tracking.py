@@ -186,14 +186,19 @@ class NotingRun:
     def finish(self) -> None: ...
 
 
+def with_noting_run(make_settings: Callable, monkeypatch: pytest.MonkeyPatch) -> tuple[NotingRun, Any]:
+    """A W&B run that only notes, and settings that report to it."""
+    service, settings = NotingRun(), make_settings(use_wandb=True, warmup_steps=0)
+    monkeypatch.setattr("finetuning.services.start_wandb", lambda *_: service)
+    settings.output_dir.mkdir()
+    return service, settings
+
+
 def test_figures_of_speakers_are_nested(
     make_settings: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the file as they are (NaN is no JSON), for W&B by paths, in the line in short."""
-    service = NotingRun()
-    monkeypatch.setattr("finetuning.services.start_wandb", lambda *_: service)
-    settings = make_settings(use_wandb=True, warmup_steps=0)
-    settings.output_dir.mkdir()
+    service, settings = with_noting_run(make_settings, monkeypatch)
     speakers = {"Ada": {"loss": 1.25, "num_rows": 3}, "Bea": {"loss": float("nan"), "num_rows": 1}}
     with Tracker(settings, total_steps=9, is_main=True) as tracker:
         tracker.log_validation(3, 0, METRICS | {"speakers": speakers})
@@ -259,10 +264,7 @@ def test_alarms_are_said_logged_and_not_repeated_after_a_resume(
     make_settings: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three evaluations that are worse than the first; the fifth is no news, the sixth is clearly worse."""
-    service = NotingRun()
-    monkeypatch.setattr("finetuning.services.start_wandb", lambda *_: service)
-    settings = make_settings(use_wandb=True, warmup_steps=0)
-    settings.output_dir.mkdir()
+    service, settings = with_noting_run(make_settings, monkeypatch)
     logs, said = None, []
     for step, loss in enumerate([2.0, 2.1, 2.1, 2.1, 2.15, 2.4], 1):
         with Tracker(settings, total_steps=9, is_main=True, resumed=logs, step=step - 1) as tracker:
