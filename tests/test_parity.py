@@ -197,34 +197,28 @@ def test_cloning_prompts_equal_stock(
         torch.testing.assert_close(trailing[: len(text)], text[: len(trailing)], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["more text than frames", "more frames than text"])
-@pytest.mark.parametrize(("language", "instruct"), [(None, None), ("english", INSTRUCT)])
-@pytest.mark.parametrize("is_streaming", [False, True], ids=["whole text", "streaming"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_logits_in_context_equal_stepwise_decoding(
-    case: Any, language: str | None, instruct: str | None, is_streaming: bool, number: int, padded: bool
+@pytest.mark.parametrize(("language", "instruct"), list(itertools.product([None, "german"], [None, INSTRUCT])))
+@pytest.mark.parametrize("is_streaming", [False, True], ids=["whole text", "streaming"])
+@pytest.mark.parametrize(
+    ("number", "is_in_context"),
+    [(0, False), (0, True), (1, True)],
+    ids=["vector only", "in context", "in context, more frames than text"],
+)
+def test_logits_of_clones_equal_stepwise_decoding(
+    case: Any,
+    language: str | None,
+    instruct: str | None,
+    is_streaming: bool,
+    number: int,
+    is_in_context: bool,
+    padded: bool,
 ) -> None:
-    """A whole row in context, alone and padded beside one without, against KV-cached decoding."""
-    codes = torch.randint(0, 2048, (13, 16), generator=torch.Generator().manual_seed(3))
-    voice = references(case)[number]
-    prompt = cloning_prompt(case, TEXTS[:1], [voice], language, instruct, is_streaming)
-    want_talker, want_sub_talker = stepwise_logits(case.stock, prompt, codes)
-    ours = our_prompt(case, TEXTS[0], language, "its own", instruct, is_streaming, voice[1])
-    row = append_frames(ours, codes.numpy(), case.ids)
-    assert (row.labels != IGNORE).sum() == len(codes) + 1  # the reference's frames are no labels
-    others = [append_frames(our_prompt(case, TEXTS[1], None, "anna", None), np.zeros((40, 16)), case.ids)] * padded
-    batch = collate([row, *others], [0] * (1 + len(others)))
-    batch["row_vectors"] = voice[0].expand(1 + len(others), -1)
-    num_reference = len(voice[1][1])
-    with torch.no_grad():
-        objective = case.objective
-        hidden = objective.hidden_states(batch)
-        talker = objective.talker_logits(hidden[batch["label_places"]])[: len(codes) + 1]
-        embedded = objective.code_embeddings(batch["codes"])[:, :-1]
-        sub_talker = objective.sub_talker_logits(hidden[before_frames(batch)], embedded)
-    torch.testing.assert_close(talker, want_talker, atol=1e-4, rtol=0)
-    own = slice(num_reference, num_reference + len(codes))
-    torch.testing.assert_close(sub_talker[own], want_sub_talker, atol=1e-4, rtol=0)
+    """A whole row with a reference of its own, alone and beside one out of context, against KV-cached decoding."""
+    vector, context = references(case, is_in_context)[number]
+    prompt = cloning_prompt(case, TEXTS[:1], [(vector, context)], language, instruct, is_streaming)
+    ours = our_prompt(case, TEXTS[0], language, "its own", instruct, is_streaming, context)
+    assert_logits_equal(case, prompt, ours, padded, {"row_vectors": vector.expand(1 + padded, -1)})
 
 
 def test_a_language_that_trains_stands_in_its_row(case: Any) -> None:
@@ -252,30 +246,54 @@ def test_a_language_that_trains_stands_in_its_row(case: Any) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("language", "instruct"), [(None, None), ("german", None), ("english", INSTRUCT)])
+@pytest.mark.parametrize(
+    ("language", "speaker", "instruct"), list(itertools.product([None, "german"], ["anna", None], [None, INSTRUCT]))
+)
 @pytest.mark.parametrize(
     ("text", "is_streaming"),
     [(TEXTS[0], False), (TEXTS[0], True), (TEXTS[1], True)],
     ids=["whole text", "streaming", "streaming, more text than frames"],
 )
 def test_logits_equal_stepwise_decoding(
-    case: Any, language: str | None, instruct: str | None, padded: bool, text: str, is_streaming: bool
+    case: Any,
+    language: str | None,
+    speaker: str | None,
+    instruct: str | None,
+    padded: bool,
+    text: str,
+    is_streaming: bool,
 ) -> None:
     """Teacher-forced logits of a whole row, alone and padded beside longer rows, against KV-cached decoding."""
+    prompt = stock_prompt(case, [text], language, speaker, instruct, is_streaming)
+    ours = our_prompt(case, text, language, speaker, instruct, is_streaming)
+    assert_logits_equal(case, prompt, ours, padded)
+
+
+def assert_logits_equal(
+    case: Any, prompt: dict, ours: AlignedIds, padded: bool, added: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Stock's logits along some frames, step by step, against ours of the whole row at once.
+
+    Args:
+        prompt: what stock hands to its talker.
+        padded: a longer row lies beside it.
+        added: to the batch.
+    """
     codes = torch.randint(0, 2048, (13, 16), generator=torch.Generator().manual_seed(3))
-    prompt = stock_prompt(case, [text], language, "anna", instruct, is_streaming)
     want_talker, want_sub_talker = stepwise_logits(case.stock, prompt, codes)
-    row = append_frames(our_prompt(case, text, language, "anna", instruct, is_streaming), codes.numpy(), case.ids)
+    row = append_frames(ours, codes.numpy(), case.ids)
+    assert (row.labels != IGNORE).sum() == len(codes) + 1  # a reference's frames are no labels
     others = [append_frames(our_prompt(case, TEXTS[1], None, "anna", None), np.zeros((40, 16)), case.ids)] * padded
-    batch = collate([row, *others], [0] * (1 + len(others)))
+    batch = collate([row, *others], [0] * (1 + len(others))) | (added or {})
     with torch.no_grad():
         objective = case.objective
         hidden = objective.hidden_states(batch)
         talker = objective.talker_logits(hidden[batch["label_places"]])[: len(codes) + 1]
         embedded = objective.code_embeddings(batch["codes"])[:, :-1]
-        sub_talker = objective.sub_talker_logits(hidden[before_frames(batch)], embedded)[: len(codes)]
+        sub_talker = objective.sub_talker_logits(hidden[before_frames(batch)], embedded)
+    own = slice(ours.num_reference_frames, ours.num_reference_frames + len(codes))
     torch.testing.assert_close(talker, want_talker, atol=1e-4, rtol=0)
-    torch.testing.assert_close(sub_talker, want_sub_talker, atol=1e-4, rtol=0)
+    torch.testing.assert_close(sub_talker[own], want_sub_talker, atol=1e-4, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------------ text tokens
