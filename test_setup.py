@@ -121,7 +121,7 @@ class Preflight:
         import torch
 
         from finetuning.base_model import choose_attention, choose_device
-        from finetuning.session import check_levers
+        from finetuning.starting import check_levers
 
         self.device = choose_device(self.settings)
         check_levers(self.settings, self.device)
@@ -131,7 +131,7 @@ class Preflight:
 
     def processes(self) -> str:
         from finetuning.processes import check_processes_talk
-        from finetuning.session import start
+        from finetuning.starting import start
 
         accelerator = check_processes_talk(lambda: start(self.settings, self.device))
         count = accelerator.num_processes
@@ -140,7 +140,7 @@ class Preflight:
 
     def model(self) -> str:
         from finetuning.base_model import load_tokenizer, resolve_base
-        from finetuning.session import check_measures
+        from finetuning.starting import check_measures
 
         self.base = resolve_base(self.settings)
         load_tokenizer(self.base.folder)
@@ -152,7 +152,7 @@ class Preflight:
         )
 
     def memory_profile(self) -> str:
-        from finetuning.session import apply_memory_profile
+        from finetuning.starting import apply_memory_profile
 
         asked = self.settings.memory_profile
         self.settings = apply_memory_profile(self.settings, self.base, self.accelerator)
@@ -160,7 +160,7 @@ class Preflight:
 
     def output_folder(self) -> str:
         from finetuning.checkpoint import check_output_folder
-        from finetuning.session import choose_start
+        from finetuning.starting import choose_start
 
         check_output_folder(self.settings, self.base)
         self.resume = choose_start(self.settings, self.base, self.accelerator)
@@ -240,9 +240,9 @@ class Preflight:
     def disk(self) -> str:
         """One checkpoint and one state against the free space of OUTPUT_DIR's disk."""
         from finetuning.checkpoint import check_disk_space
+        from finetuning.claiming import spare_bytes
         from finetuning.memory import parameter_counts
         from finetuning.saving import state_bytes_per_weight
-        from finetuning.session import spare_bytes
 
         trained, frozen = parameter_counts(self.base, self.settings)
         dtype = self.base.weight_dtypes()["talker.model.codec_embedding.weight"]
@@ -259,7 +259,7 @@ class Preflight:
         import torch
         from accelerate.utils import broadcast_object_list
 
-        from finetuning import session
+        from finetuning import building, starting
         from finetuning.dataset import to_device
         from finetuning.objective import step_loss
 
@@ -267,8 +267,8 @@ class Preflight:
             (folder,) = broadcast_object_list([own_folder])  # all processes read what the main one indexes
             settings = _two_row_settings(self.settings, self.base, Path(folder), self._is_main)
             self.accelerator.wait_for_everyone()
-            rows = session.open_rows(settings, self.base, self.accelerator)
-            run = session.build_run(settings, self.base, rows, self.accelerator, verbose=False)
+            rows = starting.open_rows(settings, self.base, self.accelerator)
+            run = building.build_run(settings, self.base, rows, self.accelerator, verbose=False)
             batch = to_device(next(iter(run.train.steps(0))).batches[0], self.accelerator.device)
             try:
                 with self.accelerator.autocast():
@@ -329,7 +329,7 @@ class Who:
             UserError: training would refuse them.
         """
         from finetuning.reference_choice import check_pool
-        from finetuning.session import check_names
+        from finetuning.starting import check_names
 
         check_names(list(self.clips), sorted(self.languages), base, settings)
         if settings.reference_sampling == "same_speaker":

@@ -30,23 +30,24 @@ def train(settings: Settings) -> None:
 
     check_files(settings)
     with quick_imports():
-        from finetuning import session
+        from finetuning import briefing, building, claiming, session, starting
 
-    base, device = session.check_inputs(settings)
-    session.check_measures(settings, base)
-    accelerator = session.start(settings, device)
-    settings = session.apply_memory_profile(settings, base, accelerator)
+    base, device = starting.check_inputs(settings)
+    starting.check_measures(settings, base)
+    accelerator = starting.start(settings, device)
+    settings = starting.apply_memory_profile(settings, base, accelerator)
     try:
-        resume = session.choose_start(settings, base, accelerator)
-        rows = session.open_rows(settings, base, accelerator)
-        session.check_rows(settings, base, rows, accelerator)
-        run = session.build_run(settings, base, rows, accelerator, resume)
+        resume = starting.choose_start(settings, base, accelerator)
+        rows = starting.open_rows(settings, base, accelerator)
+        starting.check_rows(settings, base, rows, accelerator)
+        run = building.build_run(settings, base, rows, accelerator, resume)
+        briefing.brief(run, rows)
         if settings.prepare_only:
             session.walk_once(run)
             return
-        session.claim_output_folder(run)
+        claiming.claim_output_folder(run)
     except UserError:
-        session.discard_rows(settings)
+        claiming.discard_rows(settings)
         raise
     session.train(run)
 

@@ -115,7 +115,7 @@ def import_all() -> None:
     import qwen_tts  # noqa: F401
 
     import train  # noqa: F401
-    from finetuning import session  # noqa: F401
+    from finetuning import claiming, session  # noqa: F401
 
 
 @contextmanager
@@ -719,7 +719,7 @@ def train_and_tell(settings: dict[str, str], teller: Teller) -> int:
     import torch
 
     import train
-    from finetuning import checkpoint, saving, session, state, stepping, trainer, validation
+    from finetuning import checkpoint, claiming, saving, state, stepping, trainer, validation
     from finetuning.settings import load_settings
 
     torch.set_num_threads(1)
@@ -732,7 +732,7 @@ def train_and_tell(settings: dict[str, str], teller: Teller) -> int:
     def sees(_: Any, batches: Any, *__: Any) -> dict[str, Any]:
         return {"step": teller.trainer.progress.step + 1, "lines": [batch["lines"].tolist() for batch in batches]}
 
-    teller.wrap(session, "claim_output_folder", "starting")
+    teller.wrap(claiming, "claim_output_folder", "starting")
     teller.wrap(trainer.Trainer, "run", "running", begins)
     teller.wrap(stepping.Stepper, "take", "training", sees)
     teller.wrap(checkpoint.Exporter, "save", "saving a checkpoint")

@@ -180,7 +180,7 @@ class OurWay:
 
 
 def make_steps(rows: Sequence[AlignedIds], settings: Settings, window_steps: int) -> MappedSteps:
-    """The steps of a run; see ``session.make_steps``."""
+    """The steps of a run; see ``building.make_steps``."""
     lengths, max_frames = np.array([len(row.codes) for row in rows]), settings.max_frames_per_batch
     sampler = StepSampler(
         lengths,

@@ -193,7 +193,7 @@ def count_peak(case: Case, is_real: bool = False, lists_largest: bool = False) -
 
 
 def make_objective(case: Case) -> TrainingObjective:
-    """As ``session.build_run`` makes it of a base that is stored in bf16."""
+    """As ``building.build_run`` makes it of a base that is stored in bf16."""
     model, settings = changed_model(case.config, case.recipe, CPU), case.settings
     if settings.mixed_precision == "bf16":
         keep_frozen_matrices_in_bf16(model)

@@ -113,7 +113,11 @@ def be_started(started: float) -> None:
     settings = train.load_settings()
     mark("settings read")
     with getattr(train, "quick_imports", contextlib.nullcontext)():  # older checkouts have none
-        from finetuning import session
+        try:
+            from finetuning import building, starting
+        except ImportError:  # in older checkouts one room is both
+            from finetuning import session as building
+            from finetuning import session as starting
         from finetuning.stepping import Stepper
     mark("imports")
 
@@ -123,8 +127,8 @@ def be_started(started: float) -> None:
         print(json.dumps(seconds), flush=True)
         os._exit(0)
 
-    session.open_rows = then(session.open_rows, lambda: mark("rows open"))
-    session.build_run = then(session.build_run, lambda: mark("model ready"))
+    starting.open_rows = then(starting.open_rows, lambda: mark("rows open"))
+    building.build_run = then(building.build_run, lambda: mark("model ready"))
     _take, Stepper.take = Stepper.take, taken
     train.train(settings)
 

@@ -83,7 +83,7 @@ def weights_of(base: Base, settings: Settings) -> list[Weight]:
     dtypes, num_layers = base.weight_dtypes(), base.talker_config["num_hidden_layers"]
     shapes = {name: shape for name, shape in base.weight_shapes().items() if not name.startswith("speaker_encoder.")}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    keeps_dtype = settings.mixed_precision == "bf16" and not asks_for_fsdp()  # see session.keeps_bf16
+    keeps_dtype = settings.mixed_precision == "bf16" and not asks_for_fsdp()  # see building.keeps_bf16
     itemsizes = {name: dtypes[name].itemsize if keeps_dtype else 4 for name in sizes}
     first_new = num_layers - settings.replace_last_n_layers
     weights = [Weight(name, size, itemsizes[name], _trains(name, settings, first_new)) for name, size in sizes.items()]

@@ -15,8 +15,8 @@ from test_resume import assert_same, result, run_to_the_end, run_until
 from training import FULL, build
 
 from finetuning.balance import PERIOD, SpeakerBalance, describe_shares, rows_by_label
+from finetuning.briefing import say_order
 from finetuning.sampling import Geometry, Part, StepSampler
-from finetuning.session import say_order
 
 STRENGTHS = [0.0, 0.25, 0.5, 0.9, 1.0]
 SIZES = [(100, 30, 7, 1), (50, 50), (5, 200), (1, 1, 2), (1, 2) * 15, (3,)]

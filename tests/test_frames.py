@@ -11,9 +11,9 @@ from test_resume import assert_same, found, result, run_to_the_end, run_until, s
 from test_stepping import limit_memory
 from training import FULL, build, flat, make_trainer
 
+from finetuning.briefing import describe_batch, describe_run, say_long_rows
 from finetuning.errors import UserError
 from finetuning.sampling import Geometry, StepSampler
-from finetuning.session import describe_batch, describe_run, say_long_rows
 from finetuning.validation import Validator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,7 +140,7 @@ def test_what_a_step_holds_must_stay(
 def test_what_is_said_at_the_start(settings_for: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     settings = settings_for(gradient_accumulation_steps=4)
     run = build(settings)
-    shown = describe_run(run, "sdpa")
+    shown = describe_run(run)
     sizes = [run.train.num_steps(epoch) for epoch in range(3)]
     assert f"Steps: {sum(sizes)} ({sizes[0]} an epoch, about {round(18 / sizes[0])} rows each)" in shown
     assert "Batch: up to 200 frames a step = 50 x 4 micro-batches x 1 process(es); learning rate 0.001" in shown

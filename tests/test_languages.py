@@ -17,7 +17,7 @@ from reference import load_stock
 from safetensors.torch import load_file
 from training import train
 
-from finetuning import lora, session
+from finetuning import briefing, lora, starting
 from finetuning.base_model import load_tokenizer, resolve_base
 from finetuning.codec_rows import allocate_language_rows
 from finetuning.errors import UserError
@@ -296,13 +296,13 @@ def test_without_rows_in_the_language_there_is_no_run(
     fields = {"train_jsonl": write_jsonl(rows), "validation_fraction": 0.0, "new_languages": "hausa,yoruba"}
     settings = make_settings(**fields)
     AcceleratorState._reset_state(reset_partial_state=True)
-    base, device = session.check_inputs(settings)
-    accelerator = session.start(settings, device)
-    opened = session.open_rows(settings, base, accelerator)
+    base, device = starting.check_inputs(settings)
+    accelerator = starting.start(settings, device)
+    opened = starting.open_rows(settings, base, accelerator)
     with pytest.raises(UserError, match=r"NEW_LANGUAGES: no row is in yoruba; .* are English, Hausa, ig\b"):
-        session.check_rows(settings, base, opened, accelerator)
+        starting.check_rows(settings, base, opened, accelerator)
     only_hausa = resolve_base(make_settings(new_languages="hausa"))
-    session.check_rows(settings, only_hausa, opened, accelerator)
+    starting.check_rows(settings, only_hausa, opened, accelerator)
 
 
 def test_coverage_is_said_of_each_languages_own_rows(
@@ -315,7 +315,7 @@ def test_coverage_is_said_of_each_languages_own_rows(
         for row, language, text in zip(demo_rows, spoken, texts, strict=False)
     ]
     base = resolve_base(make_settings(new_languages="hausa,yoruba:english"))
-    session.say_coverage(open_rows(write_jsonl(rows), RowFormat(), "TRAIN_JSONL"), base, load_tokenizer(base.folder))
+    briefing.say_coverage(open_rows(write_jsonl(rows), RowFormat(), "TRAIN_JSONL"), base, load_tokenizer(base.folder))
     hausa, yoruba = [line for line in capsys.readouterr().out.splitlines() if "New language" in line]
     assert "hausa (id 2200): 1.25 tokens a character in 2 texts, 25.0% of the characters" in hausa
     assert "yoruba (id 2201): 0.50 tokens a character in 1 texts, no character" in yoruba

@@ -26,8 +26,8 @@ from finetuning.errors import UserError
 from finetuning.layer_utils import model_summary
 from finetuning.memory import parameter_counts
 from finetuning.objective import TrainingObjective
-from finetuning.session import check_inputs
 from finetuning.speakers import Speakers
+from finetuning.starting import check_inputs
 from finetuning.tiny_model import embedded_model_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from torchao.optim.subclass_8bit import OptimState8bit
 from training import FULL, before_each_step, build, make_trainer
 from transformers.optimization import Adafactor
 
-from finetuning import session
+from finetuning import starting
 from finetuning.errors import UserError
 from finetuning.optimizers import check_optimizer, keep_matrices_in_bf16, make_optimizer
 from finetuning.small_adamw import SmallAdamW
@@ -351,7 +351,7 @@ def test_missing_torchao_is_said_before_anything_is_loaded(
     monkeypatch.setattr("finetuning.optimizers.find_spec", lambda _: None)
     settings = make_settings(init_model_path="no/such-model", **fields)
     with pytest.raises(UserError, match=r"^(OPTIMIZER=adamw_8bit|WEIGHTS_PRECISION=bf16) needs the package torchao"):
-        session.check_inputs(settings)
+        starting.check_inputs(settings)
     check_optimizer(make_settings())
     check_optimizer(make_settings(optimizer="adafactor"))
 
@@ -364,7 +364,7 @@ def test_fsdp_is_for_the_usual_optimizer(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     check_optimizer(make_settings())
     with pytest.raises(UserError, match=r"does not work with FSDP\. Set OPTIMIZER=adamw and WEIGHTS_PRECISION=fp32"):
-        session.check_inputs(make_settings(init_model_path="no/such-model", **fields))
+        starting.check_inputs(make_settings(init_model_path="no/such-model", **fields))
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from training import build, make_trainer
 
 from finetuning.base_model import load_model, resolve_base, set_precision
+from finetuning.building import keeps_bf16
 from finetuning.layer_utils import replace_and_add_layers
 from finetuning.objective import TrainingObjective, step_loss
-from finetuning.session import keeps_bf16
 from finetuning.sharding import FSDP_VARIABLE
 from finetuning.speakers import speaker_vector
 from finetuning.tiny_model import embedded_model_folder

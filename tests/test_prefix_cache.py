@@ -13,7 +13,7 @@ from training import FULL, before_each_step, build, make_trainer, signal_in_step
 from finetuning.dataset import collate
 from finetuning.errors import Stopped, UserError
 from finetuning.prefix_cache import DiskStore, MemoryStore, PrefixCache, check_prefix_cache, estimated_positions
-from finetuning.session import check_inputs
+from finetuning.starting import check_inputs
 
 ROWS, EPOCHS = 4, 3
 #: Names as a store's folders have them.

@@ -195,7 +195,7 @@ def test_decoding_workers(make_settings: MakeSettings, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def prepare(codec: Codec, fake: FakeCodec) -> Callable[[Any], None]:
-    """What ``session.open_rows`` does before it opens the rows."""
+    """What ``starting.open_rows`` does before it opens the rows."""
 
     def prepare(settings: Any) -> None:
         check_files(settings)
@@ -345,14 +345,14 @@ def test_a_run_on_a_dataset_trains_its_rows(
     """From DATASET_NAME to the rows of a run, with the real (tiny) codec: the codes are those of the clips."""
     from accelerate.state import AcceleratorState
 
-    from finetuning import session
+    from finetuning import starting
     from finetuning.audio import load_audio
 
     AcceleratorState._reset_state(reset_partial_state=True)  # a test before may have run in another precision
     rows = demo_texts(4)
     settings = make_settings(dataset_name=str(write_parquet(tmp_path / "set", rows)), validation_fraction=0.0)
     base = resolve_base(settings)
-    opened = session.open_rows(settings, base, session.start(settings, "cpu"))
+    opened = starting.open_rows(settings, base, starting.start(settings, "cpu"))
     expected = codec.encode([load_audio(row["audio"]) for row in rows])
     assert [row["text"] for row in opened.train] == [row["text"] for row in rows]
     assert all((row["codes"] == codes).all() for row, codes in zip(opened.train, expected, strict=True))

@@ -18,7 +18,7 @@ from conftest import PROJECT, VOICE
 from safetensors.torch import load_file
 from training import FULL, before_each_step, build, make_trainer
 
-from finetuning import session
+from finetuning import building, session, starting
 from finetuning.base_model import resolve_base
 from finetuning.disk import CHECKSUMS_FILE, damage
 from finetuning.errors import Stopped, UserError
@@ -348,10 +348,10 @@ def test_micro_batches_may_be_cut_otherwise(
 
 def lines_of_epoch(settings: Any, epoch: int) -> list[list[int]]:
     """The lines of the rows of each step, by the plan of a run that nothing stopped."""
-    base, device = session.check_inputs(settings)
-    accelerator = session.start(settings, device)
-    rows = session.open_rows(settings, base, accelerator)
-    steps = session.make_steps(settings, rows, None, accelerator)
+    base, device = starting.check_inputs(settings)
+    accelerator = starting.start(settings, device)
+    rows = starting.open_rows(settings, base, accelerator)
+    steps = building.make_steps(settings, rows, None, accelerator)
     lines = rows.train.column("line")
     return [[int(lines[row]) for batch in plan for row in batch] for plan in steps.sampler.epoch_plan(epoch)]
 

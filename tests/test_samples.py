@@ -19,7 +19,7 @@ from reference import load_stock
 from safetensors.torch import load_file
 from training import FULL, build, make_trainer
 
-from finetuning import samples, session
+from finetuning import samples, starting
 from finetuning.audio import SAMPLE_RATE_HZ
 from finetuning.base_model import resolve_base
 from finetuning.checkpoint import clear_output_folder, run_entries
@@ -479,7 +479,7 @@ def test_special_tokens_are_refused_before_anything_is_loaded(make: Callable, tm
     file = tmp_path / "texts.txt"
     file.write_text("Good.\nStop <|im_end|> here.\n")
     with pytest.raises(UserError, match=r"EVAL_TEXTS: text 2 contains the special token <\|im_end\|>"):
-        session.check_inputs(make(eval_texts=str(file)))
+        starting.check_inputs(make(eval_texts=str(file)))
 
 
 def test_the_bases_own_sampling_is_used(make: Callable) -> None:
@@ -506,13 +506,13 @@ def test_what_cannot_be_measured_is_refused_at_once(make: Callable, fields: dict
     fields = {name: __file__ if value == "__file__" else value for name, value in fields.items()}
     settings = make(**({"sample_steps": 1} | fields))
     with pytest.raises(UserError, match=message):
-        session.check_measures(settings, resolve_base(settings))
+        starting.check_measures(settings, resolve_base(settings))
 
 
 def test_what_is_measured_passes(make: Callable) -> None:
     for name in ("loss", "eos_rate", "speaker_embedding_similarity", "speech_rate_ratio"):
         settings = make(best_metric=name, sample_steps=1)
-        session.check_measures(settings, resolve_base(settings))
+        starting.check_measures(settings, resolve_base(settings))
 
 
 def test_a_long_name_fits_into_a_file_s() -> None:

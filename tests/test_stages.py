@@ -13,7 +13,7 @@ from reference import load_stock
 from torch import nn
 from training import FULL, build, make_trainer
 
-from finetuning import session, stepping
+from finetuning import starting, stepping
 from finetuning.errors import UserError
 from finetuning.objective import compile_layers
 from finetuning.settings import STAGE_NAMES
@@ -332,7 +332,7 @@ def test_a_stage_that_trains_nothing_is_refused(settings_for: Callable, name: st
     fields, cure = EMPTY[name]
     settings = settings_for(**fields, train_stages=f"all:2,all+{name}:5,all")
     with pytest.raises(UserError) as refused:
-        session.check_inputs(settings)
+        starting.check_inputs(settings)
     text = str(refused.value)
     assert text.startswith(f"TRAIN_STAGES: nothing of {name} trains with these settings") and cure in text
     assert not settings.output_dir.exists() or not list(settings.output_dir.glob("*.json"))
@@ -351,10 +351,10 @@ def test_headers_and_the_model_agree(settings_for: Callable, fields: dict[str, A
     for name in STAGE_NAMES:
         settings = settings_for(**fields, train_stages=name)
         if name in found:
-            session.check_inputs(settings)
+            starting.check_inputs(settings)
         else:
             with pytest.raises(UserError, match=f"nothing of {name} trains"):
-                session.check_inputs(settings)
+                starting.check_inputs(settings)
 
 
 # ------------------------------------------------------------------------------------------------------ the steps

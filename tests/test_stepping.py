@@ -11,9 +11,9 @@ import pytest
 import torch
 from training import FULL, build, flat, make_trainer, signal_in_step
 
+from finetuning.briefing import describe_batch
 from finetuning.errors import UserError
 from finetuning.row_index import Manifest
-from finetuning.session import describe_batch
 from finetuning.state import State, find_states
 from finetuning.stepping import MAX_HALVINGS, Skips, Stepper, Sums, Window
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from finetuning import session
+from finetuning import building, claiming, session, starting
 from finetuning.settings import Settings
 from finetuning.trainer import Trainer
 
@@ -22,13 +22,13 @@ def build(settings: Settings) -> Any:
         settings = settings.model_copy(update={"sample_steps": 0})
     # Accelerate keeps its precision for the life of a process; a test may want another one.
     AcceleratorState._reset_state(reset_partial_state=True)
-    base, device = session.check_inputs(settings)
-    accelerator = session.start(settings, device)
-    settings = session.apply_memory_profile(settings, base, accelerator)
-    resume = session.choose_start(settings, base, accelerator)
-    rows = session.open_rows(settings, base, accelerator)
-    run = session.build_run(settings, base, rows, accelerator, resume, verbose=False)
-    session.claim_output_folder(run)
+    base, device = starting.check_inputs(settings)
+    accelerator = starting.start(settings, device)
+    settings = starting.apply_memory_profile(settings, base, accelerator)
+    resume = starting.choose_start(settings, base, accelerator)
+    rows = starting.open_rows(settings, base, accelerator)
+    run = building.build_run(settings, base, rows, accelerator, resume, verbose=False)
+    claiming.claim_output_folder(run)
     return run
 
 
