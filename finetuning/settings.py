@@ -410,7 +410,7 @@ class Settings(BaseSettings):
     best_metric: Word = _setting(
         "loss",
         "figure of the validation log that best/ is chosen by: loss, accuracy, speaker_embedding_similarity, wer, … "
-        "(the README lists them)",
+        "(docs/results.md lists them)",
     )
     early_stopping_patience: int = _setting(
         0, "end the run after so many evaluations in a row without a better BEST_METRIC; 0 = off", ge=0
