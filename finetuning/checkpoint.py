@@ -391,10 +391,11 @@ def check_holds_no_run(settings: Settings) -> None:
     """Raises UserError for an OUTPUT_DIR with a run, unless OVERWRITE_OUTPUT is set."""
     entries = run_entries(settings.output_dir)
     if entries and not settings.overwrite_output:
+        going_on = ", or RESUME=auto to go on with it where it has a state" if settings.resume == "never" else ""
         raise UserError(
             f"OUTPUT_DIR: {settings.output_dir} already holds a run "
-            f"({', '.join(entry.name for entry in entries[:4])}); choose another folder, set OVERWRITE_OUTPUT=true to "
-            "replace it, or, where it has a state, RESUME=auto to go on with it"
+            f"({', '.join(entry.name for entry in entries[:4])}); choose another folder, or set OVERWRITE_OUTPUT=true "
+            f"to replace it{going_on}"
         )
 
 
