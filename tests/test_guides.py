@@ -233,3 +233,17 @@ def test_every_block_runs_or_says_what_it_needs() -> None:
     blocks = [block for guide in GUIDES for block in blocks_of(guide) if block.language == "bash"]
     assert len(blocks) > 15
     assert sum(block.runs_here for block in blocks) >= len(blocks) / 2
+
+
+def test_the_web_demo_of_qwen_tts_speaks(after_readme: Path) -> None:
+    """What ``qwen-tts-demo output/best`` serves, without the server: its page is built and its button pressed."""
+    import torch
+    from qwen_tts import Qwen3TTSModel
+    from qwen_tts.cli.demo import build_demo
+
+    folder = str(after_readme / "output" / "best")
+    stock = Qwen3TTSModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    page = build_demo(stock, folder, {"max_new_tokens": int(MAX_FRAMES)})
+    button = next(function for function in page.fns.values() if function.api_name == "run_instruct")
+    (rate, samples), status = button.fn("Good morning.", "Auto", "Anna", "")
+    assert status.startswith("Finished") and rate == 24_000 and len(samples) > 0
