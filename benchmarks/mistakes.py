@@ -66,10 +66,10 @@ class Line(NamedTuple):
 class MistakenLoop(PlainLoop):
     """The plain loop with some of MISTAKES; without any it is right."""
 
-    def __init__(self, run: building.Run, mistakes: frozenset[str]) -> None:
-        super().__init__(run.model, torch.empty(0), run.settings.sub_talker_loss_weight)
+    def __init__(self, model: Any, vectors: torch.Tensor, sub_talker_weight: float, mistakes: frozenset[str]) -> None:
+        super().__init__(model, torch.empty(0), sub_talker_weight)
         self.mistakes = mistakes
-        self.register_buffer("vector", run.speakers.vectors[:1])
+        self.register_buffer("vector", vectors[:1])
 
     def forward(self, batch: Batch) -> torch.Tensor:
         talker, mistakes = self.model.talker, self.mistakes
@@ -138,7 +138,7 @@ def make_run(output_dir: Path, epochs: int) -> building.Run:
 def train(run: building.Run, mistakes: frozenset[str]) -> list[float]:
     """The loss of every step."""
     settings = run.settings
-    loop = MistakenLoop(run, mistakes).train()
+    loop = MistakenLoop(run.model, run.speakers.vectors, settings.sub_talker_loss_weight, mistakes).train()
     optimizer = torch.optim.AdamW(loop.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     warmup_steps = min(settings.warmup_steps, run.num_steps // 10)
     schedule = get_scheduler(settings.lr_scheduler, optimizer, warmup_steps, run.num_steps)
