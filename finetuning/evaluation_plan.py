@@ -3,6 +3,7 @@ before anything is generated."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from finetuning.audio import AudioError, audio_duration_seconds, load_audio
 from finetuning.base_model import Base, load_tokenizer, read_base_config, resolve_base
 from finetuning.checkpoint import NUMBERED_FOLDERS
-from finetuning.codec import FRAMES_PER_SECOND, check_codec_folder
+from finetuning.codec import FRAMES_PER_SECOND, check_codec_folder, codec_fingerprint
+from finetuning.console import say
 from finetuning.disk import checksum, read_json
 from finetuning.errors import UserError
 from finetuning.kept_samples import Manner, Request, fingerprint
@@ -38,9 +41,17 @@ NUM_TEXTS, NUM_SPEAKERS = 5, 3
 SPARE_FRAMES, FRAMES_PER_TOKEN = 125, 15
 #: Nobody speaks faster than this: a text with more tokens than fit into the model's longest speech is refused.
 LEAST_FRAMES_PER_TOKEN = 1.5
+#: Where texts come from when nobody gives any, for messages.
+_DEFAULT_TEXTS = "--texts names none, and a validation text of the run cannot be said"
 #: Positions of a prompt beside its text and reference.
 _SPARE_POSITIONS = 16
 _NUMBERED = re.compile(rf"(?:{'|'.join(NUMBERED_FOLDERS)})-(\d+)")
+#: What a run began with says which of its rows are validation rows and what its checkpoints are, not today's `.env`; …
+_OF_THE_RUN = (
+    "seed", "validation_fraction", "max_eval_samples", "export_type", "speaker_name", "new_languages",
+)  # fmt: skip
+#: … and where its base and its reference lie, unless they are set: they may have been moved.
+_UNLESS_SET = ("init_model_path", "tokenizer_path", "speaker_encoder_path", "ref_audio_path", "ref_text")
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,9 @@ class Model:
         step: optimizer steps that it was trained for; None where it does not say.
         samples: name of its folder of samples.
         manners: in which it speaks, each a line of the report.
+        run: settings.json of the run that it lies in; {} where there is none.
+        codec_folder: the speech tokenizer that it speaks with, where it is another than its own.
+        setting: what names it, for messages.
     """
 
     name: str
@@ -81,6 +95,9 @@ class Model:
     also: tuple[str, ...] = ()
     step: int | None = None
     is_base: bool = False
+    run: Mapping[str, Any] = field(default_factory=dict)
+    codec_folder: Path | None = None
+    setting: str = "--checkpoints"
 
     @property
     def clones(self) -> bool:
@@ -111,6 +128,8 @@ class Voice:
     Attributes:
         files: all references that are known and there.
         reference: the one that clones hear, its checksum and its transcript; None where it is not known.
+        stored: (checkpoint's folder, row of its codec table) where the vector of the voice is stored in one, as it was
+            before training; else it is that of the files.
     """
 
     speaker: str
@@ -118,6 +137,7 @@ class Voice:
     reference: Path | None = None
     checksum: str | None = None
     transcript: str | None = None
+    stored: tuple[Path, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +152,21 @@ class Plan:
     base: Base | None
     rows: TrainingRows | None
     notes: list[str] = field(default_factory=list)
+
+    def without(self, failed: Mapping[str, str]) -> Plan:
+        """The plan for the other models.
+
+        Args:
+            failed: name of a model -> why it is left out, which becomes a note.
+
+        Raises:
+            UserError: no checkpoint is left.
+        """
+        models = [model for model in self.models if model.name not in failed]
+        if all(model.is_base for model in models):
+            raise UserError("\n".join(why for name, why in failed.items()))
+        notes = [*self.notes, *(f"{name} is left out: {why}" for name, why in failed.items())]
+        return replace(self, models=models, notes=notes)
 
     def language(self, model: Model, text: Text) -> str:
         """The model's name of a text's language; Auto where it has none."""
@@ -159,35 +194,54 @@ def make_plan(settings: Settings, options: Options) -> Plan:
         UserError: what is missing or does not fit.
     """
     notes: list[str] = []
-    checkpoints = find_checkpoints(settings.output_dir, options.checkpoints)
-    texts = read_texts(options.texts) if options.texts else _texts_of_settings(settings)
+    settings = settings_of_run(settings)
+    checkpoints = find_checkpoints(settings.output_dir, options.checkpoints, notes)
     rows = open_run_rows(settings)
     base = _find_base(settings, options, notes)
-    is_given = bool(texts)
-    texts = _with_language(texts or _default_texts(rows, notes), is_given, options, rows, checkpoints)
-    _check_texts(texts, base)
+    texts, origin = _texts(settings, options, rows, notes)
+    texts = _with_language(texts, origin, options, rows, checkpoints)
+    _check_texts(texts, origin, base)
     speakers = choose_speakers(checkpoints, options.speakers)
-    voices = _voices(settings, options, speakers, checkpoints, rows)
+    voices = _voices(settings, options, speakers, checkpoints, base, rows, notes)
     models = _with_manners(checkpoints, _base_model(settings, options, base, voices, notes), voices, notes)
-    for model in models:
-        check_codec_folder(model.folder / "speech_tokenizer")
-    max_frames = _max_frames(models, voices, texts, options)
+    max_frames = _max_frames(models, voices, texts, origin, options)
     _note_languages(models, texts, notes)
     seeds = range(1, options.num_seeds + 1)
     return Plan(models, voices, texts, max_frames, seeds, base, rows, notes)
 
 
+def settings_of_run(settings: Settings) -> Settings:
+    """Today's settings, but for those that a run in OUTPUT_DIR cannot have changed since it began.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    file = settings.output_dir / "settings.json"
+    saved = read_json(file) or {}
+    fields = [*_OF_THE_RUN, *(field for field in _UNLESS_SET if not settings.is_set(field))]
+    if settings.is_set("ref_audio_path"):  # the transcript is that of another reference
+        fields = [field for field in fields if field != "ref_text"]
+    wanted = {field: saved[field.upper()] for field in fields if field.upper() in saved}
+    try:
+        checked = Settings(**wanted)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0]).upper()
+        raise UserError(f"OUTPUT_DIR: {file}: {name} has no value that can be used; mend or remove the file") from None
+    return settings.model_copy(update={field: getattr(checked, field) for field in wanted})
+
+
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 
-def find_checkpoints(output_dir: Path, names: Sequence[str]) -> list[Model]:
+def find_checkpoints(output_dir: Path, names: Sequence[str], notes: list[str] | None = None) -> list[Model]:
     """The checkpoints of a run in the order of their steps, or those that are named; the same files once.
 
     Args:
         names: of folders in OUTPUT_DIR, or paths.
+        notes: gets a line for each checkpoint that cannot be read, where none are named.
 
     Raises:
-        UserError: there is none, or a name is unknown.
+        UserError: there is none, a name is unknown, or one that is named cannot be read.
     """
     folders = _checkpoint_folders(output_dir)
     if not folders and not names:
@@ -197,10 +251,23 @@ def find_checkpoints(output_dir: Path, names: Sequence[str]) -> list[Model]:
         )
     chosen = [_named(name, output_dir, folders) for name in names] or folders
     models: dict[str, Model] = {}
+    unreadable: list[str] = []
     for folder in dict.fromkeys(chosen):
-        model = _read_checkpoint(folder, output_dir)
+        try:
+            model = _read_checkpoint(folder, output_dir)
+        except UserError as error:
+            if names:
+                raise
+            unreadable.append(f"{folder.name} is left out: {error}")
+            continue
         same = models.get(model.fingerprint)
         models[model.fingerprint] = model if same is None else _joined(same, model)
+    if not models:
+        raise UserError("\n".join(unreadable))
+    for note in unreadable:
+        say(note)
+    if notes is not None:
+        notes.extend(unreadable)
     return sorted(models.values(), key=lambda model: (model.step is None, model.step or 0))
 
 
@@ -225,16 +292,36 @@ def _named(name: str, output_dir: Path, folders: Sequence[Path]) -> Path:
 
 def _read_checkpoint(folder: Path, output_dir: Path) -> Model:
     config = read_base_config(folder, "--checkpoints")
+    check_codec_folder(folder / "speech_tokenizer")
     is_of_run = folder.parent.resolve() == output_dir.resolve()
     name = folder.name if is_of_run else str(folder)
-    print_of_folder = fingerprint(folder)
+    try:
+        print_of_folder = fingerprint(folder)
+    except OSError as error:
+        raise UserError(f"--checkpoints: {folder} cannot be read ({error}); is a run removing it?") from None
     samples = folder.name if is_of_run else f"{folder.name}-{print_of_folder[:8]}"
     step = (read_json(folder / "training_state.json") or {}).get("step")
-    return Model(name, folder, config, print_of_folder, samples, step=step if isinstance(step, int) else None)
+    return Model(
+        name,
+        folder,
+        config,
+        print_of_folder,
+        samples,
+        step=step if isinstance(step, int) else None,
+        run=read_json(folder.parent / "settings.json") or {},
+    )
 
 
 def _joined(first: Model, second: Model) -> Model:
     return replace(first, also=(*first.also, second.name))
+
+
+def fingerprint_of(folder: Path, codec_folder: Path | None) -> str:
+    """``kept_samples.fingerprint`` of what speaks with another codec than its own, or with its own (None)."""
+    own = fingerprint(folder)
+    if codec_folder is None:
+        return own
+    return hashlib.sha256(f"{own} {codec_fingerprint(codec_folder)}".encode()).hexdigest()[:32]
 
 
 def known_languages(model: Model) -> Mapping[str, int]:
@@ -262,16 +349,42 @@ def _find_base(settings: Settings, options: Options, notes: list[str]) -> Base |
 def _base_model(
     settings: Settings, options: Options, base: Base | None, voices: Sequence[Voice], notes: list[str]
 ) -> Model | None:
-    """What clones each speaker without training, or a base that knows all of them by name; None where there is none."""
+    """The line to beat: a base that clones; a custom_voice base that knows all speakers by name, which it speaks as;
+    else what clones in the place of one that cannot: the model of SPEAKER_ENCODER_PATH. None where there is none."""
     if not options.with_base or base is None:
         return None
-    source = base.encoder_source or base
-    config = read_base_config(source.folder)  # without the languages that the run adds
-    presets = config["talker_config"].get("spk_id") or {}
-    if base.encoder_source is None and any(voice.speaker.lower() not in presets for voice in voices):
-        notes.append(f"there is no line of the base: {base.name} has no speaker encoder to clone with")
+    known = {} if settings.export_type == "base" else _presets(base.config)  # there, names are labels
+    unknown = [voice.speaker for voice in voices if voice.speaker.lower() not in known]
+    source = base if base.is_custom_voice and not unknown else base.encoder_source
+    if source is None:
+        notes.append(
+            f"there is no line of the base: {base.name} does not know {', '.join(unknown)}, and has no speaker encoder "
+            "to clone with (SPEAKER_ENCODER_PATH names a model that has)"
+        )
         return None
-    return Model("base", source.folder, config, fingerprint(source.folder), "base", is_base=True)
+    if source is not base:
+        notes.append(
+            f"the line of the base is {source.name} (SPEAKER_ENCODER_PATH), which clones: {base.name} does not know "
+            f"{', '.join(unknown)}, and cannot clone"
+        )
+    config = read_base_config(source.folder)  # without the languages that the run adds
+    has_own_codec = source.codec_folder == source.folder / "speech_tokenizer"
+    codec_folder = None if has_own_codec else source.codec_folder
+    return Model(
+        "base",
+        source.folder,
+        config,
+        fingerprint_of(source.folder, codec_folder),
+        "base",
+        is_base=True,
+        codec_folder=codec_folder,
+        setting="INIT_MODEL_PATH" if source is base else "SPEAKER_ENCODER_PATH",
+    )
+
+
+def _presets(config: Mapping[str, Any]) -> Mapping[str, int]:
+    """Lower-case name of each speaker that a checkpoint knows -> its row of the codec table."""
+    return config["talker_config"].get("spk_id") or {}
 
 
 def _with_manners(
@@ -305,7 +418,7 @@ def _check_voices(model: Model, voices: Sequence[Voice]) -> None:
                 f"audio file of 5 - 10 s{way_out}"
             )
         return
-    presets = model.config["talker_config"].get("spk_id") or {}
+    presets = _presets(model.config)
     if missing := [voice.speaker for voice in voices if voice.speaker.lower() not in presets]:
         raise UserError(
             f"--speakers: {model.name} has no speaker {', '.join(missing)}; it has: {', '.join(presets) or 'none'}"
@@ -372,6 +485,15 @@ def _is_file(item: str) -> bool:
         return False
 
 
+def _texts(settings: Settings, options: Options, rows: TrainingRows | None, notes: list[str]) -> tuple[list[Text], str]:
+    """The texts, and what gave them, for messages."""
+    if options.texts:
+        return read_texts(options.texts), "--texts"
+    if texts := _texts_of_settings(settings):
+        return texts, "EVAL_TEXTS"
+    return _default_texts(rows, notes), _DEFAULT_TEXTS
+
+
 def _default_texts(rows: TrainingRows | None, notes: list[str]) -> list[Text]:
     """Some validation texts of the run, which it has not learnt, else a few built-in ones."""
     if rows is not None and rows.validation is not None and len(rows.validation):
@@ -396,7 +518,7 @@ def _texts_of_settings(settings: Settings) -> list[Text]:
 
 def _with_language(
     texts: Sequence[Text],
-    is_given: bool,
+    origin: str,
     options: Options,
     rows: TrainingRows | None,
     checkpoints: Sequence[Model],
@@ -404,7 +526,7 @@ def _with_language(
     """Texts in --language, else in that of their row, else in the run's where all rows are in one.
 
     Args:
-        is_given: whether they were given, so that no row says their language.
+        origin: what gave them; where it is no row, none says their language.
 
     Raises:
         UserError: a checkpoint has no such language.
@@ -413,7 +535,7 @@ def _with_language(
         for model in checkpoints:
             _check_language(model, options.language)
         return [replace(text, language=options.language) for text in texts]
-    if not is_given or rows is None:
+    if origin == _DEFAULT_TEXTS or rows is None:
         return list(texts)
     languages = rows.train.distinct("language")
     return [replace(text, language=languages[0]) for text in texts] if len(languages) == 1 else list(texts)
@@ -445,14 +567,18 @@ def _has_language(model: Model, language: str) -> bool:
     return True
 
 
-def _check_texts(texts: Sequence[Text], base: Base | None) -> None:
+def _check_texts(texts: Sequence[Text], origin: str, base: Base | None) -> None:
     tokens = base.special_tokens() if base else RowFormat().special_tokens
     for text in texts:
         if found := [token for token in tokens if token in text.text]:
-            raise UserError(f'--texts: "{text.text[:60]}" contains the special token {found[0]}, which ends the prompt')
+            raise UserError(
+                f'{origin}: "{text.text[:60]}" contains the special token {found[0]}, which ends the prompt'
+            )
 
 
-def _max_frames(models: Sequence[Model], voices: Sequence[Voice], texts: Sequence[Text], options: Options) -> list[int]:
+def _max_frames(
+    models: Sequence[Model], voices: Sequence[Voice], texts: Sequence[Text], origin: str, options: Options
+) -> list[int]:
     """Frames after which each text is cut off.
 
     Raises:
@@ -462,16 +588,14 @@ def _max_frames(models: Sequence[Model], voices: Sequence[Voice], texts: Sequenc
     context = _context_positions(models, voices, tokenizer)
     longest = min(_longest_speech(model) for model in models)
     positions = min(model.config["talker_config"].get("max_position_embeddings", 32_768) for model in models)
-    return [
-        _frames_of(
-            text.text, len(tokenizer(assistant_turn(text.text))["input_ids"]), context, longest, positions, options
-        )
-        for text in texts
-    ]
+    return [_frames_of(text.text, origin, tokenizer, context, longest, positions, options) for text in texts]
 
 
-def _frames_of(text: str, num_tokens: int, context: int, longest: int, positions: int, options: Options) -> int:
-    shown = f'--texts: "{text[:40]}…" has {num_tokens:,} tokens'
+def _frames_of(
+    text: str, origin: str, tokenizer: Any, context: int, longest: int, positions: int, options: Options
+) -> int:
+    num_tokens = len(tokenizer(assistant_turn(text))["input_ids"])
+    shown = f'{origin}: "{text[:40]}…" has {num_tokens:,} tokens'
     if num_tokens * LEAST_FRAMES_PER_TOKEN > longest:
         raise UserError(
             f"{shown}, more than the model says at a time: its longest speech is {longest:,} frames "
@@ -507,27 +631,33 @@ def _context_positions(models: Sequence[Model], voices: Sequence[Voice], tokeniz
 
 
 def choose_speakers(checkpoints: Sequence[Model], wanted: Sequence[str]) -> list[str]:
-    """The speakers that are named, else the run's first few.
+    """The speakers that are named, else the run's first few; each once, as the run spells it.
 
     Raises:
         UserError: the run has no such speaker.
     """
-    known = list(dict.fromkeys(name for model in checkpoints for name in _speakers_of(model)))
+    known: dict[str, str] = {}
+    for name in (name for model in checkpoints for name in _speakers_of(model)):
+        known.setdefault(speaker_key(name), name)
     if not known:
         raise UserError(
             "--checkpoints: none of them says which speakers it was trained for; name a checkpoint of a run as well"
         )
     if not wanted:
-        return known[:NUM_SPEAKERS]
-    by_key = {name.lower(): name for name in known}
-    if unknown := [name for name in wanted if name.lower() not in by_key]:
-        raise UserError(f"--speakers: the run has no speaker {', '.join(unknown)}; it has: {', '.join(known)}")
-    return [by_key[name.lower()] for name in wanted]
+        return list(known.values())[:NUM_SPEAKERS]
+    if unknown := [name for name in wanted if speaker_key(name) not in known]:
+        raise UserError(f"--speakers: the run has no speaker {', '.join(unknown)}; it has: {', '.join(known.values())}")
+    return [known[key] for key in dict.fromkeys(map(speaker_key, wanted))]
+
+
+def speaker_key(name: str) -> str:
+    """The same for all spellings of a speaker that differ in case and white space only."""
+    return " ".join(name.lower().split())
 
 
 def _speakers_of(model: Model) -> list[str]:
     """The names that the run trained, as its rows spell them; of another checkpoint all that it knows."""
-    return list(_speaker_entries(model)) or list(model.config["talker_config"].get("spk_id") or {})
+    return list(_speaker_entries(model)) or list(_presets(model.config))
 
 
 def _speaker_entries(model: Model) -> Mapping[str, Any]:
@@ -540,12 +670,26 @@ def _voices(
     options: Options,
     speakers: Sequence[str],
     checkpoints: Sequence[Model],
+    base: Base | None,
     rows: TrainingRows | None,
+    notes: list[str],
 ) -> list[Voice]:
     given = given_references(options.references, speakers)
     if options.reference_text and len(speakers) > 1:
         raise UserError(f"--reference_text is for one speaker, not for {', '.join(speakers)}; choose with --speakers")
-    return [_voice(settings, options, speaker, given.get(speaker), checkpoints, rows) for speaker in speakers]
+    voices = []
+    for speaker in speakers:
+        files = _saved_references(speaker, checkpoints, notes)
+        reference = given.get(speaker) or next(iter(files), None) or _other_reference(settings, speaker, rows)
+        files = files or ([reference] if reference else [])
+        if speaker in given:
+            hear(given[speaker], "--reference")
+        for file in files:
+            hear(file, f"reference of {speaker}")
+        stored = _stored_row(settings, speaker, base, [] if files else checkpoints)
+        voice = Voice(speaker, files, stored=stored)
+        voices.append(_with_reference(voice, reference, settings, options, rows) if reference else voice)
+    return voices
 
 
 def given_references(items: Iterable[str], speakers: Sequence[str]) -> dict[str, Path]:
@@ -555,53 +699,86 @@ def given_references(items: Iterable[str], speakers: Sequence[str]) -> dict[str,
         UserError: a file is not there, or whose voice it is is not said.
     """
     found = {}
-    names = {name.lower(): name for name in speakers}
+    names = {speaker_key(name): name for name in speakers}
     for item in items:
         name, sign, file = item.partition("=")
         if _is_file(item) or not sign:
             name, file = speakers[0], item
             if len(speakers) > 1:
                 raise UserError(f"--reference: whose voice is {item}? say {speakers[0]}={item}")
-        if name.lower() not in names:
+        if speaker_key(name) not in names:
             raise UserError(f"--reference: {name} is none of the speakers {', '.join(speakers)}")
         if not _is_file(file):
             raise UserError(f"--reference: {file} does not exist")
-        found[names[name.lower()]] = Path(file)
+        found[names[speaker_key(name)]] = Path(file)
     return found
 
 
-def _voice(
-    settings: Settings,
-    options: Options,
-    speaker: str,
-    given: Path | None,
-    checkpoints: Sequence[Model],
-    rows: TrainingRows | None,
-) -> Voice:
-    entries = [entry for model in checkpoints if isinstance(entry := _speaker_entries(model).get(speaker), dict)]
-    saved = [Path(file) for entry in entries for file in entry.get("references") or ()]
-    files = [file for file in dict.fromkeys(saved) if file.is_file()]
-    reference = given or next(iter(files), None) or _other_reference(settings, speaker, rows)
-    if reference is None:
-        return Voice(speaker, files)
+def _saved_references(speaker: str, checkpoints: Sequence[Model], notes: list[str]) -> list[Path]:
+    """The files that checkpoints were given the speaker's vector by, as far as they are still there."""
+    key = speaker_key(speaker)
+    entries = [
+        entry for model in checkpoints for name, entry in _speaker_entries(model).items() if speaker_key(name) == key
+    ]
+    saved = [Path(file) for entry in entries if isinstance(entry, dict) for file in entry.get("references") or ()]
+    saved = list(dict.fromkeys(saved))
+    files = [file for file in saved if file.is_file()]
+    if 0 < len(files) < len(saved):
+        notes.append(
+            f"{len(saved) - len(files)} of the {len(saved)} references of {speaker} are gone; voices are compared with "
+            "the mean of the others"
+        )
+    return files
+
+
+def hear(file: Path, what: str) -> np.ndarray:
+    """(num_samples,) float32 at 24 kHz of a reference.
+
+    Args:
+        what: it is, for the message.
+
+    Raises:
+        UserError: it cannot be used.
+    """
     try:
-        load_audio(reference)
+        return load_audio(file)
     except AudioError as error:
-        raise UserError(f"--reference: {reference}: {error}") from None
+        way_out = "name another file" if what == "--reference" else "bring it back, or remove it to go without it"
+        raise UserError(f"{what}: {file}: {error}; {way_out}") from None
+
+
+def _stored_row(
+    settings: Settings, speaker: str, base: Base | None, checkpoints: Sequence[Model]
+) -> tuple[Path, int] | None:
+    """Where the vector of a voice is stored: in a base that knows the speaker, as in training; else in a checkpoint
+    whose run did not train it, since a row that trains would move with what it is to judge."""
+    key = speaker.lower()
+    if base is not None and base.is_custom_voice and settings.export_type != "base" and key in _presets(base.config):
+        return base.folder, _presets(base.config)[key]
+    for model in checkpoints:
+        if key in _presets(model.config) and model.run.get("SPEAKER_EMBEDDING_TRAINABLE") is False:
+            return model.folder, _presets(model.config)[key]
+    return None
+
+
+def _with_reference(
+    voice: Voice, reference: Path, settings: Settings, options: Options, rows: TrainingRows | None
+) -> Voice:
     transcript = options.reference_text or _transcript(settings, reference, rows)
     transcript = normalize_text(transcript) if transcript else None
-    return Voice(speaker, files or [reference], reference, checksum(reference), transcript)
+    return replace(voice, reference=reference, checksum=checksum(reference), transcript=transcript)
 
 
 def _other_reference(settings: Settings, speaker: str, rows: TrainingRows | None) -> Path | None:
     """REF_AUDIO_PATH of SPEAKER_NAME, else a clip of the training rows."""
-    file = settings.ref_audio_path
-    if file is not None and file.is_file() and speaker.lower() == settings.speaker_name.lower():
+    file, key = settings.ref_audio_path, speaker_key(speaker)
+    if file is not None and file.is_file() and key == speaker_key(settings.speaker_name):
         return file
-    if rows is None or speaker not in rows.train.distinct("speaker"):
+    if rows is None:
         return None
+    spelled = {speaker_key(name): name for name in rows.train.distinct("speaker")}
     try:
-        return Path(choose_reference(rows.train, speaker))
+        return Path(choose_reference(rows.train, spelled[key])) if key in spelled else None
     except UserError:
         return None
 
