@@ -28,8 +28,10 @@ from finetuning.checkpoint import CODEC_TABLE
 from finetuning.console import say
 from finetuning.disk import check_is_whole, checksum
 from finetuning.errors import UserError
-from finetuning.evaluation_plan import Job, Model, Options, Plan, Voice, fingerprint_of, hear, make_plan
+from finetuning.evaluation_models import Model, Options, fingerprint_of
+from finetuning.evaluation_plan import Job, Plan, make_plan
 from finetuning.evaluation_report import write_report
+from finetuning.evaluation_voices import Voice, hear
 from finetuning.kept_samples import (
     Kept,
     Manner,

@@ -1,32 +1,36 @@
-"""What an evaluation compares: checkpoints of a run and its base, texts, speakers and their references; all checked
-before anything is generated."""
+"""An evaluation before anything is generated: models, voices and texts, all checked, and what each text may take."""
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
-from finetuning.audio import AudioError, audio_duration_seconds, load_audio
-from finetuning.base_model import Base, load_tokenizer, read_base_config, resolve_base
-from finetuning.checkpoint import NUMBERED_FOLDERS
-from finetuning.codec import FRAMES_PER_SECOND, check_codec_folder, codec_fingerprint
-from finetuning.console import say
-from finetuning.disk import checksum, read_json
+from finetuning.audio import audio_duration_seconds
+from finetuning.base_model import Base, load_tokenizer
+from finetuning.codec import FRAMES_PER_SECOND
+from finetuning.disk import read_json
 from finetuning.errors import UserError
-from finetuning.kept_samples import Manner, Request, fingerprint
+from finetuning.evaluation_models import (
+    Model,
+    Options,
+    find_base,
+    find_checkpoints,
+    known_languages,
+    make_base_model,
+    open_run_rows,
+    preset_rows,
+    settings_of_run,
+)
+from finetuning.evaluation_voices import Voice, choose_speakers, find_voices, is_file
+from finetuning.kept_samples import Manner, Request
 from finetuning.manifest import RowFormat, normalize_text
 from finetuning.prompt import assistant_turn, resolve_language
-from finetuning.row_index import Manifest
 from finetuning.settings import Settings
-from finetuning.speakers import choose_reference
-from finetuning.training_rows import TrainingRows, open_training_rows
+from finetuning.training_rows import TrainingRows
 
 #: Said where neither texts are given nor the run has validation rows.
 BUILT_IN_TEXTS = (
@@ -35,8 +39,8 @@ BUILT_IN_TEXTS = (
     "I never said that it would be easy; I only said that it would be worth it.",
     "On the third of May, twenty-seven people signed the letter.",
 )
-#: So many validation texts and speakers are taken by default.
-NUM_TEXTS, NUM_SPEAKERS = 5, 3
+#: So many validation texts are taken by default.
+NUM_TEXTS = 5
 #: Frames after which a sample is cut off, by the text's tokens: several times as long as anybody would take.
 SPARE_FRAMES, FRAMES_PER_TOKEN = 125, 15
 #: Nobody speaks faster than this: a text with more tokens than fit into the model's longest speech is refused.
@@ -45,72 +49,6 @@ LEAST_FRAMES_PER_TOKEN = 1.5
 _DEFAULT_TEXTS = "--texts names none, and a validation text of the run cannot be said"
 #: Positions of a prompt beside its text and reference.
 _SPARE_POSITIONS = 16
-_NUMBERED = re.compile(rf"(?:{'|'.join(NUMBERED_FOLDERS)})-(\d+)")
-#: What a run began with says which of its rows are validation rows and what its checkpoints are, not today's `.env`; …
-_OF_THE_RUN = (
-    "seed", "validation_fraction", "max_eval_samples", "export_type", "speaker_name", "new_languages",
-)  # fmt: skip
-#: … and where its base and its reference lie, unless they are set: they may have been moved.
-_UNLESS_SET = ("init_model_path", "tokenizer_path", "speaker_encoder_path", "ref_audio_path", "ref_text")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for beside the settings; see ``evaluate.py --help``."""
-
-    output: Path
-    checkpoints: Sequence[str] = ()
-    texts: Sequence[str] = ()
-    references: Sequence[str] = ()
-    reference_text: str | None = None
-    num_seeds: int = 3
-    language: str | None = None
-    speakers: Sequence[str] = ()
-    rank_by: str | None = None
-    max_new_tokens: int | None = None
-    with_base: bool = True
-
-
-@dataclass(frozen=True)
-class Model:
-    """Something that stock loads.
-
-    Attributes:
-        name: "checkpoint-500", or "base".
-        also: other names of the very same files, such as "best".
-        step: optimizer steps that it was trained for; None where it does not say.
-        samples: name of its folder of samples.
-        manners: in which it speaks, each a line of the report.
-        run: settings.json of the run that it lies in; {} where there is none.
-        codec_folder: the speech tokenizer that it speaks with, where it is another than its own.
-        setting: what names it, for messages.
-    """
-
-    name: str
-    folder: Path
-    config: Mapping[str, Any]
-    fingerprint: str
-    samples: str
-    manners: tuple[Manner, ...] = ("name",)
-    also: tuple[str, ...] = ()
-    step: int | None = None
-    is_base: bool = False
-    run: Mapping[str, Any] = field(default_factory=dict)
-    codec_folder: Path | None = None
-    setting: str = "--checkpoints"
-
-    @property
-    def clones(self) -> bool:
-        return self.config["tts_model_type"] == "base"
-
-    def line(self, manner: Manner) -> str:
-        """The name of a line of the report."""
-        names = " = ".join((self.name, *self.also))
-        return names if manner == "name" else f"{names}, {MANNERS[manner]}"
-
-
-#: Manners of cloning in words.
-MANNERS: dict[Manner, str] = {"name": "by name", "voice": "voice only", "context": "in context"}
 
 
 @dataclass(frozen=True)
@@ -119,25 +57,6 @@ class Text:
 
     text: str
     language: str = "Auto"
-
-
-@dataclass(frozen=True)
-class Voice:
-    """A speaker.
-
-    Attributes:
-        files: all references that are known and there.
-        reference: the one that clones hear, its checksum and its transcript; None where it is not known.
-        stored: (checkpoint's folder, row of its codec table) where the vector of the voice is stored in one, as it was
-            before training; else it is that of the files.
-    """
-
-    speaker: str
-    files: Sequence[Path] = ()
-    reference: Path | None = None
-    checksum: str | None = None
-    transcript: str | None = None
-    stored: tuple[Path, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -197,194 +116,18 @@ def make_plan(settings: Settings, options: Options) -> Plan:
     settings = settings_of_run(settings)
     checkpoints = find_checkpoints(settings.output_dir, options.checkpoints, notes)
     rows = open_run_rows(settings)
-    base = _find_base(settings, options, notes)
+    base = find_base(settings, options, notes)
     texts, origin = _texts(settings, options, rows, notes)
     texts = _with_language(texts, origin, options, rows, checkpoints)
     _check_texts(texts, origin, base)
     speakers = choose_speakers(checkpoints, options.speakers)
-    voices = _voices(settings, options, speakers, checkpoints, base, rows, notes)
-    models = _with_manners(checkpoints, _base_model(settings, options, base, voices, notes), voices, notes)
+    voices = find_voices(settings, options, speakers, checkpoints, base, rows, notes)
+    base_model = make_base_model(settings, options, base, speakers, notes)
+    models = _with_manners(checkpoints, base_model, voices, notes)
     max_frames = _max_frames(models, voices, texts, origin, options)
     _note_languages(models, texts, notes)
     seeds = range(1, options.num_seeds + 1)
     return Plan(models, voices, texts, max_frames, seeds, base, rows, notes)
-
-
-def settings_of_run(settings: Settings) -> Settings:
-    """Today's settings, but for those that a run in OUTPUT_DIR cannot have changed since it began.
-
-    Raises:
-        UserError: they cannot be read.
-    """
-    file = settings.output_dir / "settings.json"
-    saved = read_json(file) or {}
-    fields = [*_OF_THE_RUN, *(field for field in _UNLESS_SET if not settings.is_set(field))]
-    if settings.is_set("ref_audio_path"):  # the transcript is that of another reference
-        fields = [field for field in fields if field != "ref_text"]
-    wanted = {field: saved[field.upper()] for field in fields if field.upper() in saved}
-    try:
-        checked = Settings(**wanted)
-    except ValidationError as error:
-        name = str(error.errors()[0]["loc"][0]).upper()
-        raise UserError(f"OUTPUT_DIR: {file}: {name} has no value that can be used; mend or remove the file") from None
-    return settings.model_copy(update={field: getattr(checked, field) for field in wanted})
-
-
-# ----------------------------------------------------------------------------------------------------- checkpoints
-
-
-def find_checkpoints(output_dir: Path, names: Sequence[str], notes: list[str] | None = None) -> list[Model]:
-    """The checkpoints of a run in the order of their steps, or those that are named; the same files once.
-
-    Args:
-        names: of folders in OUTPUT_DIR, or paths.
-        notes: gets a line for each checkpoint that cannot be read, where none are named.
-
-    Raises:
-        UserError: there is none, a name is unknown, or one that is named cannot be read.
-    """
-    folders = _checkpoint_folders(output_dir)
-    if not folders and not names:
-        raise UserError(
-            f"OUTPUT_DIR: {output_dir} holds no checkpoints (best, last, checkpoint-N, epoch-N); train first, set "
-            "OUTPUT_DIR to the folder of a run, or name folders with --checkpoints"
-        )
-    chosen = [_named(name, output_dir, folders) for name in names] or folders
-    models: dict[str, Model] = {}
-    unreadable: list[str] = []
-    for folder in dict.fromkeys(chosen):
-        try:
-            model = _read_checkpoint(folder, output_dir)
-        except UserError as error:
-            if names:
-                raise
-            unreadable.append(f"{folder.name} is left out: {error}")
-            continue
-        same = models.get(model.fingerprint)
-        models[model.fingerprint] = model if same is None else _joined(same, model)
-    if not models:
-        raise UserError("\n".join(unreadable))
-    for note in unreadable:
-        say(note)
-    if notes is not None:
-        notes.extend(unreadable)
-    return sorted(models.values(), key=lambda model: (model.step is None, model.step or 0))
-
-
-def _checkpoint_folders(output_dir: Path) -> list[Path]:
-    """Those whose names stay come first: they name what best and last are the same as."""
-    if not output_dir.is_dir():
-        return []
-    numbered = [
-        (int(match[1]), folder) for folder in output_dir.iterdir() if (match := _NUMBERED.fullmatch(folder.name))
-    ]
-    named = [output_dir / name for name in ("best", "last")]
-    return [folder for folder in [*(folder for _, folder in sorted(numbered)), *named] if folder.is_dir()]
-
-
-def _named(name: str, output_dir: Path, folders: Sequence[Path]) -> Path:
-    for folder in (output_dir / name, Path(name).expanduser()):
-        if folder.is_dir():
-            return folder
-    there = ", ".join(folder.name for folder in folders) or "no checkpoints"
-    raise UserError(f"--checkpoints: there is no {name} in {output_dir}, nor a folder of that name; it has {there}")
-
-
-def _read_checkpoint(folder: Path, output_dir: Path) -> Model:
-    config = read_base_config(folder, "--checkpoints")
-    check_codec_folder(folder / "speech_tokenizer")
-    is_of_run = folder.parent.resolve() == output_dir.resolve()
-    name = folder.name if is_of_run else str(folder)
-    try:
-        print_of_folder = fingerprint(folder)
-    except OSError as error:
-        raise UserError(f"--checkpoints: {folder} cannot be read ({error}); is a run removing it?") from None
-    samples = folder.name if is_of_run else f"{folder.name}-{print_of_folder[:8]}"
-    step = (read_json(folder / "training_state.json") or {}).get("step")
-    return Model(
-        name,
-        folder,
-        config,
-        print_of_folder,
-        samples,
-        step=step if isinstance(step, int) else None,
-        run=read_json(folder.parent / "settings.json") or {},
-    )
-
-
-def _joined(first: Model, second: Model) -> Model:
-    return replace(first, also=(*first.also, second.name))
-
-
-def fingerprint_of(folder: Path, codec_folder: Path | None) -> str:
-    """``kept_samples.fingerprint`` of what speaks with another codec than its own, or with its own (None)."""
-    own = fingerprint(folder)
-    if codec_folder is None:
-        return own
-    return hashlib.sha256(f"{own} {codec_fingerprint(codec_folder)}".encode()).hexdigest()[:32]
-
-
-def known_languages(model: Model) -> Mapping[str, int]:
-    """Name -> id of the languages that a model has."""
-    return model.config["talker_config"].get("codec_language_id") or {}
-
-
-# ------------------------------------------------------------------------------------------------------------ base
-
-
-def _find_base(settings: Settings, options: Options, notes: list[str]) -> Base | None:
-    """The run's base, whose speaker encoder measures voices as well; without a base line it may be out of reach."""
-    saved = (read_json(settings.output_dir / "settings.json") or {}).get("INIT_MODEL_PATH")
-    if saved not in (None, settings.init_model_path):
-        notes.append(f"the run was trained from {saved}, but INIT_MODEL_PATH is {settings.init_model_path}")
-    try:
-        return resolve_base(settings)
-    except UserError as error:
-        if options.with_base:
-            raise
-        notes.append(f"voice similarity is not measured, since the base cannot be read: {error}")
-        return None
-
-
-def _base_model(
-    settings: Settings, options: Options, base: Base | None, voices: Sequence[Voice], notes: list[str]
-) -> Model | None:
-    """The line to beat: a base that clones; a custom_voice base that knows all speakers by name, which it speaks as;
-    else what clones in the place of one that cannot: the model of SPEAKER_ENCODER_PATH. None where there is none."""
-    if not options.with_base or base is None:
-        return None
-    known = {} if settings.export_type == "base" else _presets(base.config)  # there, names are labels
-    unknown = [voice.speaker for voice in voices if voice.speaker.lower() not in known]
-    source = base if base.is_custom_voice and not unknown else base.encoder_source
-    if source is None:
-        notes.append(
-            f"there is no line of the base: {base.name} does not know {', '.join(unknown)}, and has no speaker encoder "
-            "to clone with (SPEAKER_ENCODER_PATH names a model that has)"
-        )
-        return None
-    if source is not base:
-        notes.append(
-            f"the line of the base is {source.name} (SPEAKER_ENCODER_PATH), which clones: {base.name} does not know "
-            f"{', '.join(unknown)}, and cannot clone"
-        )
-    config = read_base_config(source.folder)  # without the languages that the run adds
-    has_own_codec = source.codec_folder == source.folder / "speech_tokenizer"
-    codec_folder = None if has_own_codec else source.codec_folder
-    return Model(
-        "base",
-        source.folder,
-        config,
-        fingerprint_of(source.folder, codec_folder),
-        "base",
-        is_base=True,
-        codec_folder=codec_folder,
-        setting="INIT_MODEL_PATH" if source is base else "SPEAKER_ENCODER_PATH",
-    )
-
-
-def _presets(config: Mapping[str, Any]) -> Mapping[str, int]:
-    """Lower-case name of each speaker that a checkpoint knows -> its row of the codec table."""
-    return config["talker_config"].get("spk_id") or {}
 
 
 def _with_manners(
@@ -418,37 +161,11 @@ def _check_voices(model: Model, voices: Sequence[Voice]) -> None:
                 f"audio file of 5 - 10 s{way_out}"
             )
         return
-    presets = _presets(model.config)
+    presets = preset_rows(model.config)
     if missing := [voice.speaker for voice in voices if voice.speaker.lower() not in presets]:
         raise UserError(
             f"--speakers: {model.name} has no speaker {', '.join(missing)}; it has: {', '.join(presets) or 'none'}"
         )
-
-
-# -------------------------------------------------------------------------------------------------------- the rows
-
-
-def open_run_rows(settings: Settings) -> TrainingRows | None:
-    """The rows of the run in OUTPUT_DIR as it opened them; None where they are gone, or were streamed."""
-    try:
-        return open_training_rows(settings, Path(), RowFormat.from_settings(settings), "cpu", build=False)
-    except (UserError, OSError, ValueError, KeyError):
-        return None
-
-
-def transcript_of(rows: Manifest, file: Path) -> str | None:
-    """What a reference says, by the rows that name it or whose clip it is."""
-    for column, text_column in (("ref_audio", "ref_text"), ("audio", "text")):
-        names, places = rows.labels(column)
-        same = [place for place, name in enumerate(names) if name.endswith(file.name) and _is_same(name, file)]
-        found = np.flatnonzero(np.isin(places, same) & rows.has(text_column))
-        if same and len(found):
-            return rows[int(found[0])][text_column] or None
-    return None
-
-
-def _is_same(name: str, file: Path) -> bool:
-    return Path(name).resolve() == file.resolve()
 
 
 # ----------------------------------------------------------------------------------------------------------- texts
@@ -468,7 +185,7 @@ def read_texts(given: Sequence[str]) -> list[Text]:
 
 
 def _lines(item: str) -> list[str]:
-    if not _is_file(item):
+    if not is_file(item):
         if item.endswith(".txt") and not any(map(str.isspace, item)):
             raise UserError(f"--texts: {item} does not exist")
         return [item]
@@ -476,13 +193,6 @@ def _lines(item: str) -> list[str]:
         return Path(item).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--texts: {item} cannot be read ({type(error).__name__}); give a UTF-8 text file") from None
-
-
-def _is_file(item: str) -> bool:
-    try:
-        return Path(item).is_file()
-    except (OSError, ValueError):  # a text that is too long for a file's name
-        return False
 
 
 def _texts(settings: Settings, options: Options, rows: TrainingRows | None, notes: list[str]) -> tuple[list[Text], str]:
@@ -625,166 +335,3 @@ def _context_positions(models: Sequence[Model], voices: Sequence[Voice], tokeniz
         for voice in voices
     ]
     return max(lengths)
-
-
-# -------------------------------------------------------------------------------------------------------- speakers
-
-
-def choose_speakers(checkpoints: Sequence[Model], wanted: Sequence[str]) -> list[str]:
-    """The speakers that are named, else the run's first few; each once, as the run spells it.
-
-    Raises:
-        UserError: the run has no such speaker.
-    """
-    known: dict[str, str] = {}
-    for name in (name for model in checkpoints for name in _speakers_of(model)):
-        known.setdefault(speaker_key(name), name)
-    if not known:
-        raise UserError(
-            "--checkpoints: none of them says which speakers it was trained for; name a checkpoint of a run as well"
-        )
-    if not wanted:
-        return list(known.values())[:NUM_SPEAKERS]
-    if unknown := [name for name in wanted if speaker_key(name) not in known]:
-        raise UserError(f"--speakers: the run has no speaker {', '.join(unknown)}; it has: {', '.join(known.values())}")
-    return [known[key] for key in dict.fromkeys(map(speaker_key, wanted))]
-
-
-def speaker_key(name: str) -> str:
-    """The same for all spellings of a speaker that differ in case and white space only."""
-    return " ".join(name.lower().split())
-
-
-def _speakers_of(model: Model) -> list[str]:
-    """The names that the run trained, as its rows spell them; of another checkpoint all that it knows."""
-    return list(_speaker_entries(model)) or list(_presets(model.config))
-
-
-def _speaker_entries(model: Model) -> Mapping[str, Any]:
-    entries = (read_json(model.folder / "speaker_encoder" / "speaker_config.json") or {}).get("speakers")
-    return entries if isinstance(entries, dict) else {}
-
-
-def _voices(
-    settings: Settings,
-    options: Options,
-    speakers: Sequence[str],
-    checkpoints: Sequence[Model],
-    base: Base | None,
-    rows: TrainingRows | None,
-    notes: list[str],
-) -> list[Voice]:
-    given = given_references(options.references, speakers)
-    if options.reference_text and len(speakers) > 1:
-        raise UserError(f"--reference_text is for one speaker, not for {', '.join(speakers)}; choose with --speakers")
-    voices = []
-    for speaker in speakers:
-        files = _saved_references(speaker, checkpoints, notes)
-        reference = given.get(speaker) or next(iter(files), None) or _other_reference(settings, speaker, rows)
-        files = files or ([reference] if reference else [])
-        if speaker in given:
-            hear(given[speaker], "--reference")
-        for file in files:
-            hear(file, f"reference of {speaker}")
-        stored = _stored_row(settings, speaker, base, [] if files else checkpoints)
-        voice = Voice(speaker, files, stored=stored)
-        voices.append(_with_reference(voice, reference, settings, options, rows) if reference else voice)
-    return voices
-
-
-def given_references(items: Iterable[str], speakers: Sequence[str]) -> dict[str, Path]:
-    """--reference: a file, of the only speaker, or speaker=file of each.
-
-    Raises:
-        UserError: a file is not there, or whose voice it is is not said.
-    """
-    found = {}
-    names = {speaker_key(name): name for name in speakers}
-    for item in items:
-        name, sign, file = item.partition("=")
-        if _is_file(item) or not sign:
-            name, file = speakers[0], item
-            if len(speakers) > 1:
-                raise UserError(f"--reference: whose voice is {item}? say {speakers[0]}={item}")
-        if speaker_key(name) not in names:
-            raise UserError(f"--reference: {name} is none of the speakers {', '.join(speakers)}")
-        if not _is_file(file):
-            raise UserError(f"--reference: {file} does not exist")
-        found[names[speaker_key(name)]] = Path(file)
-    return found
-
-
-def _saved_references(speaker: str, checkpoints: Sequence[Model], notes: list[str]) -> list[Path]:
-    """The files that checkpoints were given the speaker's vector by, as far as they are still there."""
-    key = speaker_key(speaker)
-    entries = [
-        entry for model in checkpoints for name, entry in _speaker_entries(model).items() if speaker_key(name) == key
-    ]
-    saved = [Path(file) for entry in entries if isinstance(entry, dict) for file in entry.get("references") or ()]
-    saved = list(dict.fromkeys(saved))
-    files = [file for file in saved if file.is_file()]
-    if 0 < len(files) < len(saved):
-        notes.append(
-            f"{len(saved) - len(files)} of the {len(saved)} references of {speaker} are gone; voices are compared with "
-            "the mean of the others"
-        )
-    return files
-
-
-def hear(file: Path, what: str) -> np.ndarray:
-    """(num_samples,) float32 at 24 kHz of a reference.
-
-    Args:
-        what: it is, for the message.
-
-    Raises:
-        UserError: it cannot be used.
-    """
-    try:
-        return load_audio(file)
-    except AudioError as error:
-        way_out = "name another file" if what == "--reference" else "bring it back, or remove it to go without it"
-        raise UserError(f"{what}: {file}: {error}; {way_out}") from None
-
-
-def _stored_row(
-    settings: Settings, speaker: str, base: Base | None, checkpoints: Sequence[Model]
-) -> tuple[Path, int] | None:
-    """Where the vector of a voice is stored: in a base that knows the speaker, as in training; else in a checkpoint
-    whose run did not train it, since a row that trains would move with what it is to judge."""
-    key = speaker.lower()
-    if base is not None and base.is_custom_voice and settings.export_type != "base" and key in _presets(base.config):
-        return base.folder, _presets(base.config)[key]
-    for model in checkpoints:
-        if key in _presets(model.config) and model.run.get("SPEAKER_EMBEDDING_TRAINABLE") is False:
-            return model.folder, _presets(model.config)[key]
-    return None
-
-
-def _with_reference(
-    voice: Voice, reference: Path, settings: Settings, options: Options, rows: TrainingRows | None
-) -> Voice:
-    transcript = options.reference_text or _transcript(settings, reference, rows)
-    transcript = normalize_text(transcript) if transcript else None
-    return replace(voice, reference=reference, checksum=checksum(reference), transcript=transcript)
-
-
-def _other_reference(settings: Settings, speaker: str, rows: TrainingRows | None) -> Path | None:
-    """REF_AUDIO_PATH of SPEAKER_NAME, else a clip of the training rows."""
-    file, key = settings.ref_audio_path, speaker_key(speaker)
-    if file is not None and file.is_file() and key == speaker_key(settings.speaker_name):
-        return file
-    if rows is None:
-        return None
-    spelled = {speaker_key(name): name for name in rows.train.distinct("speaker")}
-    try:
-        return Path(choose_reference(rows.train, spelled[key])) if key in spelled else None
-    except UserError:
-        return None
-
-
-def _transcript(settings: Settings, reference: Path, rows: TrainingRows | None) -> str | None:
-    is_of_settings = settings.ref_audio_path is not None and _is_same(str(settings.ref_audio_path), reference)
-    if is_of_settings and settings.ref_text:
-        return settings.ref_text
-    return transcript_of(rows.train, reference) if rows is not None else None

@@ -14,7 +14,8 @@ from finetuning.audio import load_audio
 from finetuning.console import say
 from finetuning.disk import write_json
 from finetuning.evaluation_media import interval_plot, mp3, spectrogram_png
-from finetuning.evaluation_plan import Job, Options, Plan
+from finetuning.evaluation_models import Options
+from finetuning.evaluation_plan import Job, Plan
 from finetuning.intervals import LEVEL, NUM_RESAMPLES, interval, interval_of_mean, mean_over_texts, resampled_means
 from finetuning.kept_samples import Kept
 from finetuning.metrics import METRICS

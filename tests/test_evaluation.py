@@ -20,10 +20,12 @@ from conftest import PROJECT, VOICE
 from safetensors.torch import load_file, save_file
 from training import FULL, train
 
-from finetuning import evaluation, evaluation_plan
+from finetuning import evaluation, evaluation_models, evaluation_plan, evaluation_voices
+from finetuning.disk import read_json
 from finetuning.errors import UserError
 from finetuning.evaluation import evaluate
-from finetuning.evaluation_plan import BUILT_IN_TEXTS, Options, find_checkpoints, make_plan, open_run_rows
+from finetuning.evaluation_models import Options, find_checkpoints, open_run_rows
+from finetuning.evaluation_plan import BUILT_IN_TEXTS, make_plan
 from finetuning.evaluation_report import Figures, differs, metrics_of, rank
 from finetuning.kept_samples import Request, find, find_anywhere, fingerprint, keep, note_measures, remove_outdated
 from finetuning.metrics import METRICS
@@ -575,7 +577,7 @@ def test_yardstick_is_made_of_the_run(trained: Any) -> None:
     assert yardstick.characters_per_second == paces
     assert set(yardstick.characters_per_second) == {"anna_b", "bert"}
     assert yardstick.recognize is None and yardstick.opinion is None
-    rows = [evaluation_plan._stored_row(trained, voice.speaker, plan.base, plan.models) for voice in plan.voices]
+    rows = [evaluation_voices._stored_row(trained, voice.speaker, plan.base, plan.models) for voice in plan.voices]
     no_files = [replace(voice, files=(), stored=row) for voice, row in zip(plan.voices, rows, strict=True)]
     stored = evaluation.build_yardstick(replace(plan, voices=no_files), trained, "cpu", paces).vectors["bert"]
     assert np.allclose(stored, vector, atol=0.02 * np.abs(vector).max())  # as the codec table stores it
@@ -584,7 +586,7 @@ def test_yardstick_is_made_of_the_run(trained: Any) -> None:
     }
     assert len(digests) == 2
     trained_rows = [replace(model, run={"SPEAKER_EMBEDDING_TRAINABLE": True}) for model in plan.models]
-    assert evaluation_plan._stored_row(trained, "bert", plan.base, trained_rows) is None
+    assert evaluation_voices._stored_row(trained, "bert", plan.base, trained_rows) is None
 
 
 def test_vectors_are_the_mean_of_all_references_as_in_training(trained: Any) -> None:
@@ -629,24 +631,24 @@ def test_base_and_reference_are_the_runs_unless_they_are_set(run: Any) -> None:
     }
     file.write_text(json.dumps(saved))
     nothing_set = load_settings({"output_dir": run.output_dir}, environment={})
-    found = evaluation_plan.settings_of_run(nothing_set)
+    found = evaluation_models.settings_of_run(nothing_set)
     assert (found.init_model_path, found.ref_audio_path, found.ref_text) == (
         "tiny-random",
         Path("old.wav"),
         "Old words.",
     )
     overrides = {"output_dir": run.output_dir, "init_model_path": "moved", "ref_audio_path": REFERENCE}
-    found = evaluation_plan.settings_of_run(load_settings(overrides, environment={}))
+    found = evaluation_models.settings_of_run(load_settings(overrides, environment={}))
     assert (found.init_model_path, found.ref_audio_path, found.ref_text) == ("moved", REFERENCE, None)
     assert found.tokenizer_path == "x"
 
 
 def test_speakers_are_the_same_in_any_spelling(trained: Any) -> None:
     models = find_checkpoints(trained.output_dir, ())
-    assert evaluation_plan.choose_speakers(models, ["ANNA_B", " anna_b ", "bert", "Bert"]) == ["Anna_B", "bert"]
+    assert evaluation_voices.choose_speakers(models, ["ANNA_B", " anna_b ", "bert", "Bert"]) == ["Anna_B", "bert"]
     plan = make_plan(trained, options_of(trained, speakers=(" BERT", "bert")))
     assert [voice.speaker for voice in plan.voices] == ["bert"]
-    found = [evaluation_plan._other_reference(trained, name, plan.rows) for name in ("BERT", "bert ", "carl")]
+    found = [evaluation_voices._other_reference(trained, name, plan.rows) for name in ("BERT", "bert ", "carl")]
     assert found[0] == found[1] is not None and found[2] is None
 
 
@@ -665,6 +667,11 @@ def test_a_reference_that_cannot_be_read_is_a_message(run: Any, tmp_path: Path) 
     plan = make_plan(run, options_of(run))
     assert plan.voices[0].files == [REFERENCE]
     assert any("1 of the 2 references of Anna_B are gone" in note for note in plan.notes)
+    for file in run.output_dir.glob("*/speaker_encoder/speaker_config.json"):
+        file.write_text(file.read_text().replace(str(REFERENCE), "gone.wav"))
+    [voice] = make_plan(run, options_of(run)).voices
+    row = read_json(run.output_dir / "best" / "config.json")["talker_config"]["spk_id"]["anna_b"]
+    assert voice.stored[1] == row and voice.reference.is_file()  # training's vector, and a clip to clone
 
 
 @pytest.fixture(scope="module")
@@ -688,9 +695,8 @@ def test_the_line_to_beat_of_a_custom_voice_base(custom_base: Path, make_setting
     def line(speaker: str, **fields: Any) -> tuple[Any, str]:
         settings = make_settings(init_model_path=str(custom_base), **fields)
         notes: list[str] = []
-        voices = [evaluation_plan.Voice(speaker)]
         base = resolve_base(settings)
-        return evaluation_plan._base_model(settings, Options(Path()), base, voices, notes), "".join(notes)
+        return evaluation_models.make_base_model(settings, Options(Path()), base, [speaker], notes), "".join(notes)
 
     encoder = {"speaker_encoder_path": "tiny-random"}
     for fields in ({}, encoder):
@@ -709,10 +715,10 @@ def test_a_speaker_of_the_base_is_compared_with_the_bases_row(custom_base: Path,
 
     settings = make_settings(init_model_path=str(custom_base), speaker_encoder_path="tiny-random")
     base = resolve_base(settings)
-    assert evaluation_plan._stored_row(settings, "Anna", base, []) == (base.folder, 2900)
-    assert evaluation_plan._stored_row(settings, "Bert", base, []) is None
+    assert evaluation_voices._stored_row(settings, "Anna", base, []) == (base.folder, 2900)
+    assert evaluation_voices._stored_row(settings, "Bert", base, []) is None
     weights = dict(base.stored_weights())
-    voice = evaluation_plan.Voice("Anna", files=[REFERENCE], stored=(base.folder, 2900))
+    voice = evaluation_voices.Voice("Anna", files=[REFERENCE], stored=(base.folder, 2900))
     wanted = weights["talker.model.codec_embedding.weight"][2900:2901].float().numpy()[0]
     assert np.array_equal(evaluation._stored_vector(voice), wanted)
     assert isinstance(evaluation._source_of_vector(voice), str)
@@ -729,8 +735,7 @@ def test_the_base_speaks_with_the_codec_of_the_run(make_settings: Any, tmp_path:
     bases = []
     for fields in ({}, {"tokenizer_path": str(tmp_path / "codec")}):
         settings = make_settings(**fields)
-        voices = [evaluation_plan.Voice("Anna")]
-        bases.append(evaluation_plan._base_model(settings, Options(Path()), resolve_base(settings), voices, []))
+        bases.append(evaluation_models.make_base_model(settings, Options(Path()), resolve_base(settings), ["Anna"], []))
     plain, other = bases
     assert plain.codec_folder is None and plain.fingerprint == fingerprint(own)
     assert other.codec_folder == tmp_path / "codec" and other.fingerprint != plain.fingerprint
@@ -747,7 +752,7 @@ def test_texts_from_files_and_as_they_are(tmp_path: Path) -> None:
 
 def test_references_of_several_speakers(trained: Any) -> None:
     reference = str(REFERENCE)
-    given = evaluation_plan.given_references([f"BERT={reference}", f"Anna_B={reference}"], ["Anna_B", "bert"])
+    given = evaluation_voices.given_references([f"BERT={reference}", f"Anna_B={reference}"], ["Anna_B", "bert"])
     assert given == {"bert": REFERENCE, "Anna_B": REFERENCE}
     for items, message in (
         ([reference], "whose voice is"),
@@ -755,7 +760,7 @@ def test_references_of_several_speakers(trained: Any) -> None:
         (["bert=gone.wav"], "gone.wav does not exist"),
     ):
         with pytest.raises(UserError, match=message):
-            evaluation_plan.given_references(items, ["Anna_B", "bert"])
+            evaluation_voices.given_references(items, ["Anna_B", "bert"])
 
 
 BAD_INPUT = {
@@ -789,6 +794,15 @@ def test_bad_input_is_refused_before_anything_is_generated(
     with pytest.raises(UserError, match=message):
         evaluate(trained, options_of(trained, output=tmp_path / "evaluation", **fields))
     assert noise == [] and not (tmp_path / "evaluation").exists()
+
+
+def test_a_judge_that_is_none_is_refused_before_anything_is_generated(
+    trained: Any, noise: list, tmp_path: Path
+) -> None:
+    settings = trained.model_copy(update={"asr_model": str(VOICE)})
+    with pytest.raises(UserError, match=r"ASR_MODEL: .* holds no model"):
+        evaluate(settings, options_of(settings, output=tmp_path / "evaluation"))
+    assert noise == []
 
 
 def test_a_folder_without_checkpoints_and_a_damaged_one(run: Any, noise: list) -> None:
