@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -84,7 +85,8 @@ class Sent:
 
 def upload_command(folder: Path | str, repository: str, private: bool) -> str:
     """What a user types to send a checkpoint."""
-    return f"python -m finetuning.hub upload {folder} --repo {repository}{'' if private else ' --public'}"
+    words = ["python", "-m", "finetuning.hub", "upload", str(folder), "--repo", repository]
+    return shlex.join(words if private else [*words, "--public"])
 
 
 # ------------------------------------------------------------------------------------------------------------- asking
@@ -443,7 +445,8 @@ def _end_with_parent() -> None:
     """The run that started this process holds its standard input open; whatever ends the run ends this, too."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not through sys.stdin, whose lock Python wants at its end
+            pass
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -82,6 +82,10 @@ def check_upload(settings: Settings) -> None:
     """
     repositories = settings.repositories()
     if not repositories:
+        if settings.hub_model_id_best or settings.hub_model_id_last:
+            say(
+                "UPLOAD_TO_HUB is false: nothing is sent to the repositories of HUB_MODEL_ID_BEST and HUB_MODEL_ID_LAST"
+            )
         return
     try:
         say(f"Hub: {'; '.join(check_access(repositories, settings.hub_private))}")

@@ -230,9 +230,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({"url": f"{self.server.hub.url}/{name}", "name": name})
 
     def _validate(self, body: bytes) -> None:
-        self._json(
-            {"errors": [{"message": one} for one in metadata_problems(json.loads(body)["content"])], "warnings": []}
-        )
+        problems = [{"message": one} for one in metadata_problems(json.loads(body)["content"])]
+        self._answer(400 if problems else 200, json.dumps({"errors": problems, "warnings": []}).encode())
 
     def _info(self, _: bytes, name: str) -> None:
         if found := self._find(name):
