@@ -476,6 +476,7 @@ def main() -> None:
 
     logging.set_verbosity_error()  # its warnings tell addresses with signatures
     if arguments.staged:
+        os.nice(10)  # the training goes first
         _end_with_parent()
     elif not sys.stderr.isatty():
         disable_progress_bars()

@@ -90,7 +90,7 @@ class Uploader:
 
     def offer(self, names: Sequence[str]) -> None:
         """Takes note of checkpoints that were saved; with HUB_EVERY=save they are sent."""
-        for name in self.repositories.keys() & set(names):
+        for name in (one for one in self.repositories if one in names):
             with self._changed:
                 self._versions[name] += 1
             if self.settings.hub_every == "save":
@@ -130,7 +130,7 @@ class Uploader:
         target = self.output_dir / f".{name}.upload-{self._number}.tmp"
         try:
             stage(self.output_dir / name, target, self.repositories[name])
-        except OSError as error:
+        except Exception as error:  # an upload must never cost a run
             shutil.rmtree(target, ignore_errors=True)
             self.failed[name] = f"it could not be staged: {error}"
             say(f"warning: {self.output_dir / name} could not be staged for its upload: {error}")
@@ -199,8 +199,8 @@ class Uploader:
                 self._current = job = self._waiting.pop(name)
             try:
                 problem = self._send(job)
-            except OSError as error:
-                problem = str(error)
+            except Exception as error:  # whoever waits for this job must hear of it
+                problem = f"{type(error).__name__}: {error}"
             finally:
                 shutil.rmtree(job.folder, ignore_errors=True)
             self._settle(job, problem)
