@@ -28,7 +28,7 @@ CLEARLY_WORSE = 2.0
 #: Training records that are looked at: more change nothing.
 NUM_RECENT = 200
 
-#: Kind -> (likely cause, what to change). The README's table has the same kinds.
+#: Kind -> (likely cause, what to change). The table in docs/results.md has the same kinds.
 CAUSES: dict[str, tuple[str, str]] = {
     "warm_up_too_long": (
         "the run has fewer steps than WARMUP_STEPS was chosen for",
