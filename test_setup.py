@@ -199,6 +199,13 @@ class Preflight:
             found.append(f"{tally.num_good} rows in {file}")
         return ", ".join(found)
 
+    def hub(self) -> str:
+        from finetuning.hub import check_access
+
+        if not self._is_main:  # which alone sends anything
+            return ""
+        return "; ".join(check_access(self.settings.repositories(), self.settings.hub_private))
+
     def references(self) -> str:
         from finetuning.audio import AudioError, load_audio
 
@@ -296,6 +303,8 @@ def main() -> None:
     if preflight.num_failed == 0 and preflight.settings.memory_profile:
         check("memory profile", preflight.memory_profile, together=True)
     check("output folder", preflight.output_folder, needs=preflight.base)
+    if preflight.settings is not None and preflight.settings.repositories():
+        check("upload to the Hub", preflight.hub)
     check("data", preflight.data, needs=preflight.base)
     check("references", preflight.references, needs=preflight.settings)
     check("memory", preflight.memory, needs=preflight.base)

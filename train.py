@@ -19,8 +19,6 @@ def main() -> None:
     parser.parse_args()  # no arguments: settings come from the environment and the settings file
     settings = load_settings()
     say(settings.describe())
-    if unread := settings.without_effect():
-        say(f"Without effect in this version: {', '.join(unread)}")
     train(settings)
 
 
@@ -35,6 +33,8 @@ def train(settings: Settings) -> None:
     base, device = starting.check_inputs(settings)
     starting.check_measures(settings, base)
     accelerator = starting.start(settings, device)
+    if accelerator.is_main_process and not settings.prepare_only:
+        starting.check_upload(settings)
     settings = starting.apply_memory_profile(settings, base, accelerator)
     try:
         resume = starting.choose_start(settings, base, accelerator)

@@ -11,11 +11,8 @@ from finetuning.base_model import (
     Base,
 )
 from finetuning.building import Run
-from finetuning.checkpoint import (
-    listed_names,
-)
 from finetuning.choosing import Chooser
-from finetuning.console import say
+from finetuning.console import listed_names, say
 from finetuning.dataset import StepDataset, unknown_languages
 from finetuning.direct import DirectRows
 from finetuning.languages import MAX_COVERAGE_TEXTS, coverage

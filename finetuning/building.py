@@ -38,6 +38,7 @@ from finetuning.resume import (
     check_same_rows,
 )
 from finetuning.row_index import Manifest
+from finetuning.run_record import data_summary
 from finetuning.samples import plan_samples
 from finetuning.sampling import StepSampler
 from finetuning.settings import Settings
@@ -57,6 +58,7 @@ class Run:
 
     Attributes:
         requests: what the model says on its way; [] with SAMPLE_STEPS=0.
+        data: what the rows are; see ``describe_data``.
         state: that it goes on from; None when it begins at the beginning.
         lock: see ``lock_output_folder``.
     """
@@ -72,6 +74,7 @@ class Run:
     validation: StepDataset | None
     exporter: Exporter
     requests: list[Request]
+    data: dict[str, Any]
     resume: Resume | None = None
     state: State | None = None
     lock: IO[str] | None = None
@@ -152,13 +155,22 @@ def build_run(
         compile_layers(objective)
     train = make_steps(settings, rows, encoder, accelerator, references)
     validation = StepDataset(rows.validation, encoder, references=held_out) if rows.validation else None
-    exporter = Exporter(settings, base, model, objective, speakers, accelerator, languages)
+    data = describe_data(train, validation, speakers) if accelerator.is_main_process else {}
+    exporter = Exporter(settings, base, model, objective, speakers, accelerator, languages, data)
     requests = requests_of(settings, base, train, rows.validation, speakers, accelerator)
-    parts = (model, attention, speakers, objective, train, validation, exporter, requests)
+    parts = (model, attention, speakers, objective, train, validation, exporter, requests, data)
     run = Run(settings, base, accelerator, *parts, resume=resume, state=state)
     if state:
         check_same_rows(state, run.fingerprints)
     return run
+
+
+def describe_data(train: TrainingSteps, validation: StepDataset | None, speakers: Speakers) -> dict[str, Any]:
+    """``train`` and ``validation`` as ``run_record.data_summary`` has them; of a stream, whose rows are known one by
+    one as they come, their number and the speakers."""
+    rows = train.dataset.manifest if isinstance(train, MappedSteps) else None
+    summary = data_summary(rows) or {"rows": train.num_rows, "speakers": list(speakers.names)}
+    return {"train": summary, "validation": data_summary(validation.manifest if validation else None)}
 
 
 def keeps_bf16(settings: Settings) -> bool:

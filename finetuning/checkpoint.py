@@ -29,25 +29,31 @@ from torch import nn
 from finetuning.adapters import ADAPTER_FOLDER, Learnt, is_adapter, merged, save_adapter, without_adapter
 from finetuning.base_model import ENCODER_PREFIX, UNPATCHED_TRANSFORMERS_VERSION, Base, tokenizer_files
 from finetuning.console import say
-from finetuning.disk import clean_up, files_of, free_bytes, nearest_existing, new_folder, remove_folder, write_json
+from finetuning.disk import (
+    CARD_FILE,
+    clean_up,
+    files_of,
+    free_bytes,
+    link_or_copy,
+    nearest_existing,
+    new_folder,
+    remove_folder,
+    write_json,
+)
 from finetuning.errors import UserError
 from finetuning.languages import Languages
+from finetuning.model_card import model_card
 from finetuning.objective import TrainingObjective
 from finetuning.settings import Settings
 from finetuning.sharding import full_tensor
 from finetuning.speakers import Speakers
 
 CODEC_TABLE = "talker.model.codec_embedding.weight"
-#: Weights are hard-linked where the file system allows and never written in place; other files, which people edit, are
-#: copied.
-LINKED_SUFFIX = ".safetensors"
 #: Files of a run besides its checkpoints.
 LOG_FILES = ("training_log.jsonl", "validation_log.jsonl", "skipped_rows.jsonl", "alarms.jsonl")
 RUN_FILES = (*LOG_FILES, "run.json", "settings.json")  # by its settings a half-removed run is known to the end
 #: What the names of checkpoints with a number begin with: by step, and by epoch (EPOCH_FOLDER).
 NUMBERED_FOLDERS = ("checkpoint", "epoch", "checkpoint-epoch")
-#: So many speakers are named in a line; the configuration has all.
-MAX_LISTED_NAMES = 30
 #: Kept open by the process that trains in the folder.
 LOCK_FILE = ".lock"
 _TALKER_LAYER = re.compile(r"talker\.model\.layers\.(\d+)\.")
@@ -62,6 +68,7 @@ class Exporter:
         model: ``Qwen3TTSForConditionalGeneration`` whose parameters are being trained.
         objective: around it, with the vectors that train; not wrapped.
         languages: that the run adds.
+        data: of the rows, for the model card; see ``run_record.data_summary``.
     """
 
     def __init__(
@@ -73,10 +80,12 @@ class Exporter:
         speakers: Speakers,
         accelerator: Accelerator,
         languages: Languages | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings, self.output_dir = settings, settings.output_dir
         self.base, self.model, self.objective, self.accelerator = base, model, objective, accelerator
         self.speakers, self.languages = speakers, languages
+        self._about = {**(data or {}), "processes": accelerator.num_processes}
         self._dtypes = base.weight_dtypes()
         # Read now: its files may be gone when the run ends.
         self._encoder = base.encoder_weights() if settings.export_type == "base" else {}
@@ -136,8 +145,7 @@ class Exporter:
         insert_speakers(weights, speakers)
         if languages is not None:
             insert_rows(weights, languages.rows.values(), languages.vectors)
-        use = how_to_speak(settings, speakers)
-        write_checkpoint(folder, self.base, speakers, weights | self._encoder, state, settings.export_type, use)
+        write_checkpoint(folder, self.base, speakers, weights | self._encoder, state, settings, self._about)
 
     def config_now(self) -> dict[str, Any]:
         """config.json of a checkpoint."""
@@ -243,8 +251,8 @@ def write_checkpoint(
     speakers: Speakers,
     weights: dict[str, torch.Tensor],
     state: Mapping[str, Any],
-    export_type: str = "custom_voice",
-    use: str | None = None,
+    settings: Settings,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Fills a folder with what stock qwen-tts loads.
 
@@ -252,9 +260,10 @@ def write_checkpoint(
         weights: by the names of the base, in the dtypes of the export, on the CPU; with EXPORT_TYPE=base those of the
             speaker encoder, too.
         state: JSON values for training_state.json.
-        export_type: EXPORT_TYPE.
-        use: see ``how_to_speak``.
+        settings: of the run.
+        about: see ``model_card.model_card``.
     """
+    export_type = settings.export_type
     assert export_type != "base" or any(name.startswith(ENCODER_PREFIX) for name in weights)
     for file in unchanged_files(base):
         link_or_copy(file, folder / file.name)
@@ -265,16 +274,8 @@ def write_checkpoint(
     (folder / "speaker_encoder").mkdir()
     write_json(folder / "speaker_encoder" / "speaker_config.json", speaker_config(speakers))
     write_json(folder / "training_state.json", {**state, "base": base.name})
-    (folder / "README.md").write_text(
-        model_card(base, speakers, state, use or how_to_speak(Settings(export_type=export_type), speakers)),
-        encoding="utf-8",
-    )
-
-
-def listed_names(names: Sequence[str]) -> str:
-    """The first few of many."""
-    more = f" and {len(names) - MAX_LISTED_NAMES} more" if len(names) > MAX_LISTED_NAMES else ""
-    return ", ".join(names[:MAX_LISTED_NAMES]) + more
+    card = model_card(base, speakers, state, settings, about or {})
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def insert_speakers(weights: dict[str, torch.Tensor], speakers: Speakers) -> None:
@@ -320,43 +321,6 @@ def speaker_config(speakers: Speakers) -> dict[str, Any]:
         for name, row, references in zip(speakers.names, speakers.codec_rows, speakers.references, strict=True)
     }
     return {"embedding_dim": speakers.vectors.shape[1], "speakers": entries}
-
-
-def how_to_speak(settings: Settings, speakers: Speakers) -> str:
-    """The stock call in the form that was trained."""
-    if settings.export_type == "custom_voice":
-        layout = ", non_streaming_mode=False" if settings.train_layout == "streaming" else ""
-        return f'model.generate_custom_voice(text="Hello.", speaker="{speakers.names[0]}"{layout})'
-    reference = 'ref_text="What I say there."' if settings.icl_fraction else "x_vector_only_mode=True"
-    layout = ", non_streaming_mode=True" if settings.train_layout == "non_streaming" else ""
-    return f'model.generate_voice_clone(text="Hello.", ref_audio="me.wav", {reference}{layout})'
-
-
-def model_card(base: Base, speakers: Speakers, state: Mapping[str, Any], use: str) -> str:
-    """README.md of a checkpoint: what it is and how to speak with it."""
-    made = f"Trained from `{base.name}` for {state.get('step', 0)} optimizer steps."
-    if merged_adapters := state.get("merged"):
-        shares = ", ".join(f"{one['share']:g} of `{one['adapter']}`" for one in merged_adapters)
-        made = f"`{base.name}` with adapters merged into it: {shares}."
-    return f"""---
-base_model: {base.name}
-library_name: qwen-tts
-pipeline_tag: text-to-speech
----
-# Qwen3-TTS, fine-tuned
-
-{made}
-Speakers: {listed_names([f"`{name}`" for name in speakers.names])}.
-
-```python
-from qwen_tts import Qwen3TTSModel
-
-model = Qwen3TTSModel.from_pretrained("path/to/this/folder")
-waveforms, sample_rate = {use}
-```
-
-Use a voice only with the consent of the person it belongs to.
-"""
 
 
 def unchanged_files(base: Base) -> list[Path]:
@@ -457,15 +421,3 @@ def check_disk_space(output_dir: Path, required_bytes: int) -> None:
             f"OUTPUT_DIR: {output_dir} has {free / 1e9:.1f} GB free, one checkpoint and one state need "
             f"{required_bytes / 1e9:.1f} GB; free some space or choose another disk"
         )
-
-
-def link_or_copy(source: str | Path, target: str | Path) -> str:
-    """Hard-links weights (through symbolic links, as Hub caches have them), copies everything else."""
-    real = Path(source).resolve()
-    if Path(source).suffix == LINKED_SUFFIX:
-        try:
-            os.link(real, target)
-            return str(target)
-        except OSError:
-            pass  # another file system
-    return shutil.copyfile(real, target)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 from tqdm import tqdm
+
+#: So many names are listed in a line.
+MAX_LISTED_NAMES = 30
 
 
 def say(message: str) -> None:
@@ -13,3 +17,9 @@ def say(message: str) -> None:
     if int(os.environ.get("RANK") or 0) == 0:
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """The first few of many."""
+    more = f" and {len(names) - MAX_LISTED_NAMES} more" if len(names) > MAX_LISTED_NAMES else ""
+    return ", ".join(names[:MAX_LISTED_NAMES]) + more

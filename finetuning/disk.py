@@ -24,6 +24,11 @@ from finetuning.errors import UserError
 
 #: Lists every other file of a folder with its size and checksum; written last.
 CHECKSUMS_FILE = "checksums.json"
+#: The model card of a checkpoint; people edit it, so it has no checksum.
+CARD_FILE = "README.md"
+#: Weights are hard-linked where the file system allows and never written in place; other files, which people edit, are
+#: copied.
+LINKED_SUFFIX = ".safetensors"
 #: Bytes that are read at a time for a checksum.
 _READ_BYTES = 8 * 2**20
 
@@ -111,7 +116,8 @@ def library_errors() -> Iterator[None]:
 
 def seal(folder: Path) -> None:
     """Writes ``checksums.json``: {"files": {relative path: {"bytes": …, "xxh3_128": …}}}."""
-    files = {file.relative_to(folder).as_posix(): file for file in files_of(folder) if file.name != CHECKSUMS_FILE}
+    left_out = (CHECKSUMS_FILE, CARD_FILE)
+    files = {file.relative_to(folder).as_posix(): file for file in files_of(folder) if file.name not in left_out}
     entries = {name: {"bytes": file.stat().st_size, "xxh3_128": checksum(file)} for name, file in files.items()}
     write_json(folder / CHECKSUMS_FILE, {"files": entries})
 
@@ -213,3 +219,15 @@ def write_json(path: Path, value: Any) -> None:
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     unfinished.replace(path)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> str:
+    """Hard-links weights (through symbolic links, as Hub caches have them), copies everything else."""
+    real = Path(source).resolve()
+    if Path(source).suffix == LINKED_SUFFIX:
+        try:
+            os.link(real, target)
+            return str(target)
+        except OSError:
+            pass  # another file system
+    return shutil.copyfile(real, target)

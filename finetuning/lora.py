@@ -141,7 +141,7 @@ def merge(base: Base, adapters: Sequence[Adapter], shares: Sequence[float], outp
     }
     try:
         with new_folder(output) as folder:
-            write_checkpoint(folder, base, speakers, weights, state, export_type)
+            write_checkpoint(folder, base, speakers, weights, state, Settings(export_type=export_type))
     except OSError as error:
         raise UserError(f"--output: {output} cannot be written: {error}") from None
 

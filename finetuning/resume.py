@@ -11,9 +11,18 @@ from typing import Any
 import torch
 
 from finetuning.base_model import Base
-from finetuning.checkpoint import LOG_FILES, check_holds_no_run, link_or_copy, run_entries, sample_folders
+from finetuning.checkpoint import LOG_FILES, check_holds_no_run, run_entries, sample_folders
 from finetuning.console import say
-from finetuning.disk import CHECKSUMS_FILE, checksum, damage, new_folder, read_json, remove_folder, write_json
+from finetuning.disk import (
+    CHECKSUMS_FILE,
+    checksum,
+    damage,
+    link_or_copy,
+    new_folder,
+    read_json,
+    remove_folder,
+    write_json,
+)
 from finetuning.errors import UserError
 from finetuning.settings import Settings
 from finetuning.state import RECORD_FILE, State, damage_of_state, find_states, rotate_states, state_folder, step_of
@@ -25,6 +34,7 @@ MAY_CHANGE = frozenset({
     "SAVE_MINUTES", "EVAL_STEPS", "SAVE_TOTAL_LIMIT", "SAVE_EPOCHS", "VERIFY_ROUNDTRIP", "NUM_WORKERS", "DEVICE",
     "ATTN_IMPLEMENTATION", "DATA_CHECK", "SAVE_AUDIO", "CODES_CACHE_DIR", "CODES_CACHE_GB", "PREPARE_ONLY", "USE_WANDB",
     "WANDB_PROJECT", "WANDB_RUN_NAME", "WANDB_ENTITY", "UPLOAD_TO_HUB", "HUB_MODEL_ID_BEST", "HUB_MODEL_ID_LAST",
+    "HUB_PRIVATE", "HUB_EVERY",
     "EFFECTIVE_BATCH_SIZE", "GRADIENT_CHECKPOINTING", "COMPILE", "PREFIX_CACHE", "PREFIX_CACHE_GB", "PREFIX_CACHE_DIR",
     "MEMORY_PROFILE", "LORA_EXPORT_SCALE", "ASR_MODEL", "MOS_MODEL", "SAMPLE_STEPS", "EVAL_TEXTS", "BEST_METRIC",
     "EARLY_STOPPING_PATIENCE", "REPORT_TO",

@@ -6,7 +6,7 @@ A disk that is full, or refuses otherwise, costs a checkpoint and not the run, u
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,10 +54,19 @@ class Saver:
     Args:
         facts: JSON values of the state's record that do not change: settings, base, data, speakers.
         vectors: (num_speakers, H) float32, the speakers' vectors.
+        tell_saved: is called with the names of checkpoints that were saved.
     """
 
-    def __init__(self, settings: Settings, exporter: Exporter, facts: Mapping[str, Any], vectors: torch.Tensor) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        exporter: Exporter,
+        facts: Mapping[str, Any],
+        vectors: torch.Tensor,
+        tell_saved: Callable[[Sequence[str]], None] = lambda _: None,
+    ) -> None:
         self.settings, self.exporter, self.facts, self.vectors = settings, exporter, facts, vectors
+        self._tell_saved = tell_saved
         self.accelerator = exporter.accelerator
         self._num_failures = 0
 
@@ -87,6 +96,7 @@ class Saver:
                 with trainer.stepper.averaged():
                     self.exporter.save(names, self._describe(trainer, epoch))
                 saved = saved._replace(checkpoints=True)
+                self._tell_saved(names)
             if not saved.state:
                 self._save_state(trainer)
                 saved = saved._replace(state=True)
@@ -153,6 +163,7 @@ class Saver:
             "best_step": best.step if best else None,
             "best_loss": best.figures.get("loss") if best else None,
             "train_loss": progress.train_loss,
+            "metrics": trainer.tracker.figures_at(progress.step),
             "complete": trainer.is_over,
         } | ({"ema_decay": self.settings.ema_decay} if self.settings.ema_decay else {})
 

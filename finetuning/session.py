@@ -24,7 +24,7 @@ from finetuning.resume import (
     say_what_differs,
 )
 from finetuning.roundtrip import judge
-from finetuning.run_record import data_summary, environment, record_run
+from finetuning.run_record import environment, record_run
 from finetuning.samples import Sample, Sampler
 from finetuning.saving import Saver
 from finetuning.sharding import is_sharded
@@ -34,6 +34,7 @@ from finetuning.stepping import Stepper
 from finetuning.steps import MappedSteps
 from finetuning.tracking import Tracker
 from finetuning.trainer import Trainer
+from finetuning.uploads import Uploader
 from finetuning.validation import Validator
 from finetuning.voice import voice_vector
 
@@ -59,20 +60,15 @@ def describe_for_record(run: Run) -> dict[str, Any]:
     now = environment(run.accelerator)
     if not run.is_main:
         return {}
-    rows = run.train.dataset.manifest if isinstance(run.train, MappedSteps) else None
-    validation = run.validation.manifest if run.validation else None
-    # A stream's rows are known one by one as they come.
-    train_summary = data_summary(rows) or {"rows": run.train.num_rows, "speakers": list(run.speakers.names)}
-    data = {"train": train_summary, "validation": data_summary(validation)}
     try:
-        record = record_run(run.settings.output_dir, run.settings.public(), data, now, run.progress.step)
+        record = record_run(run.settings.output_dir, run.settings.public(), run.data, now, run.progress.step)
     except OSError as error:
         say(f"warning: run.json cannot be written ({error}); the run goes on without it")
-        return {**now, "data": data}
+        return {**now, "data": run.data}
     return {key: value for key, value in record.items() if key != "settings"}
 
 
-def make_saver(run: Run) -> Saver:
+def make_saver(run: Run, uploader: Uploader | None = None) -> Saver:
     """Checkpoints and states of this run."""
     speakers = run.speakers
     facts = {
@@ -85,16 +81,17 @@ def make_saver(run: Run) -> Saver:
             "references": [list(references) for references in speakers.references],
         },
     }
-    return Saver(run.settings, run.exporter, facts, speakers.vectors)
+    more = {"tell_saved": uploader.offer} if uploader else {}
+    return Saver(run.settings, run.exporter, facts, speakers.vectors, **more)
 
 
-def make_trainer(run: Run, tracker: Tracker) -> Trainer:
+def make_trainer(run: Run, tracker: Tracker, uploader: Uploader | None = None) -> Trainer:
     """The loop, with what it saves, evaluates and logs by, at the point where the run begins."""
     settings = run.settings
     validator = Validator(settings, run.accelerator, run.validation) if run.validation else None
     stepper = Stepper(settings, run.accelerator, run.objective, run.num_steps)
     stepper.prefixes = make_prefix_cache(settings, run.objective, run.accelerator, run.train)
-    saver = make_saver(run)
+    saver = make_saver(run, uploader)
     sampler = make_sampler(run)
     trainer = Trainer(settings, stepper, run.train, validator, saver, tracker, run.num_steps, sampler)
     if run.state:
@@ -152,20 +149,28 @@ def spoken(sample: Sample) -> Spoken:
 
 
 def train(run: Run) -> None:
-    """Trains, and verifies the round trip where the settings ask for it."""
+    """Trains, verifies the round trip and sends the checkpoints to the Hub, where the settings ask for it."""
+    with Uploader(run.settings) if run.is_main else contextlib.nullcontext() as uploader:
+        train_and_verify(run, uploader)
+        if uploader:
+            uploader.finish()
+
+
+def train_and_verify(run: Run, uploader: Uploader | None) -> None:
+    """Trains, with what belongs to it, where anything is left of it."""
     settings = run.settings
     with contextlib.nullcontext() if run.is_over and not owes_roundtrip(run) else make_tracker(run) as tracker:
         if run.is_over:
             say(describe_complete(run))
         else:
-            train_on(run, tracker)
+            train_on(run, tracker, uploader)
         if tracker and settings.verify_roundtrip and run.is_main:
             verify_roundtrip(run, tracker)
 
 
-def train_on(run: Run, tracker: Tracker) -> None:
+def train_on(run: Run, tracker: Tracker, uploader: Uploader | None) -> None:
     """Trains from where the run stands to its end."""
-    trainer = make_trainer(run, tracker)
+    trainer = make_trainer(run, tracker, uploader)
     trainer.run()
     if trainer.progress.num_skipped_rows:
         say(f"{trainer.progress.num_skipped_rows} rows could not be read; they are listed in skipped_rows.jsonl")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,6 @@ from finetuning.errors import UserError
 from finetuning.metrics import METRICS
 
 DEFAULT_ENV_FILE = ".env"
-#: Fields of parts that are not built yet (upload); setting one is said, not refused.
-NOT_READ_YET = ("hub_model_id_best", "hub_model_id_last")
 #: Variables of other tools that may stand in the file; they are exported before those tools are imported.
 PASS_THROUGH_PREFIXES = (
     "WANDB_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "NCCL_", "CUDA_", "TORCH_",
@@ -441,10 +440,24 @@ class Settings(BaseSettings):
     wandb_project: str = _setting("qwen3-tts-hausa", "W&B project", min_length=1)
     wandb_run_name: str | None = _setting(None, "W&B run name")
     wandb_entity: str | None = _setting(None, "W&B user or team")
-    upload_to_hub: bool = _setting(False, "upload best/ and last/ (not built yet: true is refused)", "UPLOAD_TO_HF")
-    hub_model_id_best: str | None = _setting(None, "repository for best/ (not read yet)", "HF_BEST_MODEL_REPO")
-    hub_model_id_last: str | None = _setting(None, "repository for last/ (not read yet)", "HF_LAST_MODEL_REPO")
-    hf_token: SecretStr | None = _setting(None, "Hugging Face token; never printed, logged or saved")
+    upload_to_hub: bool = _setting(
+        False,
+        "send best/ and last/ to repositories on the Hugging Face Hub, which the next two name",
+        "UPLOAD_TO_HF",
+    )
+    hub_model_id_best: str | None = _setting(
+        None, "repository of best/, owner/name; made when it is missing. Default best/ stays here", "HF_BEST_MODEL_REPO"
+    )
+    hub_model_id_last: str | None = _setting(
+        None, "repository of last/, owner/name, another one; default last/ stays here", "HF_LAST_MODEL_REPO"
+    )
+    hub_private: bool = _setting(True, "repositories that are made are private; those that are there stay as they are")
+    hub_every: Literal["end", "save"] = _setting(
+        "end", "send them at the end of the run, or, beside the training, after each save of one (save)"
+    )
+    hf_token: SecretStr | None = _setting(
+        None, "Hugging Face token; never printed, logged or saved. Default that of `hf auth login`"
+    )
 
     @property
     def has_new_layers(self) -> bool:
@@ -499,9 +512,10 @@ class Settings(BaseSettings):
         """Only what ``load_settings`` passes: it has resolved file, environment and aliases, with their conflicts."""
         return (init_settings,)
 
-    def without_effect(self) -> list[str]:
-        """Names that the user set and that nothing reads yet."""
-        return [field.upper() for field in NOT_READ_YET if self.is_set(field)]
+    def repositories(self) -> dict[str, str]:
+        """Checkpoint ("best", "last") -> the repository that it is sent to; {} without UPLOAD_TO_HUB."""
+        named = {"best": self.hub_model_id_best, "last": self.hub_model_id_last}
+        return {name: repository for name, repository in named.items() if repository} if self.upload_to_hub else {}
 
     def is_set(self, field: str) -> bool:
         """Whether the user set this field, as opposed to its default."""
@@ -573,6 +587,15 @@ def load_settings(overrides: Mapping[str, Any] | None = None, environment: Mappi
         raise UserError("\n  - ".join([f"{heading}:", *problems]))
     _export_pass_through(in_file, settings)
     return settings
+
+
+def export_variables_of_file(environment: Mapping[str, str] | None = None) -> None:
+    """Makes HF_TOKEN and the file's variables of other tools visible to them, for commands that read no setting: what
+    is wrong in the file is not their concern."""
+    ours = canonical_names().keys() - {"HF_TOKEN"}
+    for assignment in _read_env_file(os.environ if environment is None else environment, []):
+        if assignment.name.startswith(PASS_THROUGH_PREFIXES) and assignment.name not in ours:
+            _export(assignment.name, assignment.value)
 
 
 def _read_env_file(environment: Mapping[str, str], problems: list[str]) -> list[_Given]:
@@ -882,10 +905,23 @@ def _what_references_need(settings: Settings) -> str | None:
     return None
 
 
-def _check_unbuilt_upload(settings: Settings, _: int) -> str | None:
-    return (
-        "uploading is not built yet; set it to false and upload the finished folder" if settings.upload_to_hub else None
-    )
+def _check_upload(settings: Settings, _: int) -> str | None:
+    if settings.upload_to_hub and not settings.repositories():
+        return "needs a repository: set HUB_MODEL_ID_BEST, HUB_MODEL_ID_LAST or both, as owner/name"
+    return None
+
+
+def _check_best_repository(settings: Settings, _: int) -> str | None:
+    return repository_problem(settings.hub_model_id_best) if settings.hub_model_id_best else None
+
+
+def _check_last_repository(settings: Settings, _: int) -> str | None:
+    best, last = settings.hub_model_id_best, settings.hub_model_id_last
+    if last is None:
+        return None
+    if best is not None and best.lower() == last.lower():
+        return "is that of HUB_MODEL_ID_BEST, and each would replace the other there; name two, or unset one"
+    return repository_problem(last)
 
 
 def _check_prefix_cache(settings: Settings, _: int) -> str | None:
@@ -999,7 +1035,9 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     ),
     (("icl_fraction", "export_type", "data_mode"), _check_in_context),
     (("reference_sampling", "export_type", "data_mode"), _check_reference_sampling),
-    (("upload_to_hub",), _check_unbuilt_upload),
+    (("upload_to_hub", "hub_model_id_best", "hub_model_id_last"), _check_upload),
+    (("hub_model_id_best",), _check_best_repository),
+    (("hub_model_id_last", "hub_model_id_best"), _check_last_repository),
     (("weights_precision", "mixed_precision", "optimizer"), _check_weights_precision),
     (("data_mode", "dataset_name"), _check_direct),
     (("speaker_balance", "data_mode"), _check_speaker_balance),
@@ -1044,4 +1082,18 @@ def speaker_name_problem(name: str) -> str | None:
         return "a speaker name must not be empty"
     if name != name.strip() or not name.isprintable() or len(name) > 100:
         return "a speaker name must be printable, at most 100 characters, without white space at the ends"
+    return None
+
+
+def repository_problem(name: str) -> str | None:
+    """Why this names no repository on the Hub, or None; the Hub's own rules, with an owner. The name, which may be a
+    token in the wrong place, is not repeated."""
+    owner, slash, rest = name.partition("/")
+    if not slash or not owner or not rest or "/" in rest:
+        return "names no repository; write it as owner/name, the owner being you or your organisation"
+    if len(rest) > 96 or not re.fullmatch(r"[A-Za-z0-9_.-]+", owner + rest):
+        return "names no repository: an owner and a name are made of letters, digits, - _ and ., the name of at most 96"
+    is_odd = any(part[0] in "-." or part[-1] in "-." for part in (owner, rest))
+    if is_odd or "--" in name or ".." in name or name.endswith(".git"):
+        return "names no repository: - and . must not stand twice in a row or at an end, nor .git at the end"
     return None

@@ -22,6 +22,7 @@ from finetuning.codec_rows import allocate_codec_rows
 from finetuning.console import say
 from finetuning.direct import DirectData, DirectRows
 from finetuning.errors import UserError
+from finetuning.hub import OutOfReach, check_access
 from finetuning.layer_utils import check_layer_count
 from finetuning.manifest import RowFormat
 from finetuning.memory import pick_for_memory, weights_of
@@ -70,6 +71,26 @@ def check_measures(settings: Settings, base: Base) -> None:
     name = settings.best_metric
     if METRICS[name].is_of_samples and (problem := _why_not_measured(name, settings, base)):
         raise UserError(f"BEST_METRIC: {name} {problem}; set another one, such as loss")
+
+
+def check_upload(settings: Settings) -> None:
+    """UPLOAD_TO_HUB: whether the Hub is going to take the checkpoints. One that cannot be reached now may be at the
+    end of the run, so that is only said.
+
+    Raises:
+        UserError: no token, or one that may not write there.
+    """
+    repositories = settings.repositories()
+    if not repositories:
+        if settings.hub_model_id_best or settings.hub_model_id_last:
+            say(
+                "UPLOAD_TO_HUB is false: nothing is sent to the repositories of HUB_MODEL_ID_BEST and HUB_MODEL_ID_LAST"
+            )
+        return
+    try:
+        say(f"Hub: {'; '.join(check_access(repositories, settings.hub_private))}")
+    except OutOfReach as error:
+        say(f"warning: UPLOAD_TO_HUB: {error}. The run begins all the same, and tries it when it has something to send")
 
 
 def _why_not_measured(name: str, settings: Settings, base: Base) -> str | None:

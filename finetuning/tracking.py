@@ -20,7 +20,7 @@ from finetuning.checkpoint import LOG_FILES
 from finetuning.console import say
 from finetuning.dataset import SkippedRow
 from finetuning.evaluations import evaluations_table
-from finetuning.history import is_number, read_records
+from finetuning.history import by_step, is_number, read_records
 from finetuning.metrics import METRICS
 from finetuning.services import (
     TITLES,
@@ -174,6 +174,11 @@ class Tracker:
             )
         for name, service in list(self._services.items()):
             self._try(name, log_audio, service, samples, step)
+
+    def figures_at(self, step: int) -> dict[str, float]:
+        """What was measured at a step, of ``METRICS``."""
+        found = dict(by_step(self._evaluations)).get(step, {})
+        return {name: found[name] for name in METRICS if is_number(found.get(name))}
 
     def draw_plots(self) -> None:
         """Draws the plots of a run that has come to its end."""

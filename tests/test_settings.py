@@ -9,13 +9,24 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest import mock
 
 import pytest
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from finetuning.errors import UserError
-from finetuning.settings import Settings, Stage, canonical_names, load_settings, speaker_name_problem
+from finetuning.settings import (
+    Settings,
+    Stage,
+    canonical_names,
+    export_variables_of_file,
+    load_settings,
+    repository_problem,
+    speaker_name_problem,
+)
 
 PROJECT = Path(__file__).parent.parent
 SECRET = "hf_Zq8secretvalue"
@@ -107,6 +118,8 @@ DESIGN_DEFAULTS: dict[str, Any] = {
     "UPLOAD_TO_HUB": False,
     "HUB_MODEL_ID_BEST": None,
     "HUB_MODEL_ID_LAST": None,
+    "HUB_PRIVATE": True,
+    "HUB_EVERY": "end",
     "HF_TOKEN": None,
     "PREPARE_ONLY": False,
 }
@@ -554,7 +567,12 @@ def test_wrong_effective_batch_size_shows_the_product(problems: Problems, world_
         ({"LR_NUM_CYCLES": "2", "LR_MIN": "1e-6"}, "LR_NUM_CYCLES", "LR_MIN"),
         ({"TRAIN_JSONL": "a.jsonl", "VALIDATION_JSONL": "./x/../a.jsonl"}, "TRAIN_JSONL", "VALIDATION_JSONL"),
         ({"SPEAKER_NAME": " Ada"}, "SPEAKER_NAME", "white space"),
-        ({"UPLOAD_TO_HF": "true"}, "UPLOAD_TO_HF", "not built yet"),
+        ({"UPLOAD_TO_HF": "true"}, "UPLOAD_TO_HF", "needs a repository"),
+        ({"HUB_MODEL_ID_BEST": "voice"}, "HUB_MODEL_ID_BEST", "owner/name"),
+        ({"HF_LAST_MODEL_REPO": "me/my voice"}, "HF_LAST_MODEL_REPO", "letters, digits"),
+        ({"HUB_MODEL_ID_LAST": "me/voice.git"}, "HUB_MODEL_ID_LAST", "nor .git"),
+        ({"HUB_MODEL_ID_BEST": "me/Voice", "HUB_MODEL_ID_LAST": "me/voice"}, "HUB_MODEL_ID_LAST", "replace the other"),
+        ({"HUB_EVERY": "epoch"}, "HUB_EVERY", "'end' or 'save'"),
         ({"DATA_MODE": "direct"}, "DATA_MODE", "name it in DATASET_NAME"),
         ({"SPEAKER_BALANCE": "0.5", **_DIRECT}, "SPEAKER_BALANCE", "which DATA_MODE=direct does not"),
         ({"CURRICULUM": "short_first", **_DIRECT}, "CURRICULUM", "which DATA_MODE=direct does not know"),
@@ -669,10 +687,40 @@ def test_output_that_is_a_file(problems: Problems, tmp_path: Path) -> None:
     assert message.startswith("OUTPUT_DIR (environment): ") and "is a file" in message
 
 
-def test_settings_of_parts_to_come_are_named(load: Load) -> None:
-    settings = load(HUB_MODEL_ID_BEST="me/best", TRAIN_SPLIT="train", BATCH_SIZE="2")
-    assert settings.without_effect() == ["HUB_MODEL_ID_BEST"]
-    assert load().without_effect() == []
+def test_what_is_uploaded_where(load: Load) -> None:
+    both = {"HUB_MODEL_ID_BEST": "me/best", "HF_LAST_MODEL_REPO": "me/last"}
+    assert load(**both).repositories() == {}
+    assert load(UPLOAD_TO_HF="true", **both).repositories() == {"best": "me/best", "last": "me/last"}
+    assert load(UPLOAD_TO_HUB="true", HUB_MODEL_ID_LAST="me/last").repositories() == {"last": "me/last"}
+
+
+def test_a_repository_is_what_the_hub_takes_for_one() -> None:
+    """Beside the owner, which the Hub lets out, and letters of other alphabets, which it refuses later."""
+    random = Random(0)
+    for _ in range(20_000):
+        name = "/".join("".join(random.choices("aZ0-._ ", k=random.randint(0, 5))) for _ in range(2))
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            assert repository_problem(name), name
+        else:
+            assert repository_problem(name) is None, name
+    for name in ("voice", "a/b/c", "", "/", "me/", "/voice", "ü/voice", "me/" + "x" * 97, "hf_aSecretToken"):
+        problem = repository_problem(name)
+        assert problem and "Secret" not in problem
+
+
+def test_commands_without_settings_export_what_the_hub_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else stands in the file."""
+    for name in ("HF_TOKEN", "HF_ENDPOINT", "HF_BEST_MODEL_REPO"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")
+    (tmp_path / "a.env").write_text(
+        f"HF_TOKEN={SECRET}\nHF_ENDPOINT=http://mirror\nHF_BEST_MODEL_REPO=me/x\nEFFECTIVE_BATCH_SIZE=7\nOOPS\n"
+    )
+    export_variables_of_file({"ENV_FILE": str(tmp_path / "a.env")})
+    assert (os.environ["HF_TOKEN"], os.environ["HF_ENDPOINT"]) == (SECRET, "http://mirror")
+    assert not os.environ["HF_BEST_MODEL_REPO"]
 
 
 def test_cross_check_is_skipped_where_its_field_is_bad_itself(problems: Problems) -> None:

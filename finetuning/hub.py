@@ -1,0 +1,495 @@
+"""Sends a checkpoint to a repository on the Hugging Face Hub.
+
+    python -m finetuning.hub upload output/best --repo owner/name             # private, where the repository is made
+    python -m finetuning.hub upload output/last --repo owner/name --public
+
+A run with UPLOAD_TO_HUB sends its own by the same command (see ``uploads``). All files come in one commit
+(``upload_folder``), so whoever loads the repository meanwhile gets the checkpoint before or this one, never a mixture;
+``upload_large_folder`` would make several commits, try for ever where it has no right to write, and write into the
+folder. After a break the command goes on: what has arrived is not sent again, neither a file that is there (by its
+sha256, which the Hub is asked for first) nor, where the repository stores by Xet, a piece of one.
+
+What is sent is a copy in a folder of its own, whose weights are hard links: saving and rotation never meet it. In it,
+paths of this machine give way to names, and the model card names the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from finetuning.console import say
+from finetuning.disk import (
+    CARD_FILE,
+    CHECKSUMS_FILE,
+    check_is_whole,
+    checksum,
+    files_of,
+    link_or_copy,
+    read_json,
+    write_json,
+)
+from finetuning.errors import UserError, run_main
+from finetuning.history import is_number
+from finetuning.model_card import adapter_name, for_repository
+from finetuning.settings import export_variables_of_file, repository_problem
+
+#: Seconds before each further attempt.
+WAITS_SECONDS = (1.0, 5.0, 20.0, 60.0, 180.0)
+#: A connection that takes longer, or is silent for longer, is given up and tried again; the Hub may take minutes over a
+#: commit. While a body is sent, the first of them is the patience with each piece of it.
+CONNECT_SECONDS, SILENCE_SECONDS = 60, 600
+#: Answers that may be others next time: time-outs, conflicts with another commit, too many requests.
+PASSING_STATUS = (408, 409, 412, 423, 425, 429)
+#: Files of an earlier upload that must not stay beside this one, since they would be loaded with it. What else people
+#: have put into the repository stays.
+REPLACED = (
+    "adapter/*", "speech_tokenizer/*", "speaker_encoder/*", "model-*.safetensors", "model.safetensors.index.json",
+    "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
+)  # fmt: skip
+TOKENS_URL = "https://huggingface.co/settings/tokens"
+NEEDS_TOKEN = f"make one with write access at {TOKENS_URL} and put it into HF_TOKEN, or log in with `hf auth login`"
+
+
+class OutOfReach(UserError):
+    """The Hub does not answer now; it may later."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An upload that has come to its end.
+
+    Attributes:
+        url: of the commit.
+        is_news: whether anything was changed by it.
+        is_public: whether everybody can read the repository.
+    """
+
+    url: str
+    is_news: bool
+    is_public: bool
+
+
+def upload_command(folder: Path | str, repository: str, private: bool) -> str:
+    """What a user types to send a checkpoint."""
+    words = ["python", "-m", "finetuning.hub", "upload", str(folder), "--repo", repository]
+    return shlex.join(words if private else [*words, "--public"])
+
+
+# ------------------------------------------------------------------------------------------------------------- asking
+
+
+def connect(endpoint: str | None = None) -> Any:
+    """``HfApi``.
+
+    Raises:
+        UserError: HF_HUB_OFFLINE is set, or there is no token.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+
+    if endpoint is None and constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set, and an upload needs the Hub; unset it, or set UPLOAD_TO_HUB=false")
+    if not get_token():
+        raise UserError(f"HF_TOKEN: an upload needs a token; {NEEDS_TOKEN}")
+    return HfApi(endpoint=endpoint)
+
+
+def check_access(repositories: Mapping[str, str], private: bool, api: Any = None) -> list[str]:
+    """Whether the Hub is going to take an upload, as far as it tells without one; nothing is changed there.
+
+    Args:
+        repositories: see ``Settings.repositories``.
+
+    Returns:
+        A few words about each repository.
+
+    Raises:
+        OutOfReach: it does not answer.
+        UserError: no token, or one that may not write there.
+    """
+    api = api or connect()
+    with _patience():
+        try:
+            who = api.whoami()
+            return [_check_repository(api, who, name, one, private) for name, one in repositories.items()]
+        except Exception as error:
+            if (problem := _problem_of(error)) is None:
+                raise
+            raise problem.as_error("the Hub", ", ".join(repositories.values())) from None
+
+
+def _check_repository(api: Any, who: Mapping[str, Any], name: str, repository: str, private: bool) -> str:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    setting = f"HUB_MODEL_ID_{name.upper()}"
+    try:
+        is_private = api.model_info(repository).private
+        state = f"there, {'private' if is_private else 'public'}"
+        if private and not is_private:
+            state += " (HUB_PRIVATE is for repositories that are made, this one stays public)"
+    except RepositoryNotFoundError:
+        is_private = None
+        state = f"to be made, {'private' if private else 'public'}"
+    if problem := access_problem(who, repository, is_there=is_private is not None):
+        raise UserError(f"{setting}: {problem}")
+    return f"{name}/ to {repository} ({state})"
+
+
+def access_problem(who: Mapping[str, Any], repository: str, is_there: bool) -> str | None:
+    """Why a token may not write to a repository, by what ``whoami`` tells of it; None where it may, or may well.
+
+    Args:
+        is_there: whether the token can see the repository.
+    """
+    access = (who.get("auth") or {}).get("accessToken") or {}
+    owner, user = repository.partition("/")[0].lower(), str(who.get("name"))
+    role = access.get("role")
+    if role == "read":
+        return f"the token of {user} may only read; {NEEDS_TOKEN}"
+    if role == "fineGrained":
+        scopes = (access.get("fineGrained") or {}).get("scoped") or []
+        writable = {
+            str((scope.get("entity") or {}).get("name")).lower()
+            for scope in scopes
+            if "repo.write" in (scope.get("permissions") or ())
+        }
+        if writable & {owner, repository.lower()}:
+            return None
+        return (
+            f"the fine-grained token of {user} may not write to {repository}; give it write access to the "
+            f"repositories of {repository.partition('/')[0]} at {TOKENS_URL}"
+        )
+    organisations = {str(one.get("name")).lower() for one in who.get("orgs") or ()}
+    if not is_there and owner not in {user.lower(), *organisations}:
+        return f"{repository} is not there, and {user} can make repositories only as {user} or for own organisations"
+    return None
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Requests of the Hub's library inside end some time; by itself it waits for ever."""
+    import requests
+    from huggingface_hub import configure_http_backend
+
+    class Patient(requests.adapters.HTTPAdapter):
+        def send(self, request: Any, *args: Any, timeout: Any = None, **options: Any) -> Any:
+            return super().send(request, *args, timeout=timeout or (CONNECT_SECONDS, SILENCE_SECONDS), **options)
+
+    def session() -> requests.Session:
+        made = requests.Session()
+        for scheme in ("https://", "http://"):
+            made.mount(scheme, Patient())
+        return made
+
+    configure_http_backend(session)
+    try:
+        yield
+    finally:
+        configure_http_backend()
+
+
+# ------------------------------------------------------------------------------------------------------------ problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What went wrong on the way to the Hub.
+
+    Attributes:
+        what: without addresses, which may hold signatures.
+        status: of the answer; None where there was none.
+        is_final: whether the same attempt would end so again.
+    """
+
+    what: str
+    status: int | None = None
+    is_final: bool = False
+
+    def as_error(self, subject: str, repository: str) -> UserError:
+        """
+        Args:
+            subject: that failed.
+        """
+        if self.status == 401:
+            return UserError(f"HF_TOKEN: the Hub does not know this token; {NEEDS_TOKEN}")
+        if self.status == 403:
+            return UserError(f"HF_TOKEN: this token may not write to {repository} ({self.what}); {NEEDS_TOKEN}")
+        if not self.is_final:
+            return OutOfReach(f"{subject} cannot be reached: {self.what}; check the network, or HF_ENDPOINT")
+        return UserError(f"{subject} refuses {repository}: {self.what}")
+
+
+def _problem_of(error: BaseException) -> Problem | None:
+    """None for what is no matter of the Hub or the way there: a bug."""
+    import requests
+
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, requests.RequestException):
+        inner = inner.__cause__
+    if isinstance(inner, requests.RequestException):
+        response = getattr(inner, "response", None)
+        if response is None:
+            return Problem(f"the connection failed ({type(inner).__name__})")
+        status = response.status_code
+        if response.request is not None and response.request.method == "PUT":  # to the storage: signatures expire
+            return Problem(f"the storage answered {status}")
+        is_final = 400 <= status < 500 and status not in PASSING_STATUS
+        said = getattr(inner, "server_message", None) or response.reason or ""
+        return Problem(_scrubbed(f"{status} {said}".strip()), status, is_final)
+    if type(error) is ValueError:  # of the library: an answer of the Hub, to a card or a file
+        return Problem(_scrubbed(str(error)), is_final=True)
+    if type(error) is RuntimeError or type(error).__name__.startswith("Xet"):  # of hf_xet: the way to its server
+        return Problem(_scrubbed(f"{type(error).__name__}: {error}"))
+    return None
+
+
+def _scrubbed(text: str) -> str:
+    """Its first line, without addresses, whose ends may be signatures, and without tokens."""
+    line = next((line for line in text.splitlines() if line.strip()), "").strip()
+    return re.sub(r"hf_\w+", "…", re.sub(r"https?://\S+", "…", line))[:300]
+
+
+# ------------------------------------------------------------------------------------------------------------- sending
+
+
+def send(
+    folder: Path,
+    repository: str,
+    private: bool,
+    api: Any = None,
+    waits_seconds: Sequence[float] = WAITS_SECONDS,
+) -> Sent:
+    """Sends a staged folder, in as many attempts as it takes.
+
+    Raises:
+        UserError: the Hub refuses it.
+        OutOfReach: all attempts failed.
+    """
+    api = api or connect()
+    message = commit_message(folder)
+    with _patience():
+        for wait in (*waits_seconds, None):
+            try:
+                return _send(api, folder, repository, private, message)
+            except Exception as error:
+                if (problem := _problem_of(error)) is None:
+                    raise
+                if problem.is_final or wait is None:
+                    raise problem.as_error("the Hub", repository) from None
+                say(f"{repository}: {problem.what}; the next attempt in {wait:g} s")
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _send(api: Any, folder: Path, repository: str, private: bool, message: str) -> Sent:
+    api.create_repo(repository, private=private, exist_ok=True)
+    before = api.model_info(repository)
+    done = api.upload_folder(
+        repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=list(REPLACED)
+    )
+    return Sent(done.commit_url, done.oid != before.sha, before.private is False)
+
+
+def commit_message(folder: Path) -> str:
+    """ "Step 300, validation loss 2.3456", say: of what the checkpoint is."""
+    state = read_json(folder / "training_state.json") or {}
+    if "merged" in state:
+        return "Merged adapters"
+    if not is_number(state.get("step")):
+        return "Checkpoint"
+    value, text = (state.get("metrics") or {}).get(state.get("best_metric")), state.get("best_by")
+    if state.get("best_step") == state["step"]:
+        value = state.get("best_value")
+    if not is_number(value):
+        value, text = state.get("train_loss"), "training loss"
+    return f"Step {state['step']}" + (f", {text} {value:.4f}" if is_number(value) else "")
+
+
+# ------------------------------------------------------------------------------------------------------------- staging
+
+
+@contextlib.contextmanager
+def staged(folder: Path, repository: str) -> Iterator[Path]:
+    """The checkpoint as it is sent, beside the folder for as long as it is needed.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, or nothing can be written beside it.
+    """
+    if not (folder / "config.json").is_file() or not list(folder.glob("model*.safetensors")):
+        inside = " (best/ and last/ inside of it are)" if (folder / "last").is_dir() else ""
+        raise UserError(f"{folder} is no checkpoint{inside}: config.json or model.safetensors is missing")
+    check_is_whole(folder, "upload")
+    folder = folder.resolve()
+    _remove_leftovers(folder)
+    target = folder.with_name(f".{folder.name}.upload-{os.getpid()}")
+    with _leaving_at_once(lambda: shutil.rmtree(target, ignore_errors=True)):
+        try:
+            _stage_beside(folder, target, repository)
+            yield target
+        finally:
+            shutil.rmtree(target, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of uploads that were killed. A run removes its own, whose names end otherwise."""
+    import psutil
+
+    for leftover in folder.parent.glob(f".{folder.name}.upload-*"):
+        number = leftover.name.rpartition("-")[2]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _stage_beside(folder: Path, target: Path, repository: str) -> None:
+    try:
+        stage(folder, target, repository)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be copied beside itself for the upload: {error}") from None
+
+
+def stage(folder: Path, target: Path, repository: str) -> None:
+    """Fills ``target``, on the same disk, with what is sent of a checkpoint; hidden files stay behind.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    shutil.copytree(folder, target, copy_function=link_or_copy, ignore=shutil.ignore_patterns(".*"))
+    for edit in (_without_paths, _name_references):
+        edit(target)
+    card = target / CARD_FILE
+    if card.is_file():
+        card.write_text(for_repository(card.read_text(encoding="utf-8"), repository), encoding="utf-8")
+
+
+def _without_paths(folder: Path) -> None:
+    """The base and merged adapters by their names."""
+    if state := read_json(folder / "training_state.json"):
+        if isinstance(state.get("base"), str):
+            state["base"] = _name_of(state["base"])
+        for one in state.get("merged") or ():
+            one["adapter"] = adapter_name(one["adapter"])
+        _replace(folder, "training_state.json", state)
+    if config := read_json(folder / "adapter" / "adapter_config.json"):
+        config["base_model_name_or_path"] = _name_of(config["base_model_name_or_path"])
+        _replace(folder, "adapter/adapter_config.json", config)
+
+
+def _name_of(base: str) -> str:
+    """An id on the Hub as it is; of a folder the last part."""
+    is_folder = repository_problem(base) is not None or Path(base).expanduser().exists()
+    return Path(base).name if is_folder else base
+
+
+def _name_references(folder: Path) -> None:
+    """Reference clips by their names."""
+    name = "speaker_encoder/speaker_config.json"
+    if config := read_json(folder / name):
+        _shorten(config["speakers"].values())
+        _replace(folder, name, config)
+    listed = folder / "adapter" / "speakers.json"
+    if listed.is_file():
+        entries = json.loads(listed.read_text(encoding="utf-8"))
+        _shorten(entries)
+        _replace(folder, "adapter/speakers.json", entries)
+
+
+def _shorten(entries: Any) -> None:
+    for entry in entries:
+        entry["references"] = [Path(file).name for file in entry["references"]]
+
+
+def _replace(folder: Path, name: str, value: Any) -> None:
+    """Writes a file anew, and its checksum."""
+    write_json(folder / name, value)
+    sums = read_json(folder / CHECKSUMS_FILE)
+    if sums and name in sums["files"]:
+        file = folder / name
+        sums["files"][name] = {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
+        write_json(folder / CHECKSUMS_FILE, sums)
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+@contextlib.contextmanager
+def _leaving_at_once(clean_up: Callable[[], None]) -> Iterator[None]:
+    """A signal ends the process: Python would wait for the threads that are sending, for hours."""
+
+    def leave(number: int, _: Any) -> NoReturn:
+        clean_up()
+        print("\nstopped; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """The run that started this process holds its standard input open; whatever ends the run ends this, too."""
+
+    def watch() -> None:
+        while os.read(0, 1):  # not through sys.stdin, whose lock Python wants at its end
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetuning.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command = parser.add_subparsers(dest="command", required=True).add_parser("upload", help="a checkpoint")
+    command.add_argument("folder", type=Path, help="of a checkpoint, such as output/best")
+    command.add_argument("--repo", required=True, help="owner/name; made when it is missing")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--private", action="store_true", default=True, help="a repository that is made is private")
+    how.add_argument("--public", dest="private", action="store_false", help="or public")
+    command.add_argument("--staged", action="store_true", help=argparse.SUPPRESS)  # by a run: see ``uploads``
+    arguments = parser.parse_args(given)
+    if problem := repository_problem(arguments.repo):
+        raise UserError(f"--repo: {problem}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    export_variables_of_file()  # before the Hub's library, which reads them, is imported
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()  # its warnings tell addresses with signatures
+    if arguments.staged:
+        os.nice(10)  # the training goes first
+        _end_with_parent()
+    elif not sys.stderr.isatty():
+        disable_progress_bars()
+    api = connect()
+    here = contextlib.nullcontext(arguments.folder) if arguments.staged else staged(arguments.folder, arguments.repo)
+    with here as folder:
+        num_bytes = sum(file.stat().st_size for file in files_of(folder))
+        say(f"{arguments.folder} to {arguments.repo}: {num_bytes / 1e9:.2f} GB, what is there already included")
+        sent = send(folder, arguments.repo, arguments.private, api)
+    say(f"{'Done' if sent.is_news else 'Nothing was new'}: {sent.url}")
+    if sent.is_public and arguments.private:
+        say(f"{arguments.repo} is public, as it was")
+
+
+if __name__ == "__main__":
+    run_main(main)
