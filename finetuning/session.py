@@ -208,7 +208,7 @@ def verify_roundtrip(run: Run, tracker: Tracker) -> None:
     state = json.loads((settings.output_dir / "last" / "training_state.json").read_text(encoding="utf-8"))
     metrics = {"roundtrip_reproduced": result["reproduced"], "roundtrip_right_length": result["right_length"]}
     record = {"step": state["step"], "epoch": state["epoch"], "loss": None, "metrics": metrics}
-    tracker.log_result("roundtrip", record)
+    tracker.log_result(record)
 
 
 def roundtrip_row(run: Run, row: dict[str, Any]) -> dict[str, Any]:
