@@ -29,7 +29,16 @@ from torch import nn
 from finetuning.adapters import ADAPTER_FOLDER, Learnt, is_adapter, merged, save_adapter, without_adapter
 from finetuning.base_model import ENCODER_PREFIX, UNPATCHED_TRANSFORMERS_VERSION, Base, tokenizer_files
 from finetuning.console import say
-from finetuning.disk import clean_up, files_of, free_bytes, nearest_existing, new_folder, remove_folder, write_json
+from finetuning.disk import (
+    clean_up,
+    files_of,
+    free_bytes,
+    nearest_existing,
+    new_folder,
+    read_json,
+    remove_folder,
+    write_json,
+)
 from finetuning.errors import UserError
 from finetuning.languages import Languages
 from finetuning.objective import TrainingObjective
@@ -221,6 +230,12 @@ def rotate_checkpoints(output_dir: Path, limit: int, step: int) -> None:
     oldest_first = sorted(numbered, key=lambda item: (item[0] <= step, item[0]))
     for _, folder in oldest_first[:-limit]:
         remove_folder(folder)
+
+
+def step_of_best(output_dir: Path) -> int | None:
+    """The step that ``best/`` was written after, whichever run wrote it; None where it does not say."""
+    step = (read_json(output_dir / "best" / "training_state.json") or {}).get("step")
+    return step if isinstance(step, int) else None
 
 
 def sample_folders(output_dir: Path) -> list[tuple[int, Path]]:

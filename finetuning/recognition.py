@@ -63,6 +63,10 @@ class _Recognizer:
     pipeline: Any
     options: dict[str, Any]
 
+    def to(self, device: str) -> None:
+        """Moves the model: away from the device that it was loaded for, and back before it is asked again."""
+        self.pipeline.model.to(device)
+
     def __call__(self, waveforms: Sequence[np.ndarray]) -> list[str]:
         """(num_samples,) float32 at 24 kHz each -> what was understood."""
         with quiet_transformers(), _apart_from_training():
@@ -198,28 +202,40 @@ def load_opinion(name: str, device: str, may_download: bool = True) -> Opinion:
         UserError: the package or the weights are missing, or the file is no TorchScript.
     """
     if name not in MOS_MODELS:
-        return _at_its_rate(_scripted(Path(name).expanduser(), device), device)
+        return _Scorer(_scripted(Path(name).expanduser(), device), device)
     module = _import_predictor(name)
     with contextlib.redirect_stdout(io.StringIO()), _apart_from_training():  # it tells where its weights lie
         if name == "dnsmos":
             # The package refuses samples beyond full scale, which resampling can make of loud ones.
             return lambda waveform: float(module.run(np.clip(_heard(waveform), -1.0, 1.0), sr=MOS_RATE_HZ)["ovrl_mos"])
         if name == "distillmos":
-            return _at_its_rate(module.ConvTransformerSQAModel().eval().to(device), device)
+            return _Scorer(module.ConvTransformerSQAModel().eval().to(device), device)
         weights = _utmos_weights(may_download)
-        return _at_its_rate(module.UTMOSScoreTorch(ckpt_path=weights, device=device).eval(), device)
+        return _Scorer(module.UTMOSScoreTorch(ckpt_path=weights, device=device).eval(), device)
 
 
 def _heard(waveform: np.ndarray) -> np.ndarray:
     return resample(waveform, SAMPLE_RATE_HZ, MOS_RATE_HZ)
 
 
-def _at_its_rate(model: Callable[[torch.Tensor], torch.Tensor], device: str) -> Opinion:
-    @torch.no_grad()
-    def opinion(waveform: np.ndarray) -> float:
-        return float(model(torch.from_numpy(_heard(waveform)).unsqueeze(0).to(device)))
+@dataclass(frozen=True)
+class _Scorer:
+    """A predictor of opinion scores at its sampling rate.
 
-    return opinion
+    Attributes:
+        device: on which it is asked.
+    """
+
+    model: Any
+    device: str
+
+    def to(self, device: str) -> None:
+        """Moves the model: away from the device that it is asked on, and back before that."""
+        self.model.to(device)
+
+    @torch.no_grad()
+    def __call__(self, waveform: np.ndarray) -> float:
+        return float(self.model(torch.from_numpy(_heard(waveform)).unsqueeze(0).to(self.device)))
 
 
 def _import_predictor(name: str) -> Any:

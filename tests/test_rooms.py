@@ -19,8 +19,8 @@ ORDER = (
     "codec_rows", "languages", "base_model", "speakers", "reference_choice", "references", "layer_utils", "adapters",
     "preparer", "direct", "figures", "checks", "report", "mend", "check_rows", "attention", "chunked", "objective",
     "sharding", "prefix_cache", "small_adamw", "optimizers", "memory", "stages", "averaging", "stepping", "trainer",
-    "checkpoint", "state", "resume", "recognition", "listening", "validation", "speaking", "samples", "run_record",
-    "services", "tracking", "saving", "roundtrip", "lora", "starting",
+    "checkpoint", "state", "resume", "recognition", "listening", "validation", "speaking", "samples", "judging",
+    "run_record", "services", "tracking", "saving", "roundtrip", "lora", "starting",
     "building", "claiming", "briefing", "session", "library", "intervals", "evaluation_media",
     "report_html", "kept_samples", "evaluation_plan", "evaluation_report", "evaluation",
 )  # fmt: skip
