@@ -82,8 +82,9 @@ class Tracker:
         self._training, self._evaluations, told = (
             read_records(self.output_dir / file) if is_main else [] for file in WATCHED
         )
+        warmup_steps = 0 if settings.lr_scheduler == "constant" else settings.warmup_steps
         self._limits = {
-            "num_steps": total_steps, "warmup_steps": settings.warmup_steps, "max_grad_norm": settings.max_grad_norm,
+            "num_steps": total_steps, "warmup_steps": warmup_steps, "max_grad_norm": settings.max_grad_norm,
         }  # fmt: skip
         self._told = {str(alarm.get("kind")): alarm["size"] for alarm in told if is_number(alarm.get("size"))}
         self._cannot_watch = False
