@@ -462,12 +462,12 @@ def reclaimable_bytes(output_dir: Path) -> int:
     return sum(found[0].st_size for found in links.values() if len(found) == found[0].st_nlink)
 
 
-def check_disk_space(output_dir: Path, required_bytes: int) -> None:
-    """Raises UserError when the first checkpoint and state do not fit."""
+def check_disk_space(output_dir: Path, required_bytes: int, what: str = "one checkpoint and one state") -> None:
+    """Raises UserError when the first checkpoint and state, and what else the run writes, do not fit."""
     free = free_bytes(output_dir)
     if free < required_bytes:
         raise UserError(
-            f"OUTPUT_DIR: {output_dir} has {free / 1e9:.1f} GB free, one checkpoint and one state need "
+            f"OUTPUT_DIR: {output_dir} has {free / 1e9:.1f} GB free, {what} need "
             f"{required_bytes / 1e9:.1f} GB; free some space or choose another disk"
         )
 

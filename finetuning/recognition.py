@@ -44,6 +44,9 @@ _MOS_PACKAGES = {
     "utmos": ("utmos_pytorch", "utmos-pytorch"),
 }
 
+#: Weights of a predictor on the GPU: UTMOS is wav2vec 2.0 base, in fp32.
+_MOS_BYTES = {"distillmos": 20_000_000, "utmos": 400_000_000}
+
 Recognize = Callable[[Sequence[np.ndarray]], list[str]]
 Opinion = Callable[[np.ndarray], float]
 
@@ -95,6 +98,21 @@ def check_judges(settings: Settings) -> None:
         _import_predictor(settings.mos_model)
     elif settings.mos_model:
         _scripted(Path(settings.mos_model).expanduser(), "cpu")
+
+
+def judge_bytes(settings: Settings) -> int:
+    """What the judges of ASR_MODEL and MOS_MODEL take on a GPU at most: a recogniser that is stored in fp32 takes half.
+
+    Raises:
+        UserError: see ``check_judges``.
+    """
+    files: list[Path] = []
+    if settings.asr_model:
+        folder = resolve_folder(settings.asr_model, "ASR_MODEL", settings.data_mode != "none", ASR_FILES)
+        files += folder.glob("model*.safetensors")
+    if settings.mos_model and settings.mos_model not in MOS_MODELS:
+        files.append(Path(settings.mos_model).expanduser())
+    return sum(file.stat().st_size for file in files) + _MOS_BYTES.get(settings.mos_model or "", 0)
 
 
 def load_recognizer(name: str, device: str, language: str | None = None, may_download: bool = True) -> Recognize:

@@ -30,7 +30,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from finetuning.audio import SAMPLE_RATE_HZ
+from finetuning.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from finetuning.base_model import Base
 from finetuning.checkpoint import SAMPLES_FOLDER
 from finetuning.codec import FRAMES_PER_SECOND, Codec
@@ -133,6 +133,16 @@ def check_eval_texts(settings: Settings, base: Base) -> None:
                 f"EVAL_TEXTS: text {number} contains the special token {found[0]}, which would end or break the "
                 "prompt; take it out"
             )
+
+
+def samples_bytes(settings: Settings, requests: Sequence[Request], num_steps: int) -> int:
+    """About what the samples of so many steps take on the disk: 16-bit speech as fast as the training rows', and in
+    each tracker a copy of it."""
+    if not requests:
+        return 0
+    num_frames = sum((request.max_frames - SPARE_FRAMES) / MAX_SLOWNESS for request in requests)
+    num_times = num_steps // settings.steps_between_samples + 1  # at the end, too
+    return round(num_times * num_frames * SAMPLES_PER_FRAME * 2 * (1 + len(settings.trackers())))
 
 
 class _Row(NamedTuple):

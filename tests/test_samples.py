@@ -23,13 +23,22 @@ from training import FULL, build, make_trainer
 from finetuning import samples, starting
 from finetuning.audio import SAMPLE_RATE_HZ
 from finetuning.base_model import resolve_base
+from finetuning.briefing import describe_samples
 from finetuning.checkpoint import clear_output_folder, run_entries
 from finetuning.errors import Stopped, UserError
 from finetuning.metrics import METRICS
-from finetuning.samples import SAMPLE_SPEAKERS, Judged, Sample, figures_of, plan_samples, yardsticks_of
+from finetuning.samples import (
+    SAMPLE_SPEAKERS,
+    Judged,
+    Sample,
+    figures_of,
+    plan_samples,
+    samples_bytes,
+    yardsticks_of,
+)
 from finetuning.settings import load_settings
 from finetuning.speakers import Speakers
-from finetuning.speaking import LiveModel
+from finetuning.speaking import LiveModel, Request
 from finetuning.state import State, find_states
 from finetuning.tracking import Tracker
 
@@ -429,6 +438,23 @@ def test_a_yardstick_is_all_that_a_figure_depends_on(make: Callable) -> None:
     judged = of(asr_model="another")
     assert [name for name in first if judged[name] != first[name]] == ["wer", "cer"]
     assert [name for name in first if of(mos_model="x")[name] != first[name]] == ["mos"]
+
+
+def test_what_they_take_is_known_at_the_start(make: Callable) -> None:
+    """A third of what is cut off is as long as the training rows say; each tracker has a copy."""
+    requests = [Request(at, "Yes.", "anna", "Auto", 42, samples.SPARE_FRAMES + 300, None) for at in range(2)]
+    eight_seconds = 8 * SAMPLE_RATE_HZ * 2
+    for num_steps, report_to, times in ((99, "none", 1), (100, "none", 2), (250, "wandb,tensorboard", 9)):
+        settings = make(sample_steps=100, report_to=report_to, use_wandb="wandb" in report_to)
+        assert samples_bytes(settings, requests, num_steps) == times * 2 * eight_seconds
+    run = build(make(sample_steps=3))
+    (line,) = describe_samples(run)
+    assert line.startswith("Samples: 2 every 3 steps and at the end, in all about 0 MB; they stay in ")
+    run.settings, run.requests = make(sample_steps=0, mos_model="distillmos"), []
+    wanted = "nothing is said while the run trains, so EVAL_TEXTS, MOS_MODEL only matter to evaluate.py"
+    assert describe_samples(run) == [f"SAMPLE_STEPS=0: {wanted}"]
+    run.settings = make(sample_steps=0, eval_texts=None)
+    assert describe_samples(run) == []
 
 
 def test_figures() -> None:
