@@ -54,15 +54,22 @@ class PlainLoop(nn.Module):
         """(B, L, H): both channels, added; zeros on padding."""
         talker, codec_ids, frame_mask = self.model.talker, batch["codec_ids"], batch["frame_mask"]
         num_rows = len(codec_ids)
-        speaker = self.model.speaker_encoder(self.reference_mel.expand(num_rows, -1, -1)).detach()
+        speaker = self.speaker(num_rows)
         codec = talker.model.codec_embedding(codec_ids.clamp(min=0)) * (codec_ids != NO_CODEC).unsqueeze(-1)
         codec[torch.arange(num_rows), batch["speaker_positions"]] = speaker.to(codec.dtype)
         codes = batch["codes"].new_zeros(*frame_mask.shape, batch["codes"].shape[1])
         codes[frame_mask] = batch["codes"]
         for index, table in enumerate(talker.code_predictor.get_input_embeddings(), 1):
             codec = codec + table(codes[..., index]) * frame_mask.unsqueeze(-1)
-        text = talker.text_projection(talker.model.text_embedding(batch["text_ids"]))
-        return text * batch["attention_mask"].unsqueeze(-1) + codec
+        return self.text(batch["text_ids"]) * batch["attention_mask"].unsqueeze(-1) + codec
+
+    def speaker(self, num_rows: int) -> torch.Tensor:
+        """(num_rows, H): the encoder's vectors of the reference."""
+        return self.model.speaker_encoder(self.reference_mel.expand(num_rows, -1, -1)).detach()
+
+    def text(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B, L) text ids to (B, L, H)."""
+        return self.model.talker.text_projection(self.model.talker.model.text_embedding(ids))
 
 
 def freeze_original_layers(model: Any) -> None:

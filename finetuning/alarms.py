@@ -46,7 +46,7 @@ class Cause(NamedTuple):
     next_run: str
 
 
-#: The README's table has the same kinds.
+#: The table in docs/results.md has the same kinds.
 CAUSES: dict[str, Cause] = {
     "warm_up_too_long": Cause(
         "WARMUP_STEPS was chosen for a longer run",

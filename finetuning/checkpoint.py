@@ -53,12 +53,13 @@ LINKED_SUFFIX = ".safetensors"
 #: Files of a run besides its checkpoints.
 LOG_FILES = ("training_log.jsonl", "validation_log.jsonl", "skipped_rows.jsonl", "alarms.jsonl")
 RUN_FILES = (*LOG_FILES, "run.json", "settings.json")  # by its settings a half-removed run is known to the end
+#: What the names of checkpoints with a number begin with: by step, and by epoch (EPOCH_FOLDER).
+NUMBERED_FOLDERS = ("checkpoint", "epoch", "checkpoint-epoch")
 #: So many speakers are named in a line; the configuration has all.
 MAX_LISTED_NAMES = 30
 #: Kept open by the process that trains in the folder.
 LOCK_FILE = ".lock"
 _TALKER_LAYER = re.compile(r"talker\.model\.layers\.(\d+)\.")
-_STEP_FOLDER = re.compile(r"(checkpoint|epoch|step)-(\d+)")
 #: What the model said on its way, in ``step-N/``; see ``samples``.
 SAMPLES_FOLDER = "samples"
 
@@ -244,8 +245,8 @@ def sample_folders(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _step_folders(output_dir: Path, kind: str) -> list[Path]:
-    found = [(folder, _STEP_FOLDER.fullmatch(folder.name)) for folder in output_dir.glob(f"{kind}-*")]
-    return [folder for folder, match in found if match and folder.is_dir()]
+    found = [folder for folder in output_dir.glob(f"{kind}-*") if re.fullmatch(rf"{kind}-\d+", folder.name)]
+    return [folder for folder in found if folder.is_dir()]
 
 
 # ------------------------------------------------------------------------------------------------ what is in a file
@@ -405,10 +406,11 @@ def check_holds_no_run(settings: Settings) -> None:
     """Raises UserError for an OUTPUT_DIR with a run, unless OVERWRITE_OUTPUT is set."""
     entries = run_entries(settings.output_dir)
     if entries and not settings.overwrite_output:
+        going_on = ", or RESUME=auto to go on with it where it has a state" if settings.resume == "never" else ""
         raise UserError(
             f"OUTPUT_DIR: {settings.output_dir} already holds a run "
-            f"({', '.join(entry.name for entry in entries[:4])}); choose another folder, set OVERWRITE_OUTPUT=true to "
-            "replace it, or, where it has a state, RESUME=auto to go on with it"
+            f"({', '.join(entry.name for entry in entries[:4])}); choose another folder, or set OVERWRITE_OUTPUT=true "
+            f"to replace it{going_on}"
         )
 
 
@@ -436,7 +438,7 @@ def run_entries(output_dir: Path) -> list[Path]:
         return []
     names = ("state", "best", "last", SAMPLES_FOLDER, "roundtrip", "plots", "tensorboard")
     folders = [output_dir / name for name in names if (output_dir / name).is_dir()]
-    numbered = [*_step_folders(output_dir, "checkpoint"), *_step_folders(output_dir, "epoch")]
+    numbered = [folder for kind in NUMBERED_FOLDERS for folder in _step_folders(output_dir, kind)]
     return [*folders, *sorted(numbered), *(output_dir / name for name in RUN_FILES if (output_dir / name).is_file())]
 
 

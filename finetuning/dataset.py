@@ -36,20 +36,28 @@ batch says it as well ("among N": counted over the real positions):
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+if __name__ == "dataset":  # `from dataset import TTSDataset` in this folder, as code for the official scripts has it
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from finetuning.audio import load_audio, to_model_rate
 from finetuning.codec import NUM_CODEBOOKS
 from finetuning.draws import Draws
-from finetuning.manifest import MIN_CODEC_FRAMES, check_codes
+from finetuning.manifest import MIN_CODEC_FRAMES, RowFormat, check_codes, check_fields
 from finetuning.prompt import (
     IGNORE,
     NO_CODEC,
+    NUM_CLOSING_TOKENS,
     AlignedIds,
     InContext,
     LayoutIds,
@@ -64,6 +72,7 @@ from finetuning.prompt import (
 )
 from finetuning.row_index import Manifest
 from finetuning.sampling import StepPlan
+from finetuning.voice import voice_mels
 
 #: See the module's table.
 Batch = dict[str, torch.Tensor]
@@ -510,3 +519,112 @@ def leave_signals_to_main(_: int) -> None:
     """Ctrl-C and a batch system's SIGTERM reach the data workers as well; a step that is to be finished needs them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------------- the official interface
+
+
+class TTSDataset(Dataset):
+    """Rows as the training loop of the official scripts takes them, in the layout of ``prompt``.
+
+    ::
+
+        dataset = TTSDataset(rows, qwen3tts.processor, config)
+        loader = DataLoader(dataset, batch_size=2, shuffle=True, collate_fn=dataset.collate_fn)
+
+    A batch (B rows, L positions, one more than the longest row has, as codec_eos stands in it, too):
+
+    ========================  ==================  =============================================================
+    ``input_ids``             (B, L, 2) int64     text and codec channel; 0 where a channel has nothing
+    ``text_embedding_mask``   (B, L, 1) bool      where the text channel counts
+    ``codec_embedding_mask``  (B, L, 1) bool      where the codec channel counts; not at the speaker, position 6
+    ``attention_mask``        (B, L) int64        1 on real positions
+    ``codec_ids``             (B, L, 16) int64    the frames' codes
+    ``codec_mask``            (B, L) bool         the frames
+    ``codec_0_labels``        (B, L) int64        the ids of frames and codec_eos **in their own place**, or -100
+    ``ref_mels``              (B, F, 128) f32     of the references, which must be equally long
+    ========================  ==================  =============================================================
+
+    All rows are laid out as ``language="Auto"`` and without an instruction, since such loops put the speaker's vector
+    at position 6. The batch is the official one but for texts (white space is normalised, control tokens are refused,
+    where they would merge into the role's tokens or end the turn) and references (any sampling rate).
+
+    The batch is right; what a loop makes of it may not be. ``inputs_embeds[:, :-1]`` and ``codec_0_labels[:, 1:]`` are
+    aligned already, so their loss is a plain cross-entropy: ``labels=`` would shift them once more. What predicts the
+    frames is one position before them: ``hidden[codec_mask[:, 1:]]``. The text goes through ``text_projection``.
+
+    Args:
+        data_list: objects with ``text``, ``audio_codes`` (T lists of 16) and ``ref_audio``: a file, or a waveform with
+            its sampling rate; of a list the first.
+        processor: of ``Qwen3TTSModel``, or its tokenizer.
+        config: ``Qwen3TTSConfig``, or the dictionary of its config.json.
+        lag_num: always -1.
+
+    Raises:
+        ValueError: a row that cannot be used, with its place in ``data_list``.
+    """
+
+    def __init__(self, data_list: Sequence[Mapping[str, Any]], processor: Any, config: Any, lag_num: int = -1) -> None:
+        if lag_num != -1:
+            raise ValueError("lag_num must be -1: codec 0 and the other codes of a frame stand in one position")
+        self.data_list, self.lag_num = data_list, lag_num
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.ids = LayoutIds.from_config(config if isinstance(config, Mapping) else config.to_dict())
+
+    def __len__(self) -> int:
+        return len(self.data_list)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """``text_ids`` (1, n) int64, with the role; ``audio_codes`` (T, 16) int64; ``ref_mel`` (1, F, 128) float32; and
+        ``aligned``, the row as ``prompt`` lays it out."""
+        row = self.data_list[index]
+        try:
+            text = check_fields(dict(row), RowFormat())["text"]
+            codes, mel = check_codes(row["audio_codes"]), voice_mels(_waveform(row["ref_audio"]))
+        except KeyError as error:
+            raise ValueError(f"row {index}: no {error.args[0]}") from None
+        except ValueError as error:
+            raise ValueError(f"row {index}: {error}") from None
+        text_ids = np.asarray(self.tokenizer(assistant_turn(text))["input_ids"], dtype=np.int64)
+        return {
+            "text_ids": torch.from_numpy(text_ids[:-NUM_CLOSING_TOKENS])[None],
+            "audio_codes": torch.from_numpy(codes.astype(np.int64)),
+            "ref_mel": mel,
+            "aligned": append_frames(build_prompt(text_ids, self.ids), codes, self.ids),
+        }
+
+    def collate_fn(self, items: Sequence[Mapping[str, Any]]) -> Batch:
+        """See the table of the class."""
+        mels = [item["ref_mel"] for item in items]
+        if len({mel.shape for mel in mels}) > 1:
+            raise ValueError(
+                "references of different lengths do not fit into one batch, and padding would change their vectors; "
+                "give all rows the same ref_audio, or use batch_size 1"
+            )
+        batch = collate([item["aligned"] for item in items], [0] * len(items))
+        text, codec, attention = (F.pad(batch[name], (0, 1)) for name in ("text_ids", "codec_ids", "attention_mask"))
+        rows, ends = torch.arange(len(items)), batch["attention_mask"].sum(1)
+        text[rows, ends], codec[rows, ends], attention[rows, ends] = self.ids.tts_pad, self.ids.codec_eos, 1
+        codec[attention == 0] = NO_CODEC
+        frame_mask = F.pad(batch["frame_mask"], (0, 1))
+        codes = torch.zeros(*frame_mask.shape, NUM_CODEBOOKS, dtype=torch.int64)
+        codes[frame_mask] = batch["codes"]
+        return {
+            "input_ids": torch.stack([text, codec.clamp(min=0)], dim=-1),
+            "ref_mels": torch.cat(mels),
+            "attention_mask": attention,
+            "text_embedding_mask": attention.bool().unsqueeze(-1),
+            "codec_embedding_mask": (codec != NO_CODEC).unsqueeze(-1),
+            "codec_0_labels": F.pad(batch["labels"], (1, 0), value=IGNORE),  # from the position before to their own
+            "codec_ids": codes,
+            "codec_mask": frame_mask,
+        }
+
+
+def _waveform(reference: Any) -> np.ndarray:
+    """(num_samples,) float32 at 24 kHz of a ``ref_audio``."""
+    reference = reference[0] if isinstance(reference, list) else reference
+    if isinstance(reference, tuple):
+        waveform, rate = reference
+        return to_model_rate(np.asarray(waveform, dtype=np.float32), int(rate))
+    return load_audio(reference)

@@ -93,7 +93,7 @@ def encode_jsonl(
     elif not force and workspace.is_current():
         return output_jsonl
     elif output_jsonl != job.own_output or augmentation is not None:  # else that name is nobody else's
-        workspace.check_is_ours("--mode encode")
+        workspace.check_is_ours("--mode encode or prepare_data.py")
     encoder = ClipEncoder(codec_folder, device, num_workers, max_clips_per_batch)
     with workspace.opened():
         job.encode_missing(workspace, encoder, processes)

@@ -13,6 +13,7 @@ import numpy as np
 
 from finetuning.audio import AudioError, audio_duration_seconds, load_audio
 from finetuning.base_model import Base, load_tokenizer, read_base_config, resolve_base
+from finetuning.checkpoint import NUMBERED_FOLDERS
 from finetuning.codec import FRAMES_PER_SECOND, check_codec_folder
 from finetuning.disk import checksum, read_json
 from finetuning.errors import UserError
@@ -39,7 +40,7 @@ SPARE_FRAMES, FRAMES_PER_TOKEN = 125, 15
 LEAST_FRAMES_PER_TOKEN = 1.5
 #: Positions of a prompt beside its text and reference.
 _SPARE_POSITIONS = 16
-_NUMBERED = re.compile(r"(?:checkpoint|epoch)-(\d+)")
+_NUMBERED = re.compile(rf"(?:{'|'.join(NUMBERED_FOLDERS)})-(\d+)")
 
 
 @dataclass(frozen=True)

@@ -114,11 +114,20 @@ def find_codec(settings: Settings, tokenizer_path: str | Path | None = None) -> 
     if tokenizer_path is None:
         base = resolve_base(settings)
         return base.codec_folder, RowFormat.from_settings(settings, base.special_tokens())
-    folder = resolve_folder(str(tokenizer_path), "tokenizer_path")
+    return find_codec_folder(str(tokenizer_path), "tokenizer_path"), RowFormat.from_settings(settings)
+
+
+def find_codec_folder(name: str, setting: str) -> Path:
+    """The 12 Hz codec that a Hub id or a folder names: it, or that of a base.
+
+    Raises:
+        UserError: there is none; the message names the setting.
+    """
+    folder = resolve_folder(name, setting)
     if (folder / "speech_tokenizer").is_dir():
         folder = folder / "speech_tokenizer"
     check_codec_folder(folder)
-    return folder, RowFormat.from_settings(settings)
+    return folder
 
 
 def open_dataset_split(settings: Settings, split: str, dataset_name: str | None = None) -> Split:

@@ -74,7 +74,7 @@ def check_processes_talk(
     import torch
 
     count, index = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("RANK") or 0)
-    advice = 'see "When NCCL hangs" in README.md; NCCL_DEBUG=INFO says what it tries'
+    advice = 'see "When NCCL hangs" in docs/machines.md; NCCL_DEBUG=INFO says what it tries'
     problem = f"process {index} of {count} has waited {max_seconds:.0f} s for the others in vain; {advice}"
     with _ends_after(max_seconds, problem) if count > 1 else contextlib.nullcontext():
         try:

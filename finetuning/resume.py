@@ -21,6 +21,7 @@ from finetuning.state import RECORD_FILE, State, damage_of_state, find_states, r
 #: Settings that change nothing that has been learnt so far; every other difference is refused.
 MAY_CHANGE = frozenset({
     "OUTPUT_DIR", "OVERWRITE_OUTPUT", "RESUME", "NUM_EPOCHS", "MAX_STEPS", "LOGGING_STEPS", "SAVE_STEPS",
+    "EPOCH_FOLDER",
     "SAVE_MINUTES", "EVAL_STEPS", "SAVE_TOTAL_LIMIT", "SAVE_EPOCHS", "VERIFY_ROUNDTRIP", "NUM_WORKERS", "DEVICE",
     "ATTN_IMPLEMENTATION", "DATA_CHECK", "SAVE_AUDIO", "CODES_CACHE_DIR", "CODES_CACHE_GB", "PREPARE_ONLY", "USE_WANDB",
     "WANDB_PROJECT", "WANDB_RUN_NAME", "WANDB_ENTITY", "UPLOAD_TO_HUB", "HUB_MODEL_ID_BEST", "HUB_MODEL_ID_LAST",

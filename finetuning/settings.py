@@ -404,13 +404,16 @@ class Settings(BaseSettings):
     )
     save_total_limit: Count = _setting(3, "how many checkpoint-N/ to keep")
     save_epochs: bool = _setting(False, "keep epoch-N/ as well, outside the rotation")
+    epoch_folder: Literal["epoch", "checkpoint-epoch"] = _setting(
+        "epoch", "what SAVE_EPOCHS names them: epoch (epoch-0/, …) or checkpoint-epoch (as the official script does)"
+    )
     verify_roundtrip: int = _setting(
         0, "after training, generate this many training clips with stock qwen-tts and count codes; 0 = off", ge=0
     )
     best_metric: Word = _setting(
         "loss",
         "figure of the validation log that best/ is chosen by: loss, accuracy, speaker_embedding_similarity, wer, … "
-        "(the README lists them)",
+        "(docs/results.md lists them)",
     )
     early_stopping_patience: int = _setting(
         0, "end the run after so many evaluations in a row without a better BEST_METRIC; 0 = off", ge=0
@@ -574,6 +577,8 @@ def load_settings(overrides: Mapping[str, Any] | None = None, environment: Mappi
 
 def _read_env_file(environment: Mapping[str, str], problems: list[str]) -> list[_Given]:
     path = Path(environment.get("ENV_FILE") or DEFAULT_ENV_FILE)
+    if path == Path(os.devnull):  # no file, not even the default one
+        return []
     if not path.is_file():
         if environment.get("ENV_FILE"):
             problems.append(f"ENV_FILE: {path} does not exist")

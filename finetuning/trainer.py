@@ -204,7 +204,8 @@ class Trainer:
         if self.has_no_step_left and not was_last_step and progress.step % self.settings.logging_steps:
             self._log_training()
         self._log_validation(metrics, best, sampled)
-        names = ["last"] + [f"epoch-{progress.epoch}"] * self.settings.save_epochs + ["best"] * bool(best)
+        of_epoch = [f"{self.settings.epoch_folder}-{progress.epoch}"] * self.settings.save_epochs
+        names = ["last", *of_epoch] + ["best"] * bool(best)
         epoch, progress.ended_at = progress.epoch, progress.step
         if progress.is_out_of_patience(self.settings) and progress.step < self.num_steps:
             say(self.chooser.say_stop(progress))

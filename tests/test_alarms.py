@@ -197,7 +197,7 @@ def test_only_what_was_measured_alike_is_compared() -> None:
     assert found("aabbb", [0.2, 0.2, 0.9, 0.5, 0.5]) == ["similarity_falling"]
 
 
-def test_the_readme_lists_every_alarm() -> None:
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+def test_the_guide_lists_every_alarm() -> None:
+    text = (PROJECT / "docs" / "results.md").read_text(encoding="utf-8")
     table = text[text.index("| alarm | ") :].split("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(CAUSES)

@@ -253,6 +253,23 @@ def test_both_ways_train_the_same_loss(two_batches: Any, recipe: str, monkeypatc
     assert plain.flops == ours.flops > 0
 
 
+def test_mistakes_differ_from_the_right_loss(two_batches: Any) -> None:
+    from benchmarks.bench import SUB_TALKER_WEIGHT
+    from benchmarks.loops import recipe_model
+    from benchmarks.mistakes import MISTAKES, MistakenLoop
+    from benchmarks.random_base import to_batch
+    from finetuning.dataset import count_tokens
+    from finetuning.objective import TrainingObjective, step_loss
+
+    model, batch = recipe_model(two_batches, "full"), to_batch(two_batches.rows)
+    vectors = two_batches.speaker_vectors(model)
+    right = step_loss(TrainingObjective(model.talker, vectors)(batch), *count_tokens([batch]), SUB_TALKER_WEIGHT)
+    losses = {name: MistakenLoop(model, vectors, SUB_TALKER_WEIGHT, frozenset([name]))(batch) for name in MISTAKES}
+    torch.testing.assert_close(MistakenLoop(model, vectors, SUB_TALKER_WEIGHT, frozenset())(batch), right)
+    for name, loss in losses.items():
+        assert abs(loss - right) > 1e-4 * right, name
+
+
 @pytest.mark.parametrize("name", ["PaddedRows", "AllLogitsAtOnce", "ManyLookups"])
 def test_plain_parts_change_no_loss(two_batches: Any, name: str) -> None:
     from benchmarks import plain_parts

@@ -467,6 +467,7 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "shorter": {"num_epochs": 2},
     "intervals": {"logging_steps": 1, "save_steps": 9, "eval_steps": 9, "save_minutes": 5.0, "save_total_limit": 1},
     "keeping": {"save_epochs": True, "verify_roundtrip": 1, "overwrite_output": True},
+    "named otherwise": {"save_epochs": True, "epoch_folder": "checkpoint-epoch"},
     "machine": {"num_workers": 3, "attn_implementation": "eager", "data_check": "off"},
     "logging": {"wandb_project": "mine", "wandb_run_name": "second", "report_to": "tensorboard"},
     "best": {"best_metric": "accuracy", "early_stopping_patience": 3},

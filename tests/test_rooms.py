@@ -15,7 +15,7 @@ ORDER = (
     "errors", "console", "signals", "disk", "processes", "metrics", "history", "alarms", "evaluations", "plots",
     "settings", "stock", "tiny_model", "audio", "codec", "quality", "manifest", "row_index", "dataset_files",
     "tables", "readers", "source", "augment", "encoding", "workspace", "encode_rows", "prepare", "stream",
-    "training_rows", "prompt", "draws", "balance", "sampling", "dataset", "steps", "progress", "choosing", "voice",
+    "training_rows", "voice", "prompt", "draws", "balance", "sampling", "dataset", "steps", "progress", "choosing",
     "codec_rows", "languages", "base_model", "speakers", "reference_choice", "references", "layer_utils", "adapters",
     "preparer", "direct", "figures", "checks", "report", "mend", "check_rows", "attention", "chunked", "objective",
     "sharding", "prefix_cache", "small_adamw", "optimizers", "memory", "stages", "averaging", "stepping", "trainer",
@@ -23,6 +23,7 @@ ORDER = (
     "run_record", "services", "tracking", "saving", "roundtrip", "lora", "starting",
     "building", "claiming", "briefing", "session", "library", "intervals", "evaluation_media",
     "report_html", "kept_samples", "evaluation_plan", "evaluation_report", "evaluation",
+    "official", "prepare_data", "sft_12hz",
 )  # fmt: skip
 ROOMS = sorted(file for file in (PROJECT / "finetuning").glob("*.py") if file.stem != "__init__")
 

@@ -437,7 +437,7 @@ def test_a_stop_saves_the_state_first(quiet: Any, saver: Saver, monkeypatch: pyt
     ],
 )
 def test_rotation(tmp_path: Path, limit: int, step: int, kept: list[int]) -> None:
-    others = ["best", "last", "epoch-1", "epoch-9", "state", "checkpoint-x", "checkpoint-3.bak"]
+    others = ["best", "last", "epoch-1", "checkpoint-epoch-9", "state", "checkpoint-x", "checkpoint-3.bak"]
     for name in [*others, *(f"checkpoint-{number}" for number in (2, 4, 8, 12))]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_text(name)
@@ -451,15 +451,14 @@ def test_one_checkpoint_and_best_in_a_run(
     settings_for: Callable, write_jsonl: Callable, demo_rows: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SAVE_TOTAL_LIMIT=1: the newest stays, and best/ stays where it is though its checkpoint-N is gone."""
-    settings = settings_for(
-        validation_jsonl=write_jsonl(demo_rows[-1:], "valid.jsonl"), save_total_limit=1, save_epochs=True, save_steps=1
-    )
+    keeping = {"save_total_limit": 1, "save_steps": 1, "save_epochs": True, "epoch_folder": "checkpoint-epoch"}
+    settings = settings_for(validation_jsonl=write_jsonl(demo_rows[-1:], "valid.jsonl"), **keeping)
     trainer = make_trainer(build(settings))
     losses = iter([3.0, 4.0, 5.0, 6.0])
     figures = dict.fromkeys(("accuracy", "sub_talker_accuracy"), 0.5)
     monkeypatch.setattr(trainer.validator, "evaluate", lambda *_: {"loss": next(losses), **figures})
     trainer.run()
-    names = {"best", "last", "checkpoint-4", *(f"epoch-{number}" for number in range(4)), "state"}
+    names = {"best", "last", "checkpoint-4", *(f"checkpoint-epoch-{number}" for number in range(4)), "state"}
     assert {entry.name for entry in settings.output_dir.iterdir() if entry.is_dir()} - {"rows"} == names
     assert step_in(settings.output_dir / "best") == 1
     assert state_steps(settings) == [4, 3]

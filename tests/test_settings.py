@@ -92,6 +92,7 @@ DESIGN_DEFAULTS: dict[str, Any] = {
     "EVAL_TEXTS": None,
     "SAVE_TOTAL_LIMIT": 3,
     "SAVE_EPOCHS": False,
+    "EPOCH_FOLDER": "epoch",
     "OVERWRITE_OUTPUT": False,
     "SEED": 42,
     "ASR_MODEL": None,
@@ -253,6 +254,13 @@ def test_sample_limits_take_all(load: Load, value: str, expected: int | None) ->
 def test_settings_are_frozen(load: Load) -> None:
     with pytest.raises(ValueError, match="frozen"):
         load().batch_size = 3
+
+
+def test_the_null_device_is_no_settings_file_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetuning.settings.DEFAULT_ENV_FILE", str(tmp_path / ".env"))
+    (tmp_path / ".env").write_text("BATCH_SIZE=7\n")
+    assert load_settings(environment={}).batch_size == 7
+    assert load_settings(environment={"ENV_FILE": os.devnull}).batch_size == 2
 
 
 def test_missing_env_file_is_an_error_only_when_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -423,6 +423,6 @@ def test_requires_grad_comes_back_after_an_error(make_settings: Callable) -> Non
     assert layer.requires_grad
 
 
-def test_the_readme_names_all_stages() -> None:
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+def test_the_guide_names_all_stages() -> None:
+    text = (PROJECT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in text for name in STAGE_NAMES)
