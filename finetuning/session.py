@@ -183,7 +183,7 @@ def describe_best(settings: Settings, trainer: Trainer) -> str:
             f"{best} is of step {step}, from before the run was set back: no evaluation since was better than the "
             f"{chooser.say_best(found)}, whose checkpoint it had replaced"
         )
-    return f"{best}: {chooser.say_best(found)}"
+    return f"{best} is the best one ({chooser.say_best(found)})"
 
 
 def owes_roundtrip(run: Run) -> bool:
