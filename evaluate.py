@@ -5,7 +5,8 @@
     python evaluate.py --texts "Good morning." "How are you?" --language English --reference me.wav
     ENV_FILE=.env.demo python evaluate.py --seeds 1 --max_new_tokens 60          # the demo's tiny model, on CPU
 
-Settings (run, base, device, precision) come from `.env` as for train.py. Interrupted work goes on where it stopped:
+Settings (OUTPUT_DIR, device, precision, judges) come from `.env` as for train.py; what the run began with, such as its
+validation rows, speakers and layout, it has from its own settings.json. Interrupted work goes on where it stopped:
 what was generated is kept in OUTPUT_DIR/evaluation/samples; a checkpoint that has changed is generated anew.
 """
 
@@ -23,7 +24,7 @@ def main() -> None:
     settings = load_settings({"device": arguments.device} if arguments.device else None)
     with quick_imports():
         from finetuning.evaluation import evaluate
-        from finetuning.evaluation_plan import Options
+        from finetuning.evaluation_models import Options
     options = Options(
         output=arguments.output or settings.output_dir / "evaluation",
         checkpoints=arguments.checkpoints,

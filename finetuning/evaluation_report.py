@@ -14,7 +14,8 @@ from finetuning.audio import load_audio
 from finetuning.console import say
 from finetuning.disk import write_json
 from finetuning.evaluation_media import interval_plot, mp3, spectrogram_png
-from finetuning.evaluation_plan import Job, Options, Plan
+from finetuning.evaluation_models import Options
+from finetuning.evaluation_plan import Job, Plan
 from finetuning.intervals import LEVEL, NUM_RESAMPLES, interval, interval_of_mean, mean_over_texts, resampled_means
 from finetuning.kept_samples import Kept
 from finetuning.metrics import METRICS
@@ -145,7 +146,7 @@ def write_report(plan: Plan, jobs: Sequence[Job], kept: Sequence[Kept], options:
         OSError: the disk refused it.
     """
     ranking = rank(collect(plan, jobs, kept), options.rank_by)
-    notes = [*plan.notes, *_note_of_ranking(ranking, options.rank_by)]
+    notes = [*plan.notes, *_note_of_ranking(ranking, options.rank_by), *_note_of_gaps(ranking), *_note_of_texts(plan)]
     report = _report(plan, jobs, kept, ranking, notes, options, settings)
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / "report.json", report_data(plan, jobs, kept, ranking, report, options.output))
@@ -249,6 +250,33 @@ def _note_of_ranking(ranking: Ranking, wanted: str | None) -> list[str]:
     if wanted in (None, ranking.by):
         return []
     return [f"--rank_by {wanted} was not measured (is its model set?); the ranking is by {ranking.by}"]
+
+
+def _note_of_gaps(ranking: Ranking) -> list[str]:
+    """Of how many samples the figure of the ranking is, where some have none."""
+    if ranking.by is None:
+        return []
+    counts = [(line, _count(line, ranking.by)) for line in ranking.lines]
+    gaps = [f"{line.name} has it of {there} of {total}" for line, (there, total) in counts if there < total]
+    if not gaps:
+        return []
+    return [
+        f"“{_column(ranking.by).title}” could not be measured of all samples ({'; '.join(gaps)}): means are of the "
+        "others, and lines are compared over those that both have"
+    ]
+
+
+def _count(line: Figures, metric: str) -> tuple[int, int]:
+    """(samples that have a figure, all)."""
+    values = line.values.get(metric)
+    some = next(iter(line.values.values()), np.empty(0))
+    return (0 if values is None else int(np.isfinite(values).sum())), some.size
+
+
+def _note_of_texts(plan: Plan) -> list[str]:
+    if len(plan.texts) > 1:
+        return []
+    return ["there is one text only, so intervals are over its samples and say nothing of what other texts would give"]
 
 
 # ------------------------------------------------------------------------------------------------------------ report

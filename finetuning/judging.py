@@ -79,12 +79,8 @@ class Judge:
         return voice_vector(self._encoder, waveform).numpy()
 
     def _recognize(self, waveforms: Sequence[np.ndarray]) -> list[str]:
-        """Clip by clip, as the recogniser itself takes them."""
-        texts: list[str] = []
-        for waveform in waveforms:
-            self._check()
-            texts += self._recognizer([waveform])
-        return texts
+        self._check()
+        return self._recognizer(waveforms)
 
     def _opinion(self, waveform: np.ndarray) -> float:
         self._check()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -109,11 +109,23 @@ def find(folder: Path, request: Request) -> Kept | None:
         return None
 
 
-def keep(folder: Path, request: Request, waveform: np.ndarray) -> Kept:
+def find_anywhere(samples: Path, own: str, request: Request) -> Kept | None:
+    """The sample of a request, wherever it was kept: the same files had another name, or were moved.
+
+    Args:
+        samples: the folder of all checkpoints' folders.
+        own: name of the folder that is looked into first.
+    """
+    others = sorted({file.parent for file in samples.glob(f"*/{request.file_name()}.json")} - {samples / own})
+    return next((kept for folder in (samples / own, *others) if (kept := find(folder, request))), None)
+
+
+def keep(folder: Path, request: Request, waveform: np.ndarray, checkpoint: Path) -> Kept:
     """Writes a sample, the JSON last.
 
     Args:
         waveform: (num_codec_frames * 1920,) at 24 kHz.
+        checkpoint: that said it.
 
     Raises:
         OSError: the disk refused it.
@@ -127,28 +139,37 @@ def keep(folder: Path, request: Request, waveform: np.ndarray) -> Kept:
     # Of max_new_tokens the last is never spoken, whether it is a frame or the end: so a sample that stopped by itself
     # at the very last one cannot be told from one that was cut off, and counts as cut off.
     kept = Kept(sound, num_frames, num_frames < request.max_new_tokens - 1, {})
-    _write(kept, {"key": request.key(), "checksum": checksum(sound), "request": asdict(request)})
+    content = {"key": request.key(), "checksum": checksum(sound), "request": asdict(request)}
+    _write(kept, content | {"checkpoint": str(checkpoint.resolve())})
     return kept
 
 
-def note_measures(kept: Kept, measures: Mapping[str, float], yardstick: str) -> Kept:
-    """Writes what was measured beside a sample."""
+def note_measures(kept: Kept, measures: Mapping[str, float], yardstick: str | None) -> Kept:
+    """Writes what was measured beside a sample.
+
+    Args:
+        yardstick: None where it was not measured as a whole, so that it is measured again.
+    """
     kept = replace(kept, measures=dict(measures), yardstick=yardstick)
     _write(kept, _read(kept.wav.with_suffix(".json")))
     return kept
 
 
-def remove_outdated(folder: Path, fingerprint: str) -> int:
-    """Removes samples of what the checkpoint was before, and what was cut off; gives the number of samples."""
+def remove_outdated(folder: Path, checkpoint: Path, fingerprints: Collection[str]) -> int:
+    """Removes samples of what a checkpoint was before; gives their number. Those of another folder of that name, of
+    another run, stay.
+
+    Args:
+        fingerprints: of all checkpoints that are compared now: one may have been moved to another name.
+    """
     num_removed = 0
     for record_file in folder.glob("*.json"):
         record = _read(record_file)
-        if (record.get("request") or {}).get("fingerprint") != fingerprint:
-            record_file.unlink()
+        is_of_checkpoint = record.get("checkpoint") == str(checkpoint.resolve())
+        if is_of_checkpoint and (record.get("request") or {}).get("fingerprint") not in fingerprints:
+            record_file.with_suffix(".wav").unlink(missing_ok=True)
+            record_file.unlink()  # last: without it nobody knows whose the sound is
             num_removed += 1
-    for file in [*folder.glob("*.wav"), *folder.glob(".*.tmp")]:
-        if not file.with_suffix(".json").exists():
-            file.unlink()
     return num_removed
 
 

@@ -59,6 +59,7 @@ class Yardstick:
         characters_per_second: a speaker's lower-case name -> rate of the training data; see the function of that name.
         recognize: waveforms at 24 kHz -> what was understood; None without ASR_MODEL.
         opinion: waveform at 24 kHz -> predicted opinion score, 1 to 5; None without MOS_MODEL.
+        failures: what a judge failed to measure -> why, once for each sample that lacks it for that reason.
     """
 
     encode: Callable[[np.ndarray], np.ndarray] | None
@@ -66,7 +67,13 @@ class Yardstick:
     characters_per_second: Mapping[str, float]
     recognize: Callable[[Sequence[np.ndarray]], list[str]] | None
     opinion: Callable[[np.ndarray], float] | None
+    failures: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    @property
+    def num_failures(self) -> int:
+        """How often any judge has failed so far."""
+        return sum(map(len, self.failures.values()))
 
     def say_once(self, message: str) -> None:
         """Tells why something is absent, the first time only."""
@@ -177,11 +184,13 @@ def _opinion(sample: Spoken, yardstick: Yardstick) -> float | None:
 
 
 def _asked(yardstick: Yardstick, what: str, ask: Callable[[], _Result]) -> _Result | None:
-    """A judge's answer; None where it fails: a judge (another model, beside the training on its GPU) costs no run."""
+    """A judge's answer on one sample; None where it fails: a judge (another model, beside the training on its GPU)
+    costs no run."""
     try:
         return ask()
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
+        yardstick.failures.setdefault(what, []).append(f"{type(error).__name__}: {reason}")
         yardstick.say_once(f"{what} could not be measured ({type(error).__name__}: {reason})")
         return None
 
@@ -275,16 +284,17 @@ def _numbers(column: Any, key: str) -> Any:
 
 
 def _recognized(spoken: Sequence[Spoken], audible: Sequence[bool], yardstick: Yardstick) -> list[str | None]:
-    """What was understood of each sample: "" of what nobody can hear, None where nobody was asked."""
+    """What was understood of each sample: "" of what nobody can hear, None where nobody was asked, or answered.
+
+    Each is asked for alone, so that one that the recogniser fails on costs only itself.
+    """
     recognize = yardstick.recognize
     if recognize is None:  # it is optional, and asked for by a setting
         return [None] * len(spoken)
-    clips = [sample.waveform for sample, is_audible in zip(spoken, audible, strict=True) if is_audible]
-    understood = _asked(yardstick, "wer and cer", lambda: recognize(clips)) if clips else []
-    if understood is None:
-        return [None] * len(spoken)
-    texts = iter(understood)
-    return [next(texts) if is_audible else "" for is_audible in audible]
+    return [
+        _asked(yardstick, "wer and cer", lambda s=sample: recognize([s.waveform])[0]) if is_audible else ""
+        for sample, is_audible in zip(spoken, audible, strict=True)
+    ]
 
 
 def error_rates(text: str, understood: str) -> dict[str, float]:

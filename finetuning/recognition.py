@@ -12,6 +12,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from finetuning.audio import SAMPLE_RATE_HZ, resample
 from finetuning.base_model import resolve_folder
 from finetuning.console import say
+from finetuning.disk import files_of
 from finetuning.errors import UserError
 from finetuning.settings import MOS_MODELS, Settings
 from finetuning.stock import quiet_transformers
@@ -113,6 +115,22 @@ def judge_bytes(settings: Settings) -> int:
     if settings.mos_model and settings.mos_model not in MOS_MODELS:
         files.append(Path(settings.mos_model).expanduser())
     return sum(file.stat().st_size for file in files) + _MOS_BYTES.get(settings.mos_model or "", 0)
+
+
+def judge_stamps(settings: Settings) -> list[Any]:
+    """JSON values that are others as soon as ASR_MODEL or MOS_MODEL judges otherwise: the names, of a local folder or
+    file sizes and times, of a package its version. Models of the Hub count as what they are called."""
+    return [_stamp(name) for name in (settings.asr_model, settings.mos_model)]
+
+
+def _stamp(name: str | None) -> list[Any]:
+    if name in _MOS_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            return [name, version(_MOS_PACKAGES[name][1])]
+    path = Path(name or "").expanduser()
+    files = [path] if path.is_file() else files_of(path) if name and path.is_dir() else []
+    stats = [(file, file.stat()) for file in files]
+    return [name, *([str(file), status.st_size, status.st_mtime_ns] for file, status in stats)]
 
 
 def load_recognizer(name: str, device: str, language: str | None = None, may_download: bool = True) -> Recognize:

@@ -41,6 +41,7 @@ from finetuning.errors import UserError
 from finetuning.manifest import normalize_text
 from finetuning.metrics import METRICS
 from finetuning.prompt import find_language
+from finetuning.recognition import judge_stamps
 from finetuning.row_index import Manifest
 from finetuning.settings import Settings
 from finetuning.signals import Interrupted
@@ -278,7 +279,8 @@ def yardsticks_of(settings: Settings, requests: Sequence[Request], sampling: Map
         (one.text, one.speaker, one.language, one.seed, one.max_frames, one.in_context, _content(one.reference))
         for one in requests
     ]
-    judges = {"wer": settings.asr_model, "cer": settings.asr_model, "mos": settings.mos_model}
+    recognizer, predictor = judge_stamps(settings)
+    judges = {"wer": recognizer, "cer": recognizer, "mos": predictor}
     names = [name for name, metric in METRICS.items() if metric.is_of_samples]
     common = [said, dict(sampling), settings.lora_export_scale]
     content = {name: json.dumps([common, judges.get(name)], sort_keys=True) for name in names}

@@ -47,12 +47,16 @@ def open_training_rows(
     Raises:
         UserError: see ``encode_jsonl`` and ``open_rows``.
     """
-    has_validation_file = settings.validation_jsonl.is_file() or settings.is_set("validation_jsonl")
+    if build:
+        has_validation_file = settings.validation_jsonl.is_file() or settings.is_set("validation_jsonl")
+    else:
+        has_validation_file = _pointer(settings, "VALIDATION_JSONL").is_file()
     names = ["TRAIN_JSONL"] + ["VALIDATION_JSONL"] * has_validation_file
     if build:
         check_files(settings)
         copies = {"TRAIN_JSONL": Augmentation.from_settings(settings)}
         opened = [_File(settings, name, codec_folder, row_format, device, copies.get(name)).open() for name in names]
+        _pointer(settings, "VALIDATION_JSONL").unlink(missing_ok=True)  # another run's
         for name, rows in zip(names, opened, strict=True):
             _write_pointer(settings, name, rows)
     else:

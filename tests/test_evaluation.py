@@ -15,15 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import PROJECT, VOICE
+from safetensors.torch import load_file, save_file
 from training import FULL, train
 
-from finetuning import evaluation, evaluation_plan
+from finetuning import evaluation, evaluation_models, evaluation_plan, evaluation_voices
+from finetuning.disk import read_json
 from finetuning.errors import UserError
 from finetuning.evaluation import evaluate
-from finetuning.evaluation_plan import BUILT_IN_TEXTS, Options, find_checkpoints, make_plan, open_run_rows
+from finetuning.evaluation_models import Options, find_checkpoints, open_run_rows
+from finetuning.evaluation_plan import BUILT_IN_TEXTS, make_plan
 from finetuning.evaluation_report import Figures, differs, metrics_of, rank
-from finetuning.kept_samples import Request, find, fingerprint, keep, note_measures, remove_outdated
+from finetuning.kept_samples import Request, find, find_anywhere, fingerprint, keep, note_measures, remove_outdated
 from finetuning.metrics import METRICS
 from finetuning.settings import load_settings
 
@@ -271,8 +275,14 @@ def test_a_changed_checkpoint_is_generated_anew(run: Any, noise: list, capsys: p
     config = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(config | {"temperature": 0.5}))
     noise.clear()
-    with pytest.raises(UserError, match=r"generation_config\.json has"):
-        evaluate(run, options)
+    evaluate(run, options)
+    data = json.loads((options.output / "report.json").read_text())
+    assert any(
+        re.search(r"checkpoint-2 is left out: --checkpoints: .*damaged: generation_config\.json has", note)
+        for note in data["notes"]
+    )
+    assert noise == [] and not any("checkpoint-2" in line["name"] for line in data["lines"])
+    assert {file.name for file in (options.output / "samples" / "checkpoint-2").glob("*.wav")} == old
     (folder / "checksums.json").unlink()
     evaluate(run, options)
     assert {request.fingerprint for request in noise} == {fingerprint(folder)} and len(noise) == 4
@@ -312,7 +322,7 @@ def test_fingerprint_is_of_what_is_heard(run: Any, tmp_path: Path) -> None:
 
 
 def test_measures_are_kept_and_made_anew_with_another_yardstick(
-    run: Any, noise: list, monkeypatch: pytest.MonkeyPatch
+    run: Any, noise: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from finetuning import listening
 
@@ -325,12 +335,42 @@ def test_measures_are_kept_and_made_anew_with_another_yardstick(
 
     monkeypatch.setattr(listening, "measure_each", counting)
     options = options_of(run, checkpoints=("best",), with_base=False)
-    evaluate(run, options)
-    evaluate(run, options)
+    for _ in range(2):
+        capsys.readouterr()
+        evaluate(run, options)
     assert sum(counted) == 4
+    assert "speech rate of" in (said := capsys.readouterr().out) and said.count("speech rate of") == 1
     monkeypatch.setattr(evaluation, "_paces", lambda _: {"Anna_B": 3.0})
     evaluate(run, options)
     assert sum(counted) == 8 and len(noise) == 4
+
+
+def test_what_a_judge_failed_on_is_measured_again(run: Any, noise: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetuning import listening
+
+    asked: list[int] = []
+
+    def recognize(waveforms: Any) -> list[str]:
+        asked.append(len(waveforms))
+        if len(asked) == 2:
+            raise RuntimeError("out of memory")
+        return ["rain is on its way"]
+
+    monkeypatch.setattr(evaluation, "check_judges", lambda _: None)
+    monkeypatch.setattr(evaluation, "load_recognizer", lambda *_: recognize)
+    monkeypatch.setattr(listening, "_is_audible", lambda _: True)
+    settings = run.model_copy(update={"asr_model": "owner/model"})
+    options = options_of(settings, checkpoints=("best",), with_base=False, rank_by="wer")
+    notes = []
+    for _ in range(3):
+        evaluate(settings, options)
+        data = json.loads((options.output / "report.json").read_text())
+        notes.append("\n".join(data["notes"]))
+    assert len(asked) == 4 + 1
+    assert "wer and cer could not be measured of 1 samples (RuntimeError: out of memory)" in notes[0]
+    assert "“Word errors” could not be measured of all samples (best has it of 3 of 4)" in notes[0]
+    assert "could not be measured" not in notes[1] + notes[2]
+    assert all("wer" in sample["metrics"] for sample in data["samples"])
 
 
 def test_a_full_disk_is_a_message_and_costs_nothing_that_was_made(
@@ -354,18 +394,51 @@ def test_a_full_disk_is_a_message_and_costs_nothing_that_was_made(
 
 
 def test_samples_on_disk(tmp_path: Path) -> None:
+    folder, checkpoint = tmp_path / "best", tmp_path / "run" / "best"
     request = Request("f", "name", "anna", "English", "Hi.", 1, 5, True, "float32", "cpu")
     waveform = np.linspace(-0.5, 0.5, 3 * 1920, dtype=np.float32)
-    kept = keep(tmp_path, request, waveform)
+    kept = keep(folder, request, waveform, checkpoint)
     assert (kept.num_codec_frames, kept.stopped, kept.seconds) == (3, True, 0.24)
-    assert not keep(tmp_path, replace(request, seed=2), np.zeros(4 * 1920, np.float32)).stopped
-    assert find(tmp_path, request) == kept
+    assert not keep(folder, replace(request, seed=2), np.zeros(4 * 1920, np.float32), checkpoint).stopped
+    assert find(folder, request) == kept
     noted = note_measures(kept, {"wer": 0.5}, "digest")
-    assert find(tmp_path, request) == noted
+    assert find(folder, request) == noted == find_anywhere(tmp_path, "checkpoint-4", request)
     assert np.abs(noted.waveform() - waveform).max() < 1e-4
-    assert find(tmp_path, replace(request, seed=3)) is None
-    assert remove_outdated(tmp_path, "f") == 0 and remove_outdated(tmp_path, "g") == 2
-    assert list(tmp_path.iterdir()) == []
+    assert find(folder, replace(request, seed=3)) is None
+    assert find_anywhere(tmp_path, "checkpoint-4", replace(request, seed=3)) is None
+    assert remove_outdated(folder, tmp_path / "other run" / "best", {"g"}) == 0
+    assert remove_outdated(folder, checkpoint, {"g", "f"}) == 0
+    assert remove_outdated(folder, checkpoint, {"g"}) == 2
+    assert list(folder.iterdir()) == []
+
+
+def test_samples_are_found_under_another_name_of_the_checkpoint(run: Any, noise: list) -> None:
+    """checkpoint-2 becomes best, and best something else: nothing that is still compared is made again, or removed."""
+    options = options_of(run, checkpoints=("checkpoint-2", "checkpoint-4"), with_base=False)
+    evaluate(run, options)
+    before = {file: file.read_bytes() for file in options.output.rglob("*.wav")}
+    for name in ("best", "checkpoint-4"):
+        shutil.rmtree(run.output_dir / name)
+    for old, new in (("checkpoint-2", "best"), ("last", "checkpoint-2")):
+        (run.output_dir / old).rename(run.output_dir / new)
+    noise.clear()
+    evaluate(run, replace(options, checkpoints=("best", "checkpoint-2")))
+    assert noise == [] and {file: file.read_bytes() for file in options.output.rglob("*.wav")} == before
+    data = json.loads((options.output / "report.json").read_text())
+    assert {sample["file"].split("/")[1] for sample in data["samples"]} == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_a_shared_folder_keeps_what_another_run_said(run: Any, noise: list, tmp_path: Path) -> None:
+    options = options_of(run, output=tmp_path / "shared", checkpoints=("best",), with_base=False)
+    evaluate(run, options)
+    before = set(options.output.rglob("*.wav"))
+    shutil.copytree(run.output_dir, tmp_path / "other")
+    other = run.model_copy(update={"output_dir": tmp_path / "other"})
+    (tmp_path / "other" / "best" / "checksums.json").unlink()
+    config = tmp_path / "other" / "best" / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"temperature": 0.5}))
+    evaluate(other, options)
+    assert len(noise) == 8 and len(set(options.output.rglob("*.wav"))) == 8 and before < set(options.output.rglob("*"))
 
 
 # ------------------------------------------------------------------------------------------------------------ ranking
@@ -496,16 +569,179 @@ def test_yardstick_is_made_of_the_run(trained: Any) -> None:
     from finetuning.listening import characters_per_second
 
     plan = make_plan(trained, Options(output=trained.output_dir))
-    yardstick = evaluation.build_yardstick(plan, trained, "cpu")
+    paces = characters_per_second(plan.rows.train)
+    yardstick = evaluation.build_yardstick(plan, trained, "cpu", paces)
     vector = load_speaker_encoder(resolve_base(trained))(load_audio(REFERENCE))
     assert set(yardstick.vectors) == {"anna_b", "bert"}
     assert np.allclose(yardstick.vectors["bert"], vector)
-    assert yardstick.characters_per_second == characters_per_second(plan.rows.train)
+    assert yardstick.characters_per_second == paces
     assert set(yardstick.characters_per_second) == {"anna_b", "bert"}
     assert yardstick.recognize is None and yardstick.opinion is None
-    no_files = [replace(voice, files=()) for voice in plan.voices]
-    stored = evaluation.build_yardstick(replace(plan, voices=no_files), trained, "cpu").vectors["bert"]
+    rows = [evaluation_voices._stored_row(trained, voice.speaker, plan.base, plan.models) for voice in plan.voices]
+    no_files = [replace(voice, files=(), stored=row) for voice, row in zip(plan.voices, rows, strict=True)]
+    stored = evaluation.build_yardstick(replace(plan, voices=no_files), trained, "cpu", paces).vectors["bert"]
     assert np.allclose(stored, vector, atol=0.02 * np.abs(vector).max())  # as the codec table stores it
+    digests = {
+        evaluation.yardstick_digest(replace(plan, voices=some), trained, paces) for some in (plan.voices, no_files)
+    }
+    assert len(digests) == 2
+    trained_rows = [replace(model, run={"SPEAKER_EMBEDDING_TRAINABLE": True}) for model in plan.models]
+    assert evaluation_voices._stored_row(trained, "bert", plan.base, trained_rows) is None
+
+
+def test_vectors_are_the_mean_of_all_references_as_in_training(trained: Any) -> None:
+    from finetuning.base_model import load_encoder_module, resolve_base
+    from finetuning.speakers import _mean_vector
+
+    plan = make_plan(trained, options_of(trained))
+    files = sorted((VOICE / "clips").glob("*.flac"))
+    many = [replace(plan.voices[0], files=files)]
+    encode = evaluation.load_speaker_encoder(plan.base)
+    found = evaluation._vectors(replace(plan, voices=many), encode)["anna_b"]
+    wanted = _mean_vector(load_encoder_module(resolve_base(trained)), files)
+    assert len(files) > 20 and np.allclose(found, wanted, atol=1e-6)
+
+
+def test_rows_and_layout_are_the_runs_whatever_the_settings_say_by_now(run: Any, tmp_path: Path) -> None:
+    plan = make_plan(run, options_of(run, texts=()))
+    changed = {
+        "validation_jsonl": tmp_path / "none.jsonl",
+        "train_layout": "streaming",
+        "seed": 1,
+        "export_type": "base",
+    }
+    now = run.model_copy(update=changed | {"validation_fraction": 0.5, "max_eval_samples": 1})
+    same = make_plan(now, options_of(now, texts=()))
+    assert same.texts == plan.texts and len(plan.texts) > 1
+    jobs, others = (evaluation.make_jobs(one, of, "cpu") for one, of in ((plan, run), (same, now)))
+    assert [job.request for job in jobs] == [job.request for job in others]
+    assert {job.request.non_streaming for job in jobs if not job.model.is_base} == {True}
+    saved = json.loads((run.output_dir / "settings.json").read_text())
+    (run.output_dir / "settings.json").write_text(json.dumps(saved | {"SEED": "many"}))
+    with pytest.raises(UserError, match=r"OUTPUT_DIR: .*settings\.json: SEED has no value that can be used"):
+        make_plan(run, options_of(run))
+
+
+def test_base_and_reference_are_the_runs_unless_they_are_set(run: Any) -> None:
+    file = run.output_dir / "settings.json"
+    saved = json.loads(file.read_text()) | {
+        "REF_AUDIO_PATH": "old.wav",
+        "REF_TEXT": "Old words.",
+        "TOKENIZER_PATH": "x",
+    }
+    file.write_text(json.dumps(saved))
+    nothing_set = load_settings({"output_dir": run.output_dir}, environment={})
+    found = evaluation_models.settings_of_run(nothing_set)
+    assert (found.init_model_path, found.ref_audio_path, found.ref_text) == (
+        "tiny-random",
+        Path("old.wav"),
+        "Old words.",
+    )
+    overrides = {"output_dir": run.output_dir, "init_model_path": "moved", "ref_audio_path": REFERENCE}
+    found = evaluation_models.settings_of_run(load_settings(overrides, environment={}))
+    assert (found.init_model_path, found.ref_audio_path, found.ref_text) == ("moved", REFERENCE, None)
+    assert found.tokenizer_path == "x"
+
+
+def test_speakers_are_the_same_in_any_spelling(trained: Any) -> None:
+    models = find_checkpoints(trained.output_dir, ())
+    assert evaluation_voices.choose_speakers(models, ["ANNA_B", " anna_b ", "bert", "Bert"]) == ["Anna_B", "bert"]
+    plan = make_plan(trained, options_of(trained, speakers=(" BERT", "bert")))
+    assert [voice.speaker for voice in plan.voices] == ["bert"]
+    found = [evaluation_voices._other_reference(trained, name, plan.rows) for name in ("BERT", "bert ", "carl")]
+    assert found[0] == found[1] is not None and found[2] is None
+
+
+def test_a_reference_that_cannot_be_read_is_a_message(run: Any, tmp_path: Path) -> None:
+    broken = tmp_path / "second.wav"
+    broken.write_bytes(b"no sound")
+    for file in run.output_dir.glob("*/speaker_encoder/speaker_config.json"):
+        config = json.loads(file.read_text())
+        config["speakers"]["Anna_B"]["references"] = [str(REFERENCE), str(broken)]
+        file.write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"reference of Anna_B: .*second\.wav: not a readable audio file.*bring it back"
+    ):
+        make_plan(run, options_of(run))
+    broken.unlink()
+    plan = make_plan(run, options_of(run))
+    assert plan.voices[0].files == [REFERENCE]
+    assert any("1 of the 2 references of Anna_B are gone" in note for note in plan.notes)
+    for file in run.output_dir.glob("*/speaker_encoder/speaker_config.json"):
+        file.write_text(file.read_text().replace(str(REFERENCE), "gone.wav"))
+    [voice] = make_plan(run, options_of(run)).voices
+    row = read_json(run.output_dir / "best" / "config.json")["talker_config"]["spk_id"]["anna_b"]
+    assert voice.stored[1] == row and voice.reference.is_file()  # training's vector, and a clip to clone
+
+
+@pytest.fixture(scope="module")
+def custom_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A custom_voice base that knows anna."""
+    from finetuning.tiny_model import embedded_model_folder
+
+    folder = tmp_path_factory.mktemp("bases") / "custom"
+    shutil.copytree(embedded_model_folder("tiny-random"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["tts_model_type"] = "custom_voice"
+    config["talker_config"] |= {"spk_id": {"anna": 2900}, "spk_is_dialect": {"anna": False}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_line_to_beat_of_a_custom_voice_base(custom_base: Path, make_settings: Any) -> None:
+    """By name where it knows all; else what SPEAKER_ENCODER_PATH names clones, which is said; else there is none."""
+    from finetuning.base_model import resolve_base
+
+    def line(speaker: str, **fields: Any) -> tuple[Any, str]:
+        settings = make_settings(init_model_path=str(custom_base), **fields)
+        notes: list[str] = []
+        base = resolve_base(settings)
+        return evaluation_models.make_base_model(settings, Options(Path()), base, [speaker], notes), "".join(notes)
+
+    encoder = {"speaker_encoder_path": "tiny-random"}
+    for fields in ({}, encoder):
+        model, notes = line("Anna", **fields)
+        assert (model.folder, model.clones, model.setting, notes) == (custom_base, False, "INIT_MODEL_PATH", "")
+    for speaker, fields in (("Bert", encoder), ("Anna", encoder | {"export_type": "base"})):
+        model, notes = line(speaker, **fields)
+        assert model.clones and model.folder != custom_base and model.setting == "SPEAKER_ENCODER_PATH"
+        assert f"the line of the base is tiny-random (SPEAKER_ENCODER_PATH), which clones: {custom_base}" in notes
+    model, notes = line("Bert")
+    assert model is None and "does not know Bert, and has no speaker encoder" in notes
+
+
+def test_a_speaker_of_the_base_is_compared_with_the_bases_row(custom_base: Path, make_settings: Any) -> None:
+    from finetuning.base_model import resolve_base
+
+    settings = make_settings(init_model_path=str(custom_base), speaker_encoder_path="tiny-random")
+    base = resolve_base(settings)
+    assert evaluation_voices._stored_row(settings, "Anna", base, []) == (base.folder, 2900)
+    assert evaluation_voices._stored_row(settings, "Bert", base, []) is None
+    weights = dict(base.stored_weights())
+    voice = evaluation_voices.Voice("Anna", files=[REFERENCE], stored=(base.folder, 2900))
+    wanted = weights["talker.model.codec_embedding.weight"][2900:2901].float().numpy()[0]
+    assert np.array_equal(evaluation._stored_vector(voice), wanted)
+    assert isinstance(evaluation._source_of_vector(voice), str)
+
+
+def test_the_base_speaks_with_the_codec_of_the_run(make_settings: Any, tmp_path: Path, trained: Any) -> None:
+    from finetuning.base_model import resolve_base
+    from finetuning.tiny_model import embedded_model_folder
+
+    own = embedded_model_folder("tiny-random")
+    shutil.copytree(own / "speech_tokenizer", tmp_path / "codec")
+    config = json.loads((tmp_path / "codec" / "config.json").read_text())
+    (tmp_path / "codec" / "config.json").write_text(json.dumps(config | {"note": "another"}))
+    bases = []
+    for fields in ({}, {"tokenizer_path": str(tmp_path / "codec")}):
+        settings = make_settings(**fields)
+        bases.append(evaluation_models.make_base_model(settings, Options(Path()), resolve_base(settings), ["Anna"], []))
+    plain, other = bases
+    assert plain.codec_folder is None and plain.fingerprint == fingerprint(own)
+    assert other.codec_folder == tmp_path / "codec" and other.fingerprint != plain.fingerprint
+    evaluation._check_is_the_same(other)
+    stock = evaluation._load(other, settings, "cpu")
+    assert stock.model.speech_tokenizer.config.note == "another"
 
 
 def test_texts_from_files_and_as_they_are(tmp_path: Path) -> None:
@@ -516,7 +752,7 @@ def test_texts_from_files_and_as_they_are(tmp_path: Path) -> None:
 
 def test_references_of_several_speakers(trained: Any) -> None:
     reference = str(REFERENCE)
-    given = evaluation_plan.given_references([f"BERT={reference}", f"Anna_B={reference}"], ["Anna_B", "bert"])
+    given = evaluation_voices.given_references([f"BERT={reference}", f"Anna_B={reference}"], ["Anna_B", "bert"])
     assert given == {"bert": REFERENCE, "Anna_B": REFERENCE}
     for items, message in (
         ([reference], "whose voice is"),
@@ -524,7 +760,7 @@ def test_references_of_several_speakers(trained: Any) -> None:
         (["bert=gone.wav"], "gone.wav does not exist"),
     ):
         with pytest.raises(UserError, match=message):
-            evaluation_plan.given_references(items, ["Anna_B", "bert"])
+            evaluation_voices.given_references(items, ["Anna_B", "bert"])
 
 
 BAD_INPUT = {
@@ -558,6 +794,15 @@ def test_bad_input_is_refused_before_anything_is_generated(
     with pytest.raises(UserError, match=message):
         evaluate(trained, options_of(trained, output=tmp_path / "evaluation", **fields))
     assert noise == [] and not (tmp_path / "evaluation").exists()
+
+
+def test_a_judge_that_is_none_is_refused_before_anything_is_generated(
+    trained: Any, noise: list, tmp_path: Path
+) -> None:
+    settings = trained.model_copy(update={"asr_model": str(VOICE)})
+    with pytest.raises(UserError, match=r"ASR_MODEL: .* holds no model"):
+        evaluate(settings, options_of(settings, output=tmp_path / "evaluation"))
+    assert noise == []
 
 
 def test_a_folder_without_checkpoints_and_a_damaged_one(run: Any, noise: list) -> None:
@@ -595,6 +840,61 @@ def test_a_base_out_of_reach(run: Any, noise: list) -> None:
     notes = json.loads((options.output / "report.json").read_text())["notes"]
     assert any("voice similarity is not measured" in note for note in notes)
     assert any("the run was trained from tiny-random" in note for note in notes)
+
+
+def test_one_bad_checkpoint_does_not_end_the_evaluation(run: Any, noise: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without its codec is left out as it is read, one that does not fit into memory as it is loaded."""
+    shutil.rmtree(run.output_dir / "best" / "speech_tokenizer")
+    shutil.rmtree(run.output_dir / "last" / "speech_tokenizer")
+
+    def load(model: Any, *_: Any) -> None:
+        if model.name != "checkpoint-4":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(evaluation, "_load", load)
+    options = options_of(run)
+    evaluate(run, options)
+    data = json.loads((options.output / "report.json").read_text())
+    assert [line["name"] for line in data["lines"]] == ["checkpoint-4"]
+    notes = "\n".join(data["notes"])
+    assert "best is left out: no speech tokenizer in" in notes
+    assert "checkpoint-2 is left out: DEVICE: the memory does not suffice for checkpoint-2" in notes
+    assert "base is left out" in notes
+    with pytest.raises(UserError, match="does not suffice for checkpoint-2"):
+        evaluate(run, options_of(run, checkpoints=("checkpoint-2",), with_base=False))
+    with pytest.raises(UserError, match="no speech tokenizer"):
+        find_checkpoints(run.output_dir, ("best", "checkpoint-4"))
+
+
+def test_what_cannot_be_loaded_says_why(run: Any) -> None:
+    [model] = find_checkpoints(run.output_dir, ("checkpoint-2",))
+    weights = run.output_dir / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()  # a hard link of other checkpoints
+    with pytest.raises(
+        UserError, match=r"--checkpoints: checkpoint-2 cannot be loaded \(OSError: .*model\.safetensors"
+    ):
+        evaluation._load(model, run, "cpu")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"checkpoint-2 has weights that are not finite: its training has diverged"):
+        evaluation._load(model, run, "cpu")
+
+
+def test_messages_name_what_gave_the_text(trained: Any, tmp_path: Path) -> None:
+    for text, message in (("a <|im_end|> b", "special token"), ("word and " * 9000, "tokens, more than")):
+        (tmp_path / "texts.txt").write_text(text)
+        settings = trained.model_copy(update={"eval_texts": str(tmp_path / "texts.txt")})
+        with pytest.raises(UserError, match=f'^EVAL_TEXTS: "{re.escape(text[:9])}.*{message}'):
+            make_plan(settings, options_of(settings, texts=()))
+    assert make_plan(trained, options_of(trained)).notes == []
+
+
+def test_one_text_is_said_to_be_few(run: Any, noise: list) -> None:
+    options = options_of(run, checkpoints=("best",), with_base=False, texts=TEXTS[:1])
+    evaluate(run, options)
+    assert any("one text only" in note for note in json.loads((options.output / "report.json").read_text())["notes"])
 
 
 def test_much_speech_leaves_sounds_out(run: Any, noise: list, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,7 +320,7 @@ def test_words_are_those_of_each_sample() -> None:
     ]
     found = [(of["wer"], of["cer"]) for of in measure_each(samples, replace(NOTHING, recognize=recognize))]
     assert found == [(0.0, 0.0), (1.0, 1.0), (1.0, 1.0), (1.0, pytest.approx(2 / 4))]
-    assert asked == [3]  # the silent one was not shown
+    assert asked == [1, 1, 1]  # the silent one was not shown
     assert measure(samples, replace(NOTHING, recognize=recognize))["wer"] == pytest.approx(3 / 4)
 
 
@@ -336,8 +336,23 @@ def test_judges_that_fail_cost_their_figures_alone(capsys: pytest.CaptureFixture
         figures = measure([spoken(tone(1.0)), spoken(tone(2.0))], yardstick)
         assert set(figures) == {"seconds", "eos_rate", "silence_share", "speech_rate_ratio"}
     said = capsys.readouterr().out
-    for name in ("speaker_embedding_similarity", "wer and cer", "mos"):
+    names = ("speaker_embedding_similarity", "wer and cer", "mos")
+    for name in names:
         assert said.count(f"{name} could not be measured (RuntimeError: out of memory)") == 1
+    assert yardstick.failures == dict.fromkeys(names, ["RuntimeError: out of memory"] * 4)
+    assert yardstick.num_failures == 12
+
+
+def test_a_clip_that_a_recogniser_fails_on_costs_only_itself() -> None:
+    def recognize(waveforms: Sequence[np.ndarray]) -> list[str]:
+        if any(len(waveform) > 1.5 * SAMPLE_RATE_HZ for waveform in waveforms):
+            raise RuntimeError("too long")
+        return ["one"] * len(waveforms)
+
+    yardstick = replace(NOTHING, recognize=recognize)
+    found = measure_each([spoken(tone(seconds), "One") for seconds in (1.0, 2.0, 1.2)], yardstick)
+    assert ["wer" in figures for figures in found] == [True, False, True]
+    assert yardstick.failures == {"wer and cer": ["RuntimeError: too long"]}
 
 
 def test_figures_that_are_no_numbers_are_absent() -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from finetuning.audio import load_audio
 from finetuning.errors import UserError
 from finetuning.listening import Spoken, Yardstick, measure
-from finetuning.recognition import load_opinion, load_recognizer
+from finetuning.recognition import judge_stamps, load_opinion, load_recognizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -342,3 +342,20 @@ def test_the_command_installs_the_predictors_where_one_is_asked_for(tmp_path: Pa
         text=True, check=True,
     )  # fmt: skip
     assert done.stdout.split() == options.split()
+
+
+def test_stamps_of_judges_change_with_their_files(tmp_path: Path, make_settings: Any) -> None:
+    folder, script = tmp_path / "asr", tmp_path / "mos.pt"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    script.write_bytes(b"one")
+    settings = make_settings(asr_model=str(folder), mos_model=str(script))
+    before = judge_stamps(settings)
+    assert before == judge_stamps(settings) == json.loads(json.dumps(before))
+    (folder / "config.json").write_text("{ }")
+    assert (after := judge_stamps(settings))[0] != before[0] and after[1] == before[1]
+    script.write_bytes(b"another")
+    assert judge_stamps(settings)[1] != before[1]
+    named = make_settings(asr_model="owner/model", mos_model="distillmos")
+    assert judge_stamps(named)[0] == ["owner/model"] and judge_stamps(named)[1][0] == "distillmos"
+    assert judge_stamps(make_settings()) == [[None], [None]]

@@ -22,8 +22,8 @@ ORDER = (
     "checkpoint", "state", "resume", "recognition", "listening", "validation", "speaking", "samples", "judging",
     "run_record", "services", "tracking", "saving", "roundtrip", "lora", "starting",
     "building", "claiming", "briefing", "session", "library", "intervals", "evaluation_media",
-    "report_html", "kept_samples", "evaluation_plan", "evaluation_report", "evaluation",
-    "official", "prepare_data", "sft_12hz",
+    "report_html", "kept_samples", "evaluation_models", "evaluation_voices", "evaluation_plan",
+    "evaluation_report", "evaluation", "official", "prepare_data", "sft_12hz",
 )  # fmt: skip
 ROOMS = sorted(file for file in (PROJECT / "finetuning").glob("*.py") if file.stem != "__init__")
 

@@ -115,6 +115,24 @@ def test_other_processes_open_what_the_main_one_built(
     assert fake.num_built == 1
 
 
+def test_other_processes_split_as_the_main_one_whatever_became_of_the_validation_file(
+    fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base, tmp_path: Path
+) -> None:
+    settings = run_settings(make_settings, make_raw(20))
+    data = make_raw(3, "validation.jsonl").parent
+    data.rename(tmp_path / "cwd" / "data")  # where VALIDATION_JSONL is by default
+    settings = settings.model_copy(update={"train_jsonl": tmp_path / "cwd" / "data" / "train.jsonl"})
+    built = open_rows(settings, base)
+    kept = settings.validation_jsonl.rename(tmp_path / "kept.jsonl")
+    opened = open_rows(settings, base, build=False)
+    assert [len(rows) for rows in (built.train, built.validation, opened.train, opened.validation)] == [20, 3, 20, 3]
+    held_out = open_rows(settings, base)  # another run
+    kept.rename(settings.validation_jsonl)
+    opened = open_rows(settings, base, build=False)
+    assert opened.validation.column("line").tolist() == held_out.validation.column("line").tolist()
+    assert len(opened.train) < 20
+
+
 def test_validation_fraction_holds_rows_out_where_there_is_no_file(
     fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base
 ) -> None:
