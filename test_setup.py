@@ -228,8 +228,10 @@ class Preflight:
         """
         from finetuning.base_model import free_memory_bytes
         from finetuning.memory import ROW_SECONDS, Needs
+        from finetuning.starting import bytes_beside
 
-        needs = Needs.of(self.base, self.settings, int(os.environ.get("WORLD_SIZE") or 1))
+        beside = bytes_beside(self.settings, self.base)
+        needs = Needs.of(self.base, self.settings, int(os.environ.get("WORLD_SIZE") or 1), beside)
         # The processes of a machine without GPUs share its memory.
         num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if self.device == "cpu" else 1
         least, needed = num_sharing * needs.least_bytes, num_sharing * needs.peak_bytes()

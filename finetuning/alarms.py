@@ -9,8 +9,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from finetuning.history import Record, series
+from finetuning.history import Record, figures_of, series
 
 #: A loss below this is near zero: speech that was never heard cannot be foretold so well.
 NEAR_ZERO_LOSS = 0.1
@@ -28,44 +29,75 @@ CLEARLY_WORSE = 2.0
 #: Training records that are looked at: more change nothing.
 NUM_RECENT = 200
 
-#: Kind -> (likely cause, what to change). The table in docs/results.md has the same kinds.
-CAUSES: dict[str, tuple[str, str]] = {
-    "warm_up_too_long": (
-        "the run has fewer steps than WARMUP_STEPS was chosen for",
-        "Raise NUM_EPOCHS (or MAX_STEPS), or lower GRADIENT_ACCUMULATION_STEPS; else lower WARMUP_STEPS",
+_CHECK = "look at the rows with data_processing.py --mode check"
+
+
+class Cause(NamedTuple):
+    """What may be behind an alarm.
+
+    Attributes:
+        likely: causes, the likeliest first.
+        now: what can be done about this run, which may go on with what is named here.
+        next_run: what only another run can do otherwise.
+    """
+
+    likely: str
+    now: str
+    next_run: str
+
+
+#: The table in docs/results.md has the same kinds.
+CAUSES: dict[str, Cause] = {
+    "warm_up_too_long": Cause(
+        "WARMUP_STEPS was chosen for a longer run",
+        "If the run is to be longer, raise NUM_EPOCHS or MAX_STEPS",
+        "lower WARMUP_STEPS, or GRADIENT_ACCUMULATION_STEPS for more steps",
     ),
-    "loss_near_zero": (
-        "the same clip stands in many rows, or codes are constant (silence)",
-        "Look at the rows with data_processing.py --mode check, and mend TRAIN_JSONL",
+    "loss_near_zero": Cause(
+        "the same clips in many rows, a base that was trained on these clips, or codes that hardly change (silence)",
+        f"Stop, and {_CHECK}",
+        "mend TRAIN_JSONL, or take another INIT_MODEL_PATH",
     ),
-    "training_loss_rising": (
-        "the learning rate is too high",
-        "Lower LEARNING_RATE, or raise WARMUP_STEPS; go on from an earlier state with RESUME",
+    "training_loss_rising": Cause(
+        "the learning rate is too high. Where CURRICULUM, TRAIN_STAGES or LR_NUM_CYCLES has just brought longer clips, "
+        "new weights or a higher rate, a rise is no fault",
+        "If it goes on, stop: the checkpoints of before stay",
+        "lower LEARNING_RATE, or raise WARMUP_STEPS",
     ),
-    "gradient_norm_exploding": (
-        "the learning rate is too high, or single rows do not match their transcripts",
-        "Lower LEARNING_RATE or MAX_GRAD_NORM, raise WARMUP_STEPS, and look at the rows with --mode check",
+    "gradient_norm_exploding": Cause(
+        "of a single peak, a row that does not match its transcript: it is clipped, and harmless. Of a norm that stays "
+        "high, a learning rate that is too high",
+        f"Watch the next lines, and {_CHECK}",
+        "lower LEARNING_RATE or MAX_GRAD_NORM, or raise WARMUP_STEPS",
     ),
-    "validation_rising": (
-        "the clips are being learnt by heart",
-        "best/ holds the step before. Lower NUM_EPOCHS or LEARNING_RATE, set EARLY_STOPPING_PATIENCE, or add data",
+    "validation_rising": Cause(
+        "the clips are being learnt by heart, if the training loss falls on; a learning rate that is too high, if it "
+        "does not",
+        "Stop, lower NUM_EPOCHS, or set EARLY_STOPPING_PATIENCE; best/ keeps the lowest loss with BEST_METRIC=loss",
+        "lower LEARNING_RATE, or add data",
     ),
-    "speech_rate_drifting": (
-        "silence at the edges of the clips, or transcripts that say more or less than is spoken",
-        "Look at the rows with --mode check, cut silence with --trim_silence, and lower LEARNING_RATE",
+    "speech_rate_drifting": Cause(
+        "early in a run, a pace that is not learnt yet; later, silence at the edges of the clips, or transcripts that "
+        "say more or less than is spoken. Digits, or another script than the rows', in the texts shift it as well",
+        f"Listen to samples/, {_CHECK}, and choose EVAL_TEXTS like theirs",
+        "cut silence with --trim_silence, mend TRAIN_JSONL, lower LEARNING_RATE",
     ),
-    "eos_rate_falling": (
+    "eos_rate_falling": Cause(
         "the end of a clip is not learnt well: clips that are cut off, long silence at their ends, or too many steps",
-        "Mend the clips (--mode check, --trim_silence), lower LEARNING_RATE or NUM_EPOCHS",
+        f"Listen to samples/, {_CHECK}, and stop or lower NUM_EPOCHS",
+        "mend the clips (--trim_silence), lower LEARNING_RATE",
     ),
-    "similarity_falling": (
-        "the voice drifts: the learning rate is too high, or clips are of other people than their speaker",
-        "Lower LEARNING_RATE or NUM_EPOCHS, set BEST_METRIC=speaker_embedding_similarity, and look at the rows with "
-        "--mode check",
+    "similarity_falling": Cause(
+        "too many steps or too high a learning rate, or clips of other people than their speaker",
+        f"Listen to samples/, {_CHECK}; BEST_METRIC=speaker_embedding_similarity keeps the most similar checkpoint "
+        "from now on, and a lower NUM_EPOCHS stops earlier",
+        "lower LEARNING_RATE, mend TRAIN_JSONL",
     ),
-    "word_errors_rising": (
-        "speech becomes less clear: too many steps, or transcripts that do not match",
-        "Lower LEARNING_RATE or NUM_EPOCHS, set BEST_METRIC=wer, and look at the rows with --mode check",
+    "word_errors_rising": Cause(
+        "speech becomes less clear: too many steps or too high a learning rate, or transcripts that do not match",
+        f"Listen to samples/ (a recogniser errs, too), {_CHECK}; BEST_METRIC=wer keeps the best checkpoint from now "
+        "on, and a lower NUM_EPOCHS stops earlier",
+        "lower LEARNING_RATE, mend TRAIN_JSONL",
     ),
 }
 
@@ -88,8 +120,8 @@ class Alarm:
 
     @property
     def text(self) -> str:
-        cause, advice = CAUSES[self.kind]
-        return f"{self.finding}. Likely cause: {cause}. {advice}."
+        cause = CAUSES[self.kind]
+        return f"{self.finding}. Likely cause: {cause.likely}. {cause.now}. In another run: {cause.next_run}."
 
 
 @dataclass(frozen=True)
@@ -132,13 +164,13 @@ def _warm_up_too_long(history: History) -> Alarm | None:
         return None
     finding = (
         f"the run has {history.num_steps} steps and WARMUP_STEPS is {history.warmup_steps}, so the learning rate would "
-        "still be rising at the end; the warm-up is cut to a tenth of the run"
+        f"still be rising at the end; the warm-up is cut to {history.num_steps // 10} steps, a tenth of the run"
     )
     return Alarm("warm_up_too_long", 0, history.warmup_steps / max(history.num_steps, 1), finding)
 
 
 def _loss_near_zero(history: History) -> Alarm | None:
-    """In the first epoch, in which every row is new."""
+    """In the first epoch, in which rows are new."""
     losses = series((record for record in history.training if record.get("epoch") == 0), "loss")
     near_zero = [(step, loss) for step, loss in losses if loss < NEAR_ZERO_LOSS]
     if not near_zero:
@@ -152,11 +184,14 @@ def _training_loss_rising(history: History) -> Alarm | None:
     if len(losses) < 3 * LOSS_WINDOW:
         return None
     ends = range(LOSS_WINDOW, len(losses) - LOSS_WINDOW + 1)
-    lowest = min(statistics.fmean(loss for _, loss in losses[end - LOSS_WINDOW : end]) for end in ends)
+    lowest, at = min((statistics.fmean(loss for _, loss in losses[end - LOSS_WINDOW : end]), end) for end in ends)
     now = statistics.fmean(loss for _, loss in losses[-LOSS_WINDOW:])
     if not now > TRAINING_RISEN * lowest > 0:
         return None
-    finding = f"the training loss rises: {now:.4f} over the last {LOSS_WINDOW} lines, it was {lowest:.4f}"
+    finding = (
+        f"the training loss rises: {now:.4f} on average over the last {LOSS_WINDOW} lines, it was {lowest:.4f} over "
+        f"those up to step {losses[at - 1][0]}"
+    )
     return Alarm("training_loss_rising", losses[-1][0], now / lowest - 1, finding)
 
 
@@ -168,7 +203,10 @@ def _gradient_norm_exploding(history: History) -> Alarm | None:
     usual = statistics.median(value for _, value in before)
     if norm <= max(NORM_EXPLODED * usual, history.max_grad_norm):
         return None
-    finding = f"the gradient norm is {norm:.3g} at step {step}, the usual one was {usual:.3g}"
+    finding = (
+        f"the gradient norm is {norm:.3g} at step {step}, and {usual:.3g} is the median of the {len(before)} lines "
+        f"before; it is clipped to MAX_GRAD_NORM={history.max_grad_norm:g}"
+    )
     return Alarm("gradient_norm_exploding", step, norm / max(usual, 1e-12), finding)
 
 
@@ -189,7 +227,7 @@ def _validation_rising(history: History) -> Alarm | None:
 
 
 def _speech_rate_drifting(history: History) -> Alarm | None:
-    latest = series(history.validation, "speech_rate_ratio")[-NUM_AGREEING:]
+    latest = _comparable(history, "speech_rate_ratio")[-NUM_AGREEING:]
     if len(latest) < NUM_AGREEING:
         return None
     nearest = min((ratio - 1.0 for _, ratio in latest), key=abs)
@@ -197,8 +235,20 @@ def _speech_rate_drifting(history: History) -> Alarm | None:
     if abs(nearest) <= RATE_DRIFTED or not is_one_sided:
         return None
     step, ratio = latest[-1]
-    finding = f"samples are spoken {'faster' if ratio > 1 else 'slower'} than the clips: speech_rate_ratio {ratio:.2f}"
-    return Alarm("speech_rate_drifting", step, abs(nearest), f"{finding} at step {step}")
+    finding = (
+        f"samples are spoken {'faster' if ratio > 1 else 'slower'} than the training clips: speech_rate_ratio "
+        f"{ratio:.2f} at step {step}, and {latest[0][1]:.2f} at step {latest[0][0]}"
+    )
+    return Alarm("speech_rate_drifting", step, abs(nearest), finding)
+
+
+def _comparable(history: History, name: str) -> list[tuple[int, float]]:
+    """(step, value) of a figure of samples, as far as they were measured as the last one that can be compared; see
+    ``samples.yardsticks_of``. Logs of before have no yardsticks."""
+    yardsticks = [(figures_of(record).get("yardsticks") or {}).get(name) for record in history.validation]
+    last = next((yardstick for yardstick in reversed(yardsticks) if yardstick), None)
+    alike = (record for record, known in zip(history.validation, yardsticks, strict=True) if known == last)
+    return series(alike, name)
 
 
 def _eos_rate_falling(history: History) -> Alarm | None:
@@ -207,7 +257,13 @@ def _eos_rate_falling(history: History) -> Alarm | None:
 
 def _similarity_falling(history: History) -> Alarm | None:
     name = "speaker_embedding_similarity"
-    return _fallen(history, name, SIMILARITY_FALLEN, "similarity_falling", "samples sound less like the speaker")
+    return _fallen(
+        history,
+        name,
+        SIMILARITY_FALLEN,
+        "similarity_falling",
+        "the speaker encoder finds samples less like the speaker",
+    )
 
 
 def _word_errors_rising(history: History) -> Alarm | None:
@@ -221,7 +277,7 @@ def _fallen(history: History, name: str, margin: float, kind: str, what: str, si
     Args:
         sign: -1 for a figure of which less is better.
     """
-    values = series(history.validation, name)
+    values = _comparable(history, name)
     before, latest = values[:-NUM_AGREEING], values[-NUM_AGREEING:]
     if not before:
         return None

@@ -11,7 +11,9 @@ from finetuning.base_model import (
     Base,
 )
 from finetuning.building import Run
+from finetuning.checkpoint import SAMPLES_FOLDER
 from finetuning.choosing import Chooser
+from finetuning.claiming import bytes_of_samples
 from finetuning.console import listed_names, say
 from finetuning.dataset import StepDataset, unknown_languages
 from finetuning.direct import DirectRows
@@ -101,7 +103,23 @@ def describe_run(run: Run) -> str:
         ]
         + ([f"Resuming {run.state.folder} after step {run.state.step}"] if run.state else [])
         + describe_choice(settings, run.validation is not None)
+        + describe_samples(run)
     )
+
+
+def describe_samples(run: Run) -> list[str]:
+    """How often samples come and what they take, or which settings are for nothing without them."""
+    settings, size = run.settings, bytes_of_samples(run)
+    if size:
+        copies = " with the trackers' copies" if settings.trackers() else ""
+        return [
+            f"Samples: {len(run.requests)} every {settings.steps_between_samples} steps and at the end, in all about "
+            f"{size / 1e6:,.0f} MB{copies}; they stay in {settings.output_dir / SAMPLES_FOLDER}"
+        ]
+    unused = [name for name in ("EVAL_TEXTS", "ASR_MODEL", "MOS_MODEL") if getattr(settings, name.lower()) is not None]
+    if settings.steps_between_samples or not unused:
+        return []
+    return [f"SAMPLE_STEPS=0: nothing is said while the run trains, so {', '.join(unused)} only matter to evaluate.py"]
 
 
 def describe_choice(settings: Settings, has_validation: bool) -> list[str]:

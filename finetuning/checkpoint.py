@@ -37,6 +37,7 @@ from finetuning.disk import (
     link_or_copy,
     nearest_existing,
     new_folder,
+    read_json,
     remove_folder,
     write_json,
 )
@@ -232,6 +233,12 @@ def rotate_checkpoints(output_dir: Path, limit: int, step: int) -> None:
         remove_folder(folder)
 
 
+def step_of_best(output_dir: Path) -> int | None:
+    """The step that ``best/`` was written after, whichever run wrote it; None where it does not say."""
+    step = (read_json(output_dir / "best" / "training_state.json") or {}).get("step")
+    return step if isinstance(step, int) else None
+
+
 def sample_folders(output_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of all samples."""
     return [(int(folder.name.split("-")[1]), folder) for folder in _step_folders(output_dir / SAMPLES_FOLDER, "step")]
@@ -413,11 +420,11 @@ def reclaimable_bytes(output_dir: Path) -> int:
     return sum(found[0].st_size for found in links.values() if len(found) == found[0].st_nlink)
 
 
-def check_disk_space(output_dir: Path, required_bytes: int) -> None:
-    """Raises UserError when the first checkpoint and state do not fit."""
+def check_disk_space(output_dir: Path, required_bytes: int, what: str = "one checkpoint and one state") -> None:
+    """Raises UserError when the first checkpoint and state, and what else the run writes, do not fit."""
     free = free_bytes(output_dir)
     if free < required_bytes:
         raise UserError(
-            f"OUTPUT_DIR: {output_dir} has {free / 1e9:.1f} GB free, one checkpoint and one state need "
+            f"OUTPUT_DIR: {output_dir} has {free / 1e9:.1f} GB free, {what} need "
             f"{required_bytes / 1e9:.1f} GB; free some space or choose another disk"
         )

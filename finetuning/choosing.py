@@ -1,7 +1,7 @@
 """Which evaluation ``best/`` is chosen from, and when waiting for a better one has taken too long.
 
-An evaluation that lacks BEST_METRIC (samples are not spoken at each of them) chooses nothing and is not counted. A tie
-is no improvement, and a figure that is not finite is never the better one.
+An evaluation that lacks BEST_METRIC (samples are not spoken at each of them), or has it of some of the samples only,
+chooses nothing and is not counted. A tie is no improvement, and a figure that is not finite is never the better one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from finetuning.metrics import METRICS
@@ -22,14 +23,17 @@ class Chooser:
     Args:
         has_validation: whether there are validation rows. Without them the mean training loss of an epoch stands for
             all their figures; figures of samples need none.
+        yardsticks: of the metrics of samples; see ``samples.yardsticks_of``.
 
     Attributes:
         metric: the key of METRICS that is compared.
         follows_training: whether its value is that mean training loss.
     """
 
-    def __init__(self, settings: Settings, has_validation: bool) -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: Settings, has_validation: bool, yardsticks: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.settings, self.yardsticks = settings, yardsticks
         self.follows_training = not (has_validation or METRICS[settings.best_metric].is_of_samples)
         self.metric = "loss" if self.follows_training else settings.best_metric
 
@@ -46,39 +50,49 @@ class Chooser:
         return f"{METRICS[self.metric].superlative} {self.text}"
 
     def begin(self, progress: Progress) -> str | None:
-        """Makes BEST_METRIC the metric of a run that was begun by another one, and tells what follows.
+        """Makes BEST_METRIC, as it is measured now, what a run that was begun by another one is compared by, and tells
+        what follows.
 
-        ``best/`` stays as long as nothing is better than it by the new metric; where its evaluation had none, the next
-        one that has it chooses anew. Waiting begins anew as well.
+        ``best/`` stays as long as nothing is better than it; where what it has of the metric is not known, or was
+        measured by another yardstick, the next evaluation that has it takes the place. Waiting begins anew.
         """
         before, now = progress.best_metric, self.settings.best_metric
-        if before == now:
+        best = progress.best
+        if before == now and (best is None or self._can_be_compared(best.yardsticks)):
             return None
         progress.best_metric, progress.num_not_better = now, 0
-        best, progress.best = progress.best, None
         if best is None:
             return None
-        value = best.figures.get(self.metric)
+        change = f"BEST_METRIC was {before}, is {now}"
+        if before == now:
+            change = f"BEST_METRIC={now} is measured otherwise than before (texts, LORA_EXPORT_SCALE, or the judge)"
+        value = best.figures.get(self.metric) if self._can_be_compared(best.yardsticks) else None
+        progress.best = None if value is None else replace(best, value=value)
         if value is None:
-            return f"BEST_METRIC was {before}, is {now}: the next evaluation that has it chooses best/ anew"
-        progress.best = replace(best, value=value)
-        return f"BEST_METRIC was {before}, is {now}, of which best/ has {value:.4f}"
+            return f"{change}: the next evaluation that has it chooses best/ anew; copy best/ now to keep it"
+        return f"{change}, of which best/ has {value:.4f}"
+
+    def _can_be_compared(self, yardsticks: Mapping[str, str]) -> bool:
+        """Whether the metric was measured as it is now, and of all samples; see ``samples.yardsticks_of``."""
+        return yardsticks.get(self.metric) == self.yardsticks.get(self.metric)
 
     def consider(self, progress: Progress, figures: Mapping[str, Any] | None) -> Best | None:
         """The evaluation of this step where it is the best so far, else None; counts those that are not.
 
         Args:
-            figures: by name, as in ``METRICS``; any may be missing or None. What else stands there is ignored.
+            figures: by name, as in ``METRICS``; any may be missing or None. Under ``yardsticks`` those of samples that
+                can be compared. What else stands there is ignored.
         """
-        value = (figures or {}).get(self.metric)
-        if value is None:
+        figures = figures or {}
+        value, yardsticks = figures.get(self.metric), figures.get("yardsticks") or {}
+        if value is None or not self._can_be_compared(yardsticks):
             return None
         if not math.isfinite(value) or (progress.best and not self._is_better(value, progress.best.value)):
             progress.num_not_better += 1
             return None
         progress.num_not_better = 0
         known = {name: float(figures[name]) for name in METRICS if isinstance(figures.get(name), (int, float))}
-        return Best(float(value), progress.step, known)
+        return Best(float(value), progress.step, known, dict(yardsticks))
 
     def _is_better(self, value: float, than: float) -> bool:
         cost = METRICS[self.metric].cost

@@ -22,8 +22,10 @@ from finetuning.resume import (
     Resume,
     take_over,
 )
+from finetuning.samples import samples_bytes
 from finetuning.saving import state_bytes
 from finetuning.settings import Settings
+from finetuning.sharding import asks_for_fsdp
 from finetuning.state import damage_of_state, find_states, step_of
 
 
@@ -61,13 +63,20 @@ def _claim_output_folder(run: Run) -> None:
             )
     required = run.exporter.required_bytes() + state_bytes(run.model, settings.ema_decay)
     if not run.is_over:
-        check_disk_space(output_dir, required - spare_bytes(run.resume, output_dir))
+        samples = bytes_of_samples(run)
+        what = f"one checkpoint and one state{', and the samples of the run,' if samples else ''}"
+        check_disk_space(output_dir, required + samples - spare_bytes(run.resume, output_dir), what)
     if not (run.resume and run.resume.is_in(output_dir)):
         clear_output_folder(settings)
     # First of all: a start that is cut off from here on leaves a folder that the next one knows as its own.
     settings.save(output_dir / "settings.json")
     if run.resume:
         take_over(run.resume, settings)
+
+
+def bytes_of_samples(run: Run) -> int:
+    """About what the run is still going to say, on the disk, where it stays; under FSDP it says nothing."""
+    return 0 if asks_for_fsdp() else samples_bytes(run.settings, run.requests, run.num_steps - run.progress.step)
 
 
 def spare_bytes(resume: Resume | None, output_dir: Path) -> int:

@@ -10,6 +10,9 @@ A step's memory has three high points:
   autocast rounded to bf16, what the layers keep for the backward pass, and the frames' embeddings and their gradients;
 - a checkpointed layer that is computed again in the backward pass;
 - the end of the backward pass: weights, optimizer states, all gradients.
+
+Between the steps, when neither activations nor gradients are there, samples are decoded and judged: the codec and the
+judges, which lie on the CPU otherwise, stand beside the weights and optimizer states then.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ UNDER_NOMINAL_SHARE = 0.03
 BYTES_OF_MOMENTS, BYTES_OF_8_BIT_MOMENTS = 8, 2 + 2 * 4 / 256
 #: Of a weight\'s running average, where EMA_DECAY asks for one: fp32.
 BYTES_OF_AVERAGE = 4
+#: What the codec or a judge computes of a sample, beside its weights; an estimate.
+BYTES_OF_LISTENING = 5e8
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -158,6 +163,7 @@ class Needs:
         talker: ``talker_config`` of the base.
         weights: see ``weights_of``.
         num_processes: of the job; each holds the whole model, or under FSDP its share.
+        beside: bytes of the models that come to the GPU between the steps; 0 for none.
     """
 
     talker: Mapping[str, Any]
@@ -165,16 +171,31 @@ class Needs:
     settings: Settings
     num_processes: int = 1
     is_sharded: bool = False
+    beside: float = 0.0
 
     @classmethod
-    def of(cls, base: Base, settings: Settings, num_processes: int = 1) -> Needs:
+    def of(cls, base: Base, settings: Settings, num_processes: int = 1, beside: float = 0.0) -> Needs:
         weights = weights_of(base, settings)
-        return cls(base.talker_config, weights, settings, num_processes, asks_for_fsdp())
+        return cls(base.talker_config, weights, settings, num_processes, asks_for_fsdp(), beside)
 
     def peak_bytes(self) -> float:
-        """The highest point of a step, with rows of 15 s."""
+        """The highest point of a step, with rows of 15 s, or between the steps."""
         frames = self.settings.max_frames_per_batch or self.settings.batch_size * ROW_FRAMES
-        return self.bytes_for(frames, frames * ROW_POSITIONS / ROW_FRAMES, self.settings.gradient_accumulation_steps)
+        positions = frames * ROW_POSITIONS / ROW_FRAMES
+        step = self.bytes_for(frames, positions, self.settings.gradient_accumulation_steps)
+        return max(step, self.bytes_between_steps)
+
+    @property
+    def bytes_between_steps(self) -> float:
+        """While samples are decoded or judged; 0 where nothing is."""
+        if not self.beside:
+            return 0
+        return self.standing_bytes + self._bucket_bytes + self.beside + BYTES_OF_LISTENING
+
+    @property
+    def _bucket_bytes(self) -> float:
+        """DDP's buckets hold a whole gradient from the first step to the last."""
+        return self.gradient_bytes if self.num_processes > 1 and not self.is_sharded else 0
 
     @property
     def least_bytes(self) -> float:
@@ -186,9 +207,7 @@ class Needs:
         standing, gradients = self.standing_bytes + self._gathered, self.gradient_bytes
         if self.is_sharded and num_micro_batches == 1:
             gradients /= self.num_processes  # shared out layer by layer; while they accumulate each process has all
-        # DDP's buckets hold a whole gradient from the first step to the last.
-        has_buckets = self.num_processes > 1 and not self.is_sharded
-        before = standing + (gradients if num_micro_batches > 1 or has_buckets else 0)
+        before = standing + (gradients if num_micro_batches > 1 else self._bucket_bytes)
         frame_bytes = num_frames * 4 * NUM_CODEBOOKS * self.talker["hidden_size"]  # all embeddings of the frames, fp32
         forward = (
             before
@@ -350,7 +369,7 @@ class Picks:
 
 
 def pick_for_memory(
-    settings: Settings, base: Base, gpu_bytes: int | None = None, num_processes: int = 1
+    settings: Settings, base: Base, gpu_bytes: int | None = None, num_processes: int = 1, beside: float = 0.0
 ) -> Picks | None:
     """What MEMORY_PROFILE picks: the first combination that fits, of those that learn best first.
 
@@ -360,6 +379,7 @@ def pick_for_memory(
     Args:
         gpu_bytes: memory of the GPU, the smallest of all processes; None where there is none.
         num_processes: of the job.
+        beside: see ``Needs``.
 
     Returns:
         None where nothing is to be picked.
@@ -381,7 +401,8 @@ def pick_for_memory(
     profile = largest_profile(gpu_bytes) if profile == "auto" else profile
     room, weights = usable_bytes(PROFILES[profile]), weights_of(base, settings)
     candidates = _candidates(settings, num_processes)
-    needs = [Needs(base.talker_config, weights, candidate, num_processes) for candidate in candidates]
+    known = {"num_processes": num_processes, "beside": beside}
+    needs = [Needs(base.talker_config, weights, candidate, **known) for candidate in candidates]
     fitting = next((need for need in needs if need.peak_bytes() <= room), None)
     if fitting is None:
         raise UserError(_nothing_fits(profile, settings, min(need.peak_bytes() for need in needs)))

@@ -18,11 +18,13 @@ class Best:
     Attributes:
         value: of the metric that it was chosen by; see ``choosing``.
         figures: all that it had of ``METRICS``.
+        yardsticks: what those of samples were measured by, where all samples had them; see ``samples.yardsticks_of``.
     """
 
     value: float
     step: int | None = None  # unknown in states of before
     figures: Mapping[str, float] = field(default_factory=dict)
+    yardsticks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass

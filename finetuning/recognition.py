@@ -46,6 +46,9 @@ _MOS_PACKAGES = {
     "utmos": ("utmos_pytorch", "utmos-pytorch"),
 }
 
+#: Weights of a predictor on the GPU: UTMOS is wav2vec 2.0 base, in fp32.
+_MOS_BYTES = {"distillmos": 20_000_000, "utmos": 400_000_000}
+
 Recognize = Callable[[Sequence[np.ndarray]], list[str]]
 Opinion = Callable[[np.ndarray], float]
 
@@ -64,6 +67,10 @@ class _Recognizer:
 
     pipeline: Any
     options: dict[str, Any]
+
+    def to(self, device: str) -> None:
+        """Moves the model: away from the device that it was loaded for, and back before it is asked again."""
+        self.pipeline.model.to(device)
 
     def __call__(self, waveforms: Sequence[np.ndarray]) -> list[str]:
         """(num_samples,) float32 at 24 kHz each -> what was understood."""
@@ -93,6 +100,21 @@ def check_judges(settings: Settings) -> None:
         _import_predictor(settings.mos_model)
     elif settings.mos_model:
         _scripted(Path(settings.mos_model).expanduser(), "cpu")
+
+
+def judge_bytes(settings: Settings) -> int:
+    """What the judges of ASR_MODEL and MOS_MODEL take on a GPU at most: a recogniser that is stored in fp32 takes half.
+
+    Raises:
+        UserError: see ``check_judges``.
+    """
+    files: list[Path] = []
+    if settings.asr_model:
+        folder = resolve_folder(settings.asr_model, "ASR_MODEL", settings.data_mode != "none", ASR_FILES)
+        files += folder.glob("model*.safetensors")
+    if settings.mos_model and settings.mos_model not in MOS_MODELS:
+        files.append(Path(settings.mos_model).expanduser())
+    return sum(file.stat().st_size for file in files) + _MOS_BYTES.get(settings.mos_model or "", 0)
 
 
 def judge_stamps(settings: Settings) -> list[Any]:
@@ -216,28 +238,40 @@ def load_opinion(name: str, device: str, may_download: bool = True) -> Opinion:
         UserError: the package or the weights are missing, or the file is no TorchScript.
     """
     if name not in MOS_MODELS:
-        return _at_its_rate(_scripted(Path(name).expanduser(), device), device)
+        return _Scorer(_scripted(Path(name).expanduser(), device), device)
     module = _import_predictor(name)
     with contextlib.redirect_stdout(io.StringIO()), _apart_from_training():  # it tells where its weights lie
         if name == "dnsmos":
             # The package refuses samples beyond full scale, which resampling can make of loud ones.
             return lambda waveform: float(module.run(np.clip(_heard(waveform), -1.0, 1.0), sr=MOS_RATE_HZ)["ovrl_mos"])
         if name == "distillmos":
-            return _at_its_rate(module.ConvTransformerSQAModel().eval().to(device), device)
+            return _Scorer(module.ConvTransformerSQAModel().eval().to(device), device)
         weights = _utmos_weights(may_download)
-        return _at_its_rate(module.UTMOSScoreTorch(ckpt_path=weights, device=device).eval(), device)
+        return _Scorer(module.UTMOSScoreTorch(ckpt_path=weights, device=device).eval(), device)
 
 
 def _heard(waveform: np.ndarray) -> np.ndarray:
     return resample(waveform, SAMPLE_RATE_HZ, MOS_RATE_HZ)
 
 
-def _at_its_rate(model: Callable[[torch.Tensor], torch.Tensor], device: str) -> Opinion:
-    @torch.no_grad()
-    def opinion(waveform: np.ndarray) -> float:
-        return float(model(torch.from_numpy(_heard(waveform)).unsqueeze(0).to(device)))
+@dataclass(frozen=True)
+class _Scorer:
+    """A predictor of opinion scores at its sampling rate.
 
-    return opinion
+    Attributes:
+        device: on which it is asked.
+    """
+
+    model: Any
+    device: str
+
+    def to(self, device: str) -> None:
+        """Moves the model: away from the device that it is asked on, and back before that."""
+        self.model.to(device)
+
+    @torch.no_grad()
+    def __call__(self, waveform: np.ndarray) -> float:
+        return float(self.model(torch.from_numpy(_heard(waveform)).unsqueeze(0).to(self.device)))
 
 
 def _import_predictor(name: str) -> Any:

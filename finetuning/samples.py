@@ -15,9 +15,11 @@ Nothing that goes wrong here ends a run: it is said once, and the sample is miss
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -28,7 +30,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from finetuning.audio import SAMPLE_RATE_HZ
+from finetuning.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from finetuning.base_model import Base
 from finetuning.checkpoint import SAMPLES_FOLDER
 from finetuning.codec import FRAMES_PER_SECOND, Codec
@@ -37,11 +39,14 @@ from finetuning.dataset import Reference
 from finetuning.disk import new_folder, write_json
 from finetuning.errors import UserError
 from finetuning.manifest import normalize_text
+from finetuning.metrics import METRICS
 from finetuning.prompt import find_language
+from finetuning.recognition import judge_stamps
 from finetuning.row_index import Manifest
 from finetuning.settings import Settings
+from finetuning.signals import Interrupted
 from finetuning.speakers import Speakers
-from finetuning.speaking import LiveModel, Request, Speech, num_positions, undisturbed
+from finetuning.speaking import LiveModel, Request, Speech, leaving_no_cache, num_positions, undisturbed
 from finetuning.steps import MappedSteps, TrainingSteps
 
 #: Without EVAL_TEXTS: so many texts of rows, none longer than so many characters (about 13 s), of the first so many.
@@ -94,10 +99,27 @@ class Sample:
 
 
 class Sampled(NamedTuple):
-    """What the samples of a step have shown; the same figures in every process, the samples in the main one alone."""
+    """What the samples of a step have shown; the same figures in every process, the samples in the main one alone.
+
+    Attributes:
+        figures: means over the samples, and under ``yardsticks`` those that can be compared: metric -> digest; see
+            ``yardsticks_of``.
+    """
+
+    figures: dict[str, Any]
+    samples: list[Sample]
+
+
+class Judged(NamedTuple):
+    """What judges find in the samples of a step.
+
+    Attributes:
+        figures: name -> mean over the samples that have it.
+        whole: names of those that all samples have, as far as they can have them.
+    """
 
     figures: dict[str, float]
-    samples: list[Sample]
+    whole: frozenset[str]
 
 
 # --------------------------------------------------------------------------------------------------- what is said
@@ -112,6 +134,16 @@ def check_eval_texts(settings: Settings, base: Base) -> None:
                 f"EVAL_TEXTS: text {number} contains the special token {found[0]}, which would end or break the "
                 "prompt; take it out"
             )
+
+
+def samples_bytes(settings: Settings, requests: Sequence[Request], num_steps: int) -> int:
+    """About what the samples of so many steps take on the disk: 16-bit speech as fast as the training rows', and in
+    each tracker a copy of it."""
+    if not requests:
+        return 0
+    num_frames = sum((request.max_frames - SPARE_FRAMES) / MAX_SLOWNESS for request in requests)
+    num_times = num_steps // settings.steps_between_samples + 1  # at the end, too
+    return round(num_times * num_frames * SAMPLES_PER_FRAME * 2 * (1 + len(settings.trackers())))
 
 
 class _Row(NamedTuple):
@@ -235,6 +267,34 @@ def _voices(
     return [(reference, in_context) for in_context in ways]
 
 
+def yardsticks_of(settings: Settings, requests: Sequence[Request], sampling: Mapping[str, Any]) -> dict[str, str]:
+    """Metric of samples -> a short digest of what it is measured by: what is said and how, and who judges it.
+
+    Two values can be compared where these are the same.
+
+    Args:
+        sampling: see ``generation_defaults``.
+    """
+    said = [
+        (one.text, one.speaker, one.language, one.seed, one.max_frames, one.in_context, _content(one.reference))
+        for one in requests
+    ]
+    recognizer, predictor = judge_stamps(settings)
+    judges = {"wer": recognizer, "cer": recognizer, "mos": predictor}
+    names = [name for name, metric in METRICS.items() if metric.is_of_samples]
+    common = [said, dict(sampling), settings.lora_export_scale]
+    content = {name: json.dumps([common, judges.get(name)], sort_keys=True) for name in names}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in content.items()}
+
+
+def _content(reference: Reference | None) -> list[Any] | None:
+    """What is heard of it; its file may move."""
+    if reference is None:
+        return None
+    codes = None if reference.codes is None else reference.codes.tolist()
+    return [reference.vector.tolist(), reference.text, codes]
+
+
 # ------------------------------------------------------------------------------------------------------- saying it
 
 
@@ -243,7 +303,9 @@ class Sampler:
     """Lets the model speak, keeps what it says, and gives the figures of it. All processes take part.
 
     Args:
-        measure: of all samples of a step, on the main process: name -> figure, beside those that are always there.
+        yardsticks: see ``yardsticks_of``.
+        judge: of all samples of a step, on the main process: what they show beside the figures that are always there.
+            It calls what it is handed now and then, which may raise Interrupted.
     """
 
     settings: Settings
@@ -251,7 +313,8 @@ class Sampler:
     live: LiveModel
     requests: Sequence[Request]
     codec_folder: Path
-    measure: Callable[[Sequence[Sample]], dict[str, float]] | None = None
+    yardsticks: Mapping[str, str]
+    judge: Callable[[Sequence[Sample], Callable[[], None]], Judged] | None = None
     _codec: Codec | None = None
     _said: set[str] = field(default_factory=set)
 
@@ -260,50 +323,72 @@ class Sampler:
         return step % self.settings.steps_between_samples == 0
 
     def speak(
-        self, averaged: Callable[[], contextlib.AbstractContextManager[None]], should_stop: Callable[[], bool]
+        self, averaged: Callable[[], contextlib.AbstractContextManager[None]], check: Callable[[], None]
     ) -> list[Speech] | None:
-        """This process's share of the requests; None when it was to stop. What fails is left out.
+        """This process's share of the requests; None where it was interrupted. What fails is left out.
 
         Args:
             averaged: inside of what it gives, the weights are those that are exported.
-            should_stop: asked before every sample.
+            check: called before every frame; raises Interrupted to break it off.
         """
         share = self.requests[self.accelerator.process_index :: self.accelerator.num_processes]
         found: list[Speech] = []
-        with averaged(), self.live.ready():  # what goes wrong in putting back what they change is no sample's matter
-            for request in share:
-                if should_stop():
-                    return None
-                with self._going_on("a sample is left out"):
-                    found.append(self.live.say(request))
+        try:
+            # What goes wrong in putting back what these change is no sample's matter.
+            with averaged(), self.live.ready(check):
+                for request in share:
+                    check()
+                    with self._going_on("a sample is left out"):
+                        found.append(self.live.say(request))
+        except Interrupted:
+            return None
         return found
 
-    def keep(self, step: int, spoken: list[Speech]) -> Sampled:
-        """Decodes and writes what all processes have said.
+    def keep(self, step: int, spoken: list[Speech], check: Callable[[], None]) -> Sampled | None:
+        """Decodes, writes and judges what all processes have said; None, in all of them, where that was interrupted.
 
         Args:
             spoken: by this process.
+            check: called between samples and between judges; raises Interrupted to break it off.
         """
         is_alone = self.accelerator.num_processes == 1
         everything = spoken if is_alone else gather_object(spoken)
-        sampled = Sampled({}, [])
+        sampled: Sampled | None = Sampled({}, [])
         if self.accelerator.is_main_process and everything:
-            with self._going_on("the samples are left out"), undisturbed(self.accelerator.device):
-                sampled = self._keep(step, sorted(everything, key=lambda speech: speech.number))
-        if not is_alone:
-            (figures,) = broadcast_object_list([sampled.figures])
-            sampled = sampled._replace(figures=figures)
-        return sampled
+            device = self.accelerator.device
+            try:
+                with self._going_on("the samples are left out"), leaving_no_cache(device), undisturbed(device):
+                    sampled = self._keep(step, sorted(everything, key=lambda speech: speech.number), check)
+            except Interrupted:
+                sampled = None
+        if is_alone:
+            return sampled
+        (figures,) = broadcast_object_list([None if sampled is None else sampled.figures])
+        return None if figures is None else Sampled(figures, sampled.samples)
 
-    def _keep(self, step: int, spoken: Sequence[Speech]) -> Sampled:
+    def _keep(self, step: int, spoken: Sequence[Speech], check: Callable[[], None]) -> Sampled:
         folder = self.settings.output_dir / SAMPLES_FOLDER / f"step-{step}"
-        samples = [self._sample(speech, waveform, folder) for speech, waveform in self._decoded(spoken)]
+        samples = [self._sample(speech, waveform, folder) for speech, waveform in self._decoded(spoken, check)]
         write_samples(folder, samples)
-        figures = figures_of(samples)
-        if self.measure is not None:
+        figures, whole = figures_of(samples), {"eos_rate"}
+        if self.judge is not None:
             with self._going_on("what is measured of the samples is left out"):
-                figures |= self.measure(samples)
+                judged = self.judge(samples, check)
+                figures, whole = figures | judged.figures, whole | judged.whole
+        if len(samples) < len(self.requests):
+            whole = set()
+        figures["yardsticks"] = {name: self.yardsticks[name] for name in METRICS if name in whole & figures.keys()}
+        self._say_incomparable(step, figures)
         return Sampled(figures, samples)
+
+    def _say_incomparable(self, step: int, figures: Mapping[str, Any]) -> None:
+        name = self.settings.best_metric
+        if METRICS[name].is_of_samples and name not in figures["yardsticks"] and name not in self._said:
+            self._said.add(name)
+            say(
+                f"BEST_METRIC: {name} of step {step} is not known of all {len(self.requests)} samples, so it cannot be "
+                "compared: such an evaluation chooses no best/ (said once)"
+            )
 
     def _sample(self, speech: Speech, waveform: np.ndarray, folder: Path) -> Sample:
         request = self.requests[speech.number]
@@ -311,14 +396,18 @@ class Sampler:
         asked = (request.text, request.speaker, request.language)
         return Sample(*asked, speech.codes, waveform, speech.stopped, request.seed, file, request.in_context)
 
-    def _decoded(self, spoken: Sequence[Speech]) -> list[tuple[Speech, np.ndarray]]:
+    def _decoded(self, spoken: Sequence[Speech], check: Callable[[], None]) -> list[tuple[Speech, np.ndarray]]:
         """With (n,) float32 waveforms."""
         if self._codec is None:
             self._codec = Codec(self.codec_folder)
         device = str(self.accelerator.device)
         try:
             self._codec.move(device)
-            return [(speech, self._waveform(speech)) for speech in spoken]
+            decoded = []
+            for speech in spoken:
+                check()
+                decoded.append((speech, self._waveform(speech)))
+            return decoded
         finally:
             self._codec.move("cpu")
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from finetuning.checkpoint import Exporter, attempt, rotate_checkpoints
+from finetuning.checkpoint import Exporter, attempt, rotate_checkpoints, step_of_best
 from finetuning.console import say
 from finetuning.disk import bytes_of, damage, free_bytes
 from finetuning.errors import UserError
@@ -217,6 +217,7 @@ class Saver:
             say("best/ is missing or damaged: the next evaluation writes it again")
         if changed := trainer.chooser.begin(trainer.progress):
             say(changed)
+        self._say_future_of_best(trainer)
         same_processes = state.num_processes == self.accelerator.num_processes
         if same_processes:
             own = {name: state[f"process.{index}.{name}"] for name in _names_of_process(state, index)}
@@ -226,6 +227,21 @@ class Saver:
         trainer.log_window.resume_from(totals[0], state["process.0.gradient_norm"])
         trainer.epoch_window.resume_from(totals[1])
         stepper.skips.counts = state["process.0.skips"].to(stepper.skips.counts)
+
+    def _say_future_of_best(self, trainer: Trainer) -> None:
+        """The run may have gone further than its state, and written a better best/ there. That counts for nothing, or
+        what is going to be chosen would differ from what an undisturbed run chooses; but it is a whole checkpoint, so
+        it stays as long as nothing takes its place."""
+        progress = trainer.progress
+        if (step := step_of_best(self.settings.output_dir)) is None or step <= progress.step:
+            return
+        until = "the next evaluation"
+        if progress.best:
+            until = f"an evaluation is better than the {trainer.chooser.say_best(progress.best)}"
+        say(
+            f"best/ is of step {step}, which this run, going on after step {progress.step}, has given up. It stays "
+            f"until {until}; copy it now to keep it"
+        )
 
     def _has_lost_best(self, trainer: Trainer) -> bool:
         best = self.settings.output_dir / "best"

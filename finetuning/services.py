@@ -5,10 +5,11 @@ Each of them may fail, be missing or be out of reach; none of that costs a run (
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from finetuning.audio import SAMPLE_RATE_HZ
+from finetuning.checkpoint import sample_folders
 from finetuning.console import say
-from finetuning.history import Record, figures_of, read_records
+from finetuning.history import Record, figures_of, read_records, series
 from finetuning.settings import Settings
 
 if TYPE_CHECKING:  # a room behind this one
@@ -73,7 +75,7 @@ def log_audio(service: Service, samples: Sequence[Sample], step: int) -> None:
     """Puts samples where they can be heard."""
     if isinstance(service, TensorBoard):
         for one in samples:
-            service.log_audio(f"samples/{one.file.stem}", one.waveform, step)
+            service.log_audio(one.file.stem, one.waveform, step)
         return
     from wandb import Audio
 
@@ -98,11 +100,11 @@ def start_wandb(settings: Settings, run_id: str | None = None, facts: Mapping[st
     except Exception as error:  # missing, or broken by another package's version
         say(f"W&B cannot be imported ({type(error).__name__}); logging to files only (USE_WANDB=false silences this)")
         return None
-    mode = os.environ.get("WANDB_MODE")
-    if mode is None and not _has_wandb_key() and not sys.stdin.isatty():
-        mode = "offline"
-        say("W&B: no key and no terminal, so this run is logged offline (upload it with `wandb sync`)")
     try:
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None and not _has_wandb_key() and not (sys.stdin and sys.stdin.isatty()):
+            mode = "offline"
+            say("W&B: no key and no terminal, so this run is logged offline (upload it with `wandb sync`)")
         return wandb.init(
             project=settings.wandb_project,
             name=settings.wandb_run_name,
@@ -132,8 +134,8 @@ def _has_wandb_key() -> bool:
 class TensorBoard:
     """Event files in ``output/tensorboard/``.
 
-    They are written anew from the logs at every start, so they always say what the logs say: a run that is resumed has
-    no step twice, and one that is tracked from its middle on has its beginning.
+    They are written anew at every start from what the run has kept, its logs and samples, so they always say what these
+    say: a run that is resumed has no step twice, and one that is tracked from its middle on has its beginning.
     """
 
     id = None
@@ -147,27 +149,35 @@ class TensorBoard:
         # purge_step: a TensorBoard that is open already forgets what the files before had.
         self._writer = SummaryWriter(str(folder), purge_step=0, flush_secs=_FLUSH_SECONDS)
         self._writer.add_text("run", f"```json\n{json.dumps(facts, indent=2)}\n```")
-        for group in ("training", "validation"):
-            self._replay(read_records(output_dir / f"{group}_log.jsonl"), group)
+        for log, numbers_of in _NUMBERS_OF.items():
+            for record in read_records(output_dir / log):
+                self.log(numbers_of(record), record["step"], _time_of(record))
+        logged = {step for step, _ in series(read_records(output_dir / "validation_log.jsonl"), "num_samples")}
+        for step, samples in sample_folders(output_dir):
+            if step in logged:  # else the run, stopped there, is about to say them again
+                self._replay_audio(samples, step)
 
     def log(self, numbers: Mapping[str, float], step: int, time: float | None = None) -> None:
         for name, number in numbers.items():
             self._writer.add_scalar(name, number, step, walltime=time)
 
-    def log_audio(self, name: str, waveform: np.ndarray, step: int) -> None:
+    def log_audio(self, name: str, waveform: np.ndarray, step: int, time: float | None = None) -> None:
         """
         Args:
             waveform: (n,) float32 at 24 kHz.
         """
-        self._writer.add_audio(name, waveform[None], step, sample_rate=SAMPLE_RATE_HZ)
+        self._writer.add_audio(f"samples/{name}", waveform[None], step, sample_rate=SAMPLE_RATE_HZ, walltime=time)
 
     def finish(self) -> None:
         self._writer.close()
 
-    def _replay(self, records: Sequence[Record], group: str) -> None:
-        for record in records:
-            numbers = numbers_of_training(record) if group == "training" else numbers_of_evaluation(figures_of(record))
-            self.log(numbers, record["step"], _time_of(record))
+    def _replay_audio(self, folder: Path, step: int) -> None:
+        """The samples of a step; one that cannot be read is left out."""
+        import soundfile
+
+        for file in sorted(folder.glob("*.wav")):
+            with contextlib.suppress(OSError, RuntimeError):  # soundfile's error is a RuntimeError
+                self.log_audio(file.stem, soundfile.read(file, dtype="float32")[0], step, file.stat().st_mtime)
 
 
 def _time_of(record: Record) -> float | None:
@@ -185,8 +195,22 @@ def numbers_of_training(record: Record) -> dict[str, int | float]:
 
 
 def numbers_of_evaluation(figures: Mapping[str, Any]) -> dict[str, int | float]:
-    """What the services get of an evaluation."""
-    return flattened({key: value for key, value in figures.items() if key != "step"}, "validation")
+    """What the services get of an evaluation, or of the round trip at the end."""
+    path = "roundtrip" if "roundtrip_reproduced" in figures else "validation"
+    return flattened({key: value for key, value in figures.items() if key != "step"}, path)
+
+
+def numbers_of_alarm(record: Record) -> dict[str, int | float]:
+    """What the services get of a line of alarms.jsonl."""
+    return flattened({str(record.get("kind")): record.get("size")}, "alarms")
+
+
+#: Log -> what the services get of a line of it.
+_NUMBERS_OF: Mapping[str, Callable[[Record], dict[str, int | float]]] = {
+    "training_log.jsonl": numbers_of_training,
+    "validation_log.jsonl": lambda record: numbers_of_evaluation(figures_of(record)),
+    "alarms.jsonl": numbers_of_alarm,
+}
 
 
 def start_tensorboard(settings: Settings, facts: Mapping[str, Any]) -> TensorBoard | None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from finetuning.base_model import (
-    voice_encoder,
-)
+from finetuning.base_model import voice_encoder
 from finetuning.briefing import describe_complete, how_to_listen
 from finetuning.building import Run
+from finetuning.checkpoint import step_of_best
 from finetuning.console import say
 from finetuning.dataset import RowEncoder
-from finetuning.listening import Spoken, Yardstick, characters_per_second, measure
+from finetuning.judging import Judge
+from finetuning.listening import characters_per_second
 from finetuning.prefix_cache import make_prefix_cache
 from finetuning.recognition import load_opinion, load_recognizer
 from finetuning.resume import (
@@ -25,10 +24,11 @@ from finetuning.resume import (
 )
 from finetuning.roundtrip import judge
 from finetuning.run_record import environment, record_run
-from finetuning.samples import Sample, Sampler
+from finetuning.samples import Sampler, yardsticks_of
 from finetuning.saving import Saver
+from finetuning.settings import Settings
 from finetuning.sharding import is_sharded
-from finetuning.speaking import LiveModel
+from finetuning.speaking import LiveModel, generation_defaults, leaving_no_cache
 from finetuning.starting import device_name
 from finetuning.stepping import Stepper
 from finetuning.steps import MappedSteps
@@ -36,7 +36,6 @@ from finetuning.tracking import Tracker
 from finetuning.trainer import Trainer
 from finetuning.uploads import Uploader
 from finetuning.validation import Validator
-from finetuning.voice import voice_vector
 
 
 def walk_once(run: Run) -> None:
@@ -110,20 +109,22 @@ def make_sampler(run: Run) -> Sampler | None:
             "weights of every layer. Listen to checkpoints with synthesize.py; SAMPLE_STEPS=0 silences this"
         )
         return None
-    live = LiveModel(run.settings, run.exporter, run.train.encoder, run.accelerator)
-    return Sampler(run.settings, run.accelerator, live, run.requests, run.base.codec_folder, make_judge(run))
+    settings, accelerator, requests = run.settings, run.accelerator, run.requests
+    live = LiveModel(settings, run.exporter, run.train.encoder, accelerator)
+    yardsticks = yardsticks_of(settings, requests, generation_defaults(run.exporter))
+    return Sampler(settings, accelerator, live, requests, run.base.codec_folder, yardsticks, make_judge(run))
 
 
-def make_judge(run: Run) -> Callable[[Sequence[Sample]], dict[str, float]] | None:
-    """What measures the samples, on the main process: the base's speaker encoder, what ASR_MODEL and MOS_MODEL name.
+def make_judge(run: Run) -> Judge | None:
+    """What measures the samples, on the main process.
 
     Raises:
-        UserError: one of these cannot be loaded.
+        UserError: what ASR_MODEL or MOS_MODEL names cannot be loaded.
     """
     if not run.is_main or not run.requests:
         return None
     settings, device, may_download = run.settings, device_name(run.accelerator), run.settings.data_mode != "none"
-    encoder, recognize, opinion, rates = voice_encoder(run.model, run.base), None, None, {}
+    recognize, opinion, rates = None, None, {}
     if settings.asr_model:
         recognize = load_recognizer(settings.asr_model, device, spoken_language(run), may_download)
     if settings.mos_model:
@@ -132,20 +133,14 @@ def make_judge(run: Run) -> Callable[[Sequence[Sample]], dict[str, float]] | Non
         rates = characters_per_second(run.train.dataset.manifest)
     named = zip(run.speakers.names, run.speakers.vectors, strict=True)
     vectors = {name.lower(): vector.numpy() for name, vector in named}
-    encode = None if encoder is None else lambda waveform: voice_vector(encoder, waveform).numpy()
-    yardstick = Yardstick(encode, vectors, rates, recognize, opinion)
-    return lambda samples: measure([spoken(sample) for sample in samples], yardstick)
+    with leaving_no_cache(run.accelerator.device):
+        return Judge(device, voice_encoder(run.model, run.base), vectors, rates, recognize, opinion)
 
 
 def spoken_language(run: Run) -> str | None:
     """Of all that the model says, where it is one."""
     languages = {request.language for request in run.requests}
     return languages.pop() if len(languages) == 1 else None
-
-
-def spoken(sample: Sample) -> Spoken:
-    """A sample as it is measured."""
-    return Spoken(sample.text, sample.speaker, sample.waveform, len(sample.codes), sample.stopped)
 
 
 def train(run: Run) -> None:
@@ -175,16 +170,25 @@ def train_on(run: Run, tracker: Tracker, uploader: Uploader | None) -> None:
     if trainer.progress.num_skipped_rows:
         say(f"{trainer.progress.num_skipped_rows} rows could not be read; they are listed in skipped_rows.jsonl")
     best, last = run.settings.output_dir / "best", run.settings.output_dir / "last"
-    if found := trainer.progress.best:
-        say(f"Done: {best} ({trainer.chooser.say_best(found)}) and {last} (the end of training)")
-    elif best.is_dir():
-        say(
-            f"Done: {last}. {best} is from before BEST_METRIC={run.settings.best_metric}: no evaluation had that figure"
-        )
-    else:
-        say(f"Done: {last}. There is no {best}: no evaluation had a {trainer.chooser.text} to choose it by")
-        best = last
+    say(f"Done: {last} (the end of training). {describe_best(run.settings, trainer)}")
+    best = best if best.is_dir() else last
     say(f'Listen: python synthesize.py --checkpoint {best} {how_to_listen(run)}--text "…"')
+
+
+def describe_best(settings: Settings, trainer: Trainer) -> str:
+    """What ``best/`` holds at the end, or why there is none."""
+    best, found, chooser = settings.output_dir / "best", trainer.progress.best, trainer.chooser
+    step = step_of_best(settings.output_dir)
+    if not best.is_dir():
+        return f"There is no {best}: no evaluation had a {chooser.text} to choose it by"
+    if found is None:
+        return f"{best} (step {step}) is from before BEST_METRIC={settings.best_metric}: no evaluation had that figure"
+    if found.step not in (None, step):
+        return (
+            f"{best} is of step {step}, from before the run was set back: no evaluation since was better than the "
+            f"{chooser.say_best(found)}, whose checkpoint it had replaced"
+        )
+    return f"{best} is the best one ({chooser.say_best(found)})"
 
 
 def owes_roundtrip(run: Run) -> bool:
@@ -213,7 +217,7 @@ def verify_roundtrip(run: Run, tracker: Tracker) -> None:
     state = json.loads((settings.output_dir / "last" / "training_state.json").read_text(encoding="utf-8"))
     metrics = {"roundtrip_reproduced": result["reproduced"], "roundtrip_right_length": result["right_length"]}
     record = {"step": state["step"], "epoch": state["epoch"], "loss": None, "metrics": metrics}
-    tracker.log_result("roundtrip", record)
+    tracker.log_result(record)
 
 
 def roundtrip_row(run: Run, row: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,10 @@ from finetuning.errors import another_process_failed
 ECHO_SECONDS = 1.0
 
 
+class Interrupted(BaseException):
+    """Something long is broken off, as a stop was asked for. No error: whoever passes over errors lets it through."""
+
+
 class StopRequest:
     """The first signal is noted, so that the step can be finished and saved; the second acts at once.
 
@@ -30,6 +34,11 @@ class StopRequest:
     @property
     def is_made(self) -> bool:
         return self.number is not None
+
+    def check(self) -> None:
+        """Raises Interrupted once the request is made."""
+        if self.is_made:
+            raise Interrupted
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,11 +89,16 @@ class LiveModel:
         )
 
     @contextlib.contextmanager
-    def ready(self) -> Iterator[None]:
-        """Inside ``say`` may be called; afterwards the model and all random generators are what they were."""
+    def ready(self, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Inside ``say`` may be called; afterwards the model and all random generators are what they were.
+
+        Args:
+            check: called before every frame; may raise Interrupted.
+        """
         model = self.model
         with (
-            _leaving_no_cache(self.accelerator.device),
+            leaving_no_cache(self.accelerator.device),
+            _forgetting_positions(model.talker),
             undisturbed(self.accelerator.device),
             torch.no_grad(),
             _evaluating(model.talker),
@@ -101,18 +106,19 @@ class LiveModel:
             _in_rows(model.talker.model.codec_embedding.weight, *self.exporter.rows_now()),
             _configured(model.config.talker_config, self.exporter.config_now()["talker_config"]),
             _adapters_scaled(model.talker, self.settings.lora_export_scale),
+            _asking(model.talker, check),
             _checking_logits(model.talker),
             quiet_transformers(),
             self.accelerator.autocast(),
         ):
             yield
-        model.talker.rope_deltas = None  # which generation leaves there, and begins with anew
 
     def say(self, request: Request) -> Speech:
         """Speaks.
 
         Raises:
             FloatingPointError: a logit is NaN or infinite.
+            Interrupted: see ``ready``.
             Exception: whatever else generation raises, the want of memory say.
         """
         options = self._options(request.max_frames)
@@ -182,13 +188,32 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _leaving_no_cache(device: torch.device) -> Iterator[None]:
+def leaving_no_cache(device: torch.device) -> Iterator[None]:
     """Blocks that were made for an utterance would only lie about among those of the steps."""
     try:
         yield
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _forgetting_positions(talker: nn.Module) -> Iterator[None]:
+    """Which generation leaves there, and begins with anew."""
+    try:
+        yield
+    finally:
+        talker.rope_deltas = None
+
+
+@contextlib.contextmanager
+def _asking(talker: nn.Module, check: Callable[[], None]) -> Iterator[None]:
+    """Before every frame: of an utterance of minutes the next checkpoint must not wait for the end."""
+    hook = talker.codec_head.register_forward_pre_hook(lambda *_: check())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from finetuning.prefix_cache import check_prefix_cache
 from finetuning.preparer import prepare_missing_rows
 from finetuning.processes import Processes
 from finetuning.prompt import find_language
-from finetuning.recognition import check_judges
+from finetuning.recognition import check_judges, judge_bytes
 from finetuning.resume import (
     Resume,
     begin_or_resume,
@@ -140,10 +140,19 @@ def apply_memory_profile(settings: Settings, base: Base, accelerator: Accelerato
     device, gpu_bytes = accelerator.device, None
     if device.type == "cuda":
         gpu_bytes = min(gather_object([torch.cuda.get_device_properties(device).total_memory]))
-    picks = pick_for_memory(settings, base, gpu_bytes, accelerator.num_processes)
+    beside = bytes_beside(settings, base) if settings.memory_profile else 0
+    picks = pick_for_memory(settings, base, gpu_bytes, accelerator.num_processes, beside)
     if accelerator.is_main_process and settings.memory_profile:
         say(picks.message if picks else f"MEMORY_PROFILE=auto picks nothing on {device.type}: it is for GPUs")
     return picks.settings if picks else settings
+
+
+def bytes_beside(settings: Settings, base: Base) -> int:
+    """Of what comes to the GPU between the steps, for samples: the codec, and after it the judges."""
+    if not settings.steps_between_samples or asks_for_fsdp():
+        return 0
+    codec = sum(file.stat().st_size for file in base.codec_folder.glob("*.safetensors"))
+    return max(codec, judge_bytes(settings))
 
 
 def device_name(accelerator: Accelerator) -> str:

@@ -260,7 +260,7 @@ def set_schedule(scheduler: Any, num_steps_taken: int) -> None:
 
 
 def random_tensors(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of this process's random generators: torch's, the GPU's, numpy's, Python's."""
+    """The states of this process's random generators: torch's, its device's, numpy's, Python's."""
     numpy_state = np.random.get_state()
     version, words, gauss = random.getstate()
     states = {
@@ -270,7 +270,11 @@ def random_tensors(device: torch.device) -> dict[str, torch.Tensor]:
         "python": torch.tensor([version, *words]),
         "python_gauss": torch.tensor(math.nan if gauss is None else gauss, dtype=torch.float64),
     }
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
 
 
 def restore_random(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
@@ -284,3 +288,5 @@ def restore_random(states: Mapping[str, torch.Tensor], device: torch.device) -> 
     random.setstate((version, tuple(rest), None if math.isnan(gauss) else gauss))
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from finetuning.alarms import NUM_RECENT, History, find_alarms, news
+from finetuning.alarms import NUM_RECENT, Alarm, History, find_alarms, news
 from finetuning.checkpoint import LOG_FILES
 from finetuning.console import say
 from finetuning.dataset import SkippedRow
@@ -24,8 +24,8 @@ from finetuning.history import by_step, is_number, read_records
 from finetuning.metrics import METRICS
 from finetuning.services import (
     TITLES,
-    flattened,
     log_audio,
+    numbers_of_alarm,
     numbers_of_evaluation,
     numbers_of_training,
     start_services,
@@ -82,10 +82,12 @@ class Tracker:
         self._training, self._evaluations, told = (
             read_records(self.output_dir / file) if is_main else [] for file in WATCHED
         )
+        warmup_steps = 0 if settings.lr_scheduler == "constant" else settings.warmup_steps
         self._limits = {
-            "num_steps": total_steps, "warmup_steps": settings.warmup_steps, "max_grad_norm": settings.max_grad_norm,
+            "num_steps": total_steps, "warmup_steps": warmup_steps, "max_grad_norm": settings.max_grad_norm,
         }  # fmt: skip
-        self._told = {alarm.get("kind"): alarm["size"] for alarm in told if is_number(alarm.get("size"))}
+        self._told = {str(alarm.get("kind")): alarm["size"] for alarm in told if is_number(alarm.get("size"))}
+        self._cannot_watch = False
         self._watch(step)
 
     def to_json(self) -> dict[str, Any]:
@@ -185,11 +187,11 @@ class Tracker:
         if self.is_main:
             self._plots.draw()
 
-    def log_result(self, name: str, record: dict[str, Any]) -> None:
-        """A figure of the finished run, as one more line of validation_log.jsonl under ``metrics``."""
+    def log_result(self, record: dict[str, Any]) -> None:
+        """Figures of the finished run, as one more line of validation_log.jsonl under ``metrics``."""
         if self.is_main:
             self._append("validation_log.jsonl", record)
-            self._report(flattened(record["metrics"], name), record["step"])
+            self._report(numbers_of_evaluation(record["metrics"]), record["step"])
 
     def __enter__(self) -> Tracker:
         return self
@@ -204,12 +206,21 @@ class Tracker:
         if not self.is_main:
             return
         del self._training[:-NUM_RECENT]
-        history = History(self._training, self._evaluations, **self._limits)
-        for alarm in news(find_alarms(history), self._told):
+        for alarm in self._new_alarms():
             self._told[alarm.kind] = alarm.size
             say(f"ALARM {alarm.kind}: {alarm.text}")
-            self._append("alarms.jsonl", {"step": step, "kind": alarm.kind, "size": alarm.size, "text": alarm.text})
-            self._report({f"alarms/{alarm.kind}": alarm.size}, step)
+            record = {"step": step, "kind": alarm.kind, "size": alarm.size, "text": alarm.text}
+            self._report(numbers_of_alarm(self._append("alarms.jsonl", record)), step)
+
+    def _new_alarms(self) -> list[Alarm]:
+        """None where looking for them fails (logs that somebody has edited, say): that must never cost a run."""
+        try:
+            return news(find_alarms(History(self._training, self._evaluations, **self._limits)), self._told)
+        except Exception as error:
+            if not self._cannot_watch:
+                say(f"warning: no alarms, they cannot be looked for ({type(error).__name__}: {error})")
+            self._cannot_watch = True
+            return []
 
     def _append(self, file: str, record: dict[str, Any]) -> dict[str, Any]:
         """Gives the record as it will be read again."""

@@ -88,7 +88,7 @@ class Trainer:
         self.validator, self.saver, self.tracker, self.num_steps = validator, saver, tracker, num_steps
         self.sampler = sampler
         self.accelerator = stepper.accelerator
-        self.chooser = Chooser(settings, has_validation=validator is not None)
+        self.chooser = Chooser(settings, validator is not None, sampler.yardsticks if sampler else {})
         self.progress = Progress(best_metric=settings.best_metric)
         self.log_window, self.epoch_window = Window(self.accelerator), Window(self.accelerator)
         self._stop_request = StopRequest()
@@ -283,12 +283,15 @@ class Trainer:
         Raises:
             Stopped: see ``run``.
         """
+        check = self._stop_request.check
         with self._unclocked():
-            spoken = self.sampler.speak(self.stepper.averaged, lambda: self._stop_request.is_made)
+            spoken = self.sampler.speak(self.stepper.averaged, check)
         if self.stepper.any_process(spoken is None):
             self._save_and_stop()
         with self._unclocked():
-            sampled = self.sampler.keep(self.progress.step, spoken)
+            sampled = self.sampler.keep(self.progress.step, spoken, check)
+        if sampled is None:
+            self._save_and_stop()
         return sampled
 
     def _agreed(self, metrics: dict[str, Any] | None, sampled: Sampled | None) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from finetuning.choosing import Chooser
 from finetuning.metrics import METRICS
 from finetuning.progress import Best, Progress
+from finetuning.saving import Saver
+from finetuning.session import describe_best
 
 
 def chosen(settings: Any, evaluations: list[dict | None], has_validation: bool = True) -> tuple[list[int], Progress]:
@@ -126,6 +129,67 @@ def test_states_of_before_are_read(loss: float | None, best: Best | None) -> Non
     progress = Progress.from_json(record)
     assert (progress.best, progress.best_metric, progress.num_not_better) == (best, "loss", 0)
     assert "best_loss" in record  # it is the state's
+
+
+# -------------------------------------------------------------------------------------------------- another yardstick
+
+
+def test_what_is_not_of_all_samples_chooses_and_counts_nothing(make_settings: Callable) -> None:
+    """Figures that can be compared stand under ``yardsticks``; of the validation rows all can."""
+    chooser = Chooser(make_settings(best_metric="wer"), True, {"wer": "a"})
+    progress = Progress(step=4, best_metric="wer")
+    for yardsticks in ({}, {"mos": "a"}, {"wer": "b"}):
+        assert chooser.consider(progress, {"wer": 0.0, "yardsticks": yardsticks}) is None
+    assert chooser.consider(progress, {"wer": 0.0}) is None and progress.num_not_better == 0
+    best = chooser.consider(progress, {"wer": 0.5, "yardsticks": {"wer": "a"}})
+    assert (best.value, best.yardsticks) == (0.5, {"wer": "a"})
+    assert Chooser(make_settings(), True, {"wer": "a"}).consider(progress, {"loss": 1.0, "wer": 0.5}).value == 1.0
+
+
+def test_another_yardstick_chooses_anew(make_settings: Callable) -> None:
+    """Of this metric alone, when a run is resumed with other texts, say; that of another one is no matter."""
+    figures, yardsticks = {"loss": 2.0, "wer": 0.1, "mos": 3.0}, {"wer": "a", "mos": "a"}
+    progress = Progress(step=9, best=Best(0.1, 3, figures, yardsticks), best_metric="wer", num_not_better=2)
+    settings = make_settings(best_metric="wer")
+    assert Chooser(settings, True, {"wer": "a", "mos": "b"}).begin(progress) is None and progress.best.value == 0.1
+    said = Chooser(settings, True, {"wer": "b", "mos": "a"}).begin(progress)
+    assert said.startswith("BEST_METRIC=wer is measured otherwise than before (texts, LORA_EXPORT_SCALE, or the judge)")
+    assert said.endswith("the next evaluation that has it chooses best/ anew; copy best/ now to keep it")
+    assert (progress.best, progress.num_not_better) == (None, 0)
+    assert Chooser(settings, True, {"wer": "b"}).begin(progress) is None
+
+
+@pytest.mark.parametrize(("yardstick", "value"), [("a", 0.1), ("b", None)])
+def test_another_metric_takes_what_was_measured_alike(make_settings: Callable, yardstick: str, value: Any) -> None:
+    progress = Progress(step=9, best=Best(2.0, 3, {"loss": 2.0, "wer": 0.1}, {"wer": "a"}))
+    Chooser(make_settings(best_metric="wer"), True, {"wer": yardstick}).begin(progress)
+    assert (progress.best and progress.best.value) == value
+
+
+# ------------------------------------------------------------------------------------------------ a future given up
+
+
+@pytest.mark.parametrize(("best_step", "is_said"), [(6, True), (4, False), (None, False)])
+def test_a_best_of_a_future_that_is_given_up(
+    make_settings: Callable, capsys: pytest.CaptureFixture[str], best_step: int | None, is_said: bool
+) -> None:
+    """It stays on the disk and counts for nothing; both are said, at the start and at the end."""
+    settings = make_settings()
+    (settings.output_dir / "best").mkdir(parents=True)
+    (settings.output_dir / "best" / "training_state.json").write_text(json.dumps({"step": best_step}))
+    progress = Progress(step=5, best=Best(2.0, 4))
+    trainer = SimpleNamespace(progress=progress, chooser=Chooser(settings, True))
+    Saver._say_future_of_best(SimpleNamespace(settings=settings), trainer)
+    wanted = (
+        "best/ is of step 6, which this run, going on after step 5, has given up. It stays until an evaluation is "
+        "better than the lowest validation loss 2.0000, step 4; copy it now to keep it\n"
+    )
+    assert capsys.readouterr().out == wanted * is_said and progress.best == Best(2.0, 4)
+    is_another = f"best is of step {best_step}, from before the run was set back" in describe_best(settings, trainer)
+    assert is_another == (best_step != 4)
+    progress.best = None
+    Saver._say_future_of_best(SimpleNamespace(settings=settings), trainer)
+    assert ("It stays until the next evaluation;" in capsys.readouterr().out) == is_said
 
 
 # ---------------------------------------------------------------------------------------------------------- patience

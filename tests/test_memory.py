@@ -13,7 +13,7 @@ from benchmarks.loops import LORA
 from benchmarks.peak_memory import BaseOnPaper, Case, case_settings, count_peak
 from benchmarks.random_base import base_config, random_rows
 from finetuning.errors import UserError
-from finetuning.memory import PROFILES, Needs, pick_for_memory, usable_bytes
+from finetuning.memory import BYTES_OF_LISTENING, PROFILES, Needs, pick_for_memory, usable_bytes
 
 LAYERS = {"replace_last_n_layers": 2, "add_new_layers": 4, "freeze_original_layers": True}
 FIELDS = {"full": FULL, "layers": LAYERS, "lora": LORA}
@@ -59,6 +59,20 @@ def test_formula_against_the_tensors_that_are_alive(recipe: str, fields: dict, m
     positions, frames = sum(len(row.text) for row in rows), sum(len(row.codes) for row in rows)
     needs = Needs.of(BaseOnPaper(config), settings)
     assert needs.bytes_for(frames, positions, micro_batches) == pytest.approx(counted, rel=0.05)
+
+
+def test_judges_count_where_they_need_more_than_a_step(bases: dict) -> None:
+    """They come when a step's activations and gradients are gone; under DDP its buckets stay."""
+    settings = case_settings(**LORA)
+    alone = Needs.of(bases["1.7b"], settings)
+    assert alone.bytes_between_steps == 0
+    small, large = (Needs.of(bases["1.7b"], settings, beside=size) for size in (1e6, 50e9))
+    assert small.peak_bytes() == alone.peak_bytes() > small.bytes_between_steps
+    assert large.peak_bytes() == alone.standing_bytes + 50e9 + BYTES_OF_LISTENING
+    two = Needs.of(bases["1.7b"], settings, num_processes=2, beside=50e9)
+    assert two.peak_bytes() == large.peak_bytes() + alone.gradient_bytes
+    picked = [pick_for_memory(case_settings(memory_profile="80gb", **FULL), bases["1.7b"], beside=s) for s in (0, 55e9)]
+    assert picked[0].settings.optimizer != picked[1].settings.optimizer == "adamw_8bit"
 
 
 def test_fake_tensors_are_counted_as_real_ones_are() -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +23,22 @@ from training import FULL, build, make_trainer
 from finetuning import samples, starting
 from finetuning.audio import SAMPLE_RATE_HZ
 from finetuning.base_model import resolve_base
+from finetuning.briefing import describe_samples
 from finetuning.checkpoint import clear_output_folder, run_entries
 from finetuning.errors import Stopped, UserError
 from finetuning.metrics import METRICS
-from finetuning.samples import SAMPLE_SPEAKERS, Sample, figures_of, plan_samples
+from finetuning.samples import (
+    SAMPLE_SPEAKERS,
+    Judged,
+    Sample,
+    figures_of,
+    plan_samples,
+    samples_bytes,
+    yardsticks_of,
+)
 from finetuning.settings import load_settings
 from finetuning.speakers import Speakers
-from finetuning.speaking import LiveModel
+from finetuning.speaking import LiveModel, Request
 from finetuning.state import State, find_states
 from finetuning.tracking import Tracker
 
@@ -36,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Figures of a log line that depend on the clock.
 CLOCK = ("timestamp", "frames_per_second", "seconds_left")
-OF_SAMPLES = ("eos_rate", "sample_seconds", "num_samples")
+OF_SAMPLES = ("eos_rate", "sample_seconds", "num_samples", "yardsticks")
 TEXTS = "Yes.|No, I am late."
 LAYERS = {"replace_last_n_layers": 1, "add_new_layers": 1, "freeze_original_layers": True}
 #: Four steps each, in two epochs.
@@ -84,17 +94,17 @@ def make(tmp_path_factory: pytest.TempPathFactory, rows: list[dict]) -> Callable
     return settings
 
 
-def measure(found: list[Sample]) -> dict[str, float]:
+def judge(found: list[Sample], _: Callable) -> Judged:
     """Draws from every generator, as a recogniser might."""
     assert all(sample.file.is_file() for sample in found)
     draws = random.random(), np.random.rand(), torch.rand(())
-    return {"wer": 0.25 + 0 * sum(float(draw) for draw in draws)}
+    return Judged({"wer": 0.25 + 0 * sum(float(draw) for draw in draws)}, frozenset({"wer"}))
 
 
 def trained(settings: Any) -> Any:
     trainer = make_trainer(build(settings))
     if trainer.sampler:
-        trainer.sampler.measure = measure
+        trainer.sampler.judge = judge
     trainer.run()
     return trainer
 
@@ -142,7 +152,8 @@ def test_training_is_bit_for_bit_the_same(pair: SimpleNamespace) -> None:
     assert validation[0] == validation[1]
     progress = [without(state.record["progress"], "sampled_at") for state in states]
     for one in progress:  # what best/ had, of samples too
-        one["best"] = one["best"] | {"figures": without(one["best"]["figures"], *METRICS_OF_SAMPLES)}
+        figures = without(one["best"]["figures"], *METRICS_OF_SAMPLES)
+        one["best"] = one["best"] | {"figures": figures, "yardsticks": {}}
     assert progress[0] == progress[1]
 
 
@@ -217,6 +228,8 @@ def test_what_is_kept(pair: SimpleNamespace) -> None:
     assert list(records) == [2, 3, 4] and "eos_rate" not in records[3]  # with the evaluations of both epochs' ends
     for step in (2, 4):
         assert records[step]["num_samples"] == len(listed(trainer, step)) and records[step]["wer"] == 0.25
+        known = {name: trainer.chooser.yardsticks[name] for name in ("eos_rate", "wer")}
+        assert records[step]["yardsticks"] == known
         assert records[step]["accuracy"] >= 0
 
 
@@ -243,23 +256,49 @@ def test_the_same_seed_gives_the_same_speech(make: Callable, precision: str) -> 
 # ------------------------------------------------------------------------------------------------ when it goes wrong
 
 
-def test_a_stop_while_it_speaks(make: Callable) -> None:
-    """The sample is finished, the run saves; the next start speaks again, and everything is as if nothing had been."""
+def ask_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_in_a_sample(trainer: Any) -> Callable[[], None]:
+    """Before its second frame; gives a check of what came after."""
+    model, frames = trainer.sampler.live.model, []
+
+    def hook(*_: Any) -> None:
+        frames.append(trainer.progress.step)
+        if len(frames) == 2:
+            ask_to_stop()
+
+    model.talker.codec_head.register_forward_hook(hook)
+    return lambda: len(frames) == 2 or pytest.fail(f"{len(frames)} frames")
+
+
+def stop_in_a_judgement(trainer: Any) -> Callable[[], None]:
+    asked = []
+
+    def judges(_: Any, check: Callable) -> None:
+        asked.append(trainer.progress.step)
+        torch.rand(3)
+        ask_to_stop()
+        check()
+
+    trainer.sampler.judge = judges
+    return lambda: len(asked) == 1 or pytest.fail("went on")
+
+
+def test_a_stop_while_it_speaks_and_one_while_it_is_judged(make: Callable) -> None:
+    """It is broken off, the run saves; the next start speaks again, and everything is as if nothing had been."""
     fields = {"sample_steps": 2, "save_steps": 2, **FULL}
     untouched = trained(make(**fields))
     settings = make(**fields)
-    trainer, said = make_trainer(build(settings)), []
-    say = trainer.sampler.live.say
-
-    def interrupted(request: Any) -> Any:
-        said.append(request.number)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return say(request)
-
-    trainer.sampler.live.say = interrupted
-    with pytest.raises(Stopped):
-        trainer.run()
-    assert said == [0] and trainer.progress.step == 2 and not (settings.output_dir / "samples").exists()
+    for stop in (stop_in_a_sample, stop_in_a_judgement):
+        trainer = make_trainer(build(settings))
+        check_the_rest = stop(trainer)
+        with pytest.raises(Stopped):
+            trainer.run()
+        check_the_rest()
+        assert trainer.progress.step == 2 and not (settings.output_dir / "validation_log.jsonl").exists()
+        assert trainer.sampler.live.model.talker.rope_deltas is None
     (settings.output_dir / "samples" / "step-3").mkdir(parents=True)  # of a future that is given up
     resumed = trained(settings)
     assert sorted(entry.name for entry in (settings.output_dir / "samples").iterdir()) == ["step-2", "step-4"]
@@ -270,12 +309,13 @@ def test_a_stop_while_it_speaks(make: Callable) -> None:
         assert listed(untouched, step) == listed(resumed, step)
     states = [State(find_states(one.settings.output_dir)[0]) for one in (untouched, resumed)]
     assert not [name for name in states[0].names("") if not same_bits(states[0][name], states[1][name])]
+    assert states[0].record["progress"] == states[1].record["progress"]
 
 
 def test_errors_are_said_once_and_end_no_run(
     make: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = make(sample_steps=1, eval_steps=1, **FULL)
+    settings = make(sample_steps=1, eval_steps=1, best_metric="eos_rate", **FULL)
     trainer = make_trainer(build(settings))
     live, write, step = trainer.sampler.live, samples.write_samples, trainer.progress
     say = live.say
@@ -292,14 +332,18 @@ def test_errors_are_said_once_and_end_no_run(
 
     monkeypatch.setattr(live, "say", fails)
     monkeypatch.setattr(samples, "write_samples", full)
-    trainer.sampler.measure = lambda _: {}["not there"]
+    trainer.sampler.judge = lambda *_: {}["not there"]
     trainer.run()
     assert trainer.is_over
     metrics = [record["metrics"] for record in log_of(trainer, "validation_log.jsonl")]
     assert [found.get("num_samples") for found in metrics] == [1, None, None, 1]
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SAMPLE_STEPS: ")]
+    assert metrics[0]["yardsticks"] == {}  # one of two samples: what it shows is compared with nothing
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("SAMPLE_STEPS: ")]
     assert [line.partition("(")[2].partition(":")[0] for line in lines] == ["OutOfMemoryError", "KeyError", "OSError"]
     assert all(line.endswith("training goes on") for line in lines)
+    assert said.count("BEST_METRIC: eos_rate of step 1 is not known of all 2 samples") == 1
+    assert not (settings.output_dir / "best").exists()
 
 
 @pytest.mark.parametrize("head", ["codec_head", "code_predictor.lm_head.3"])
@@ -311,10 +355,10 @@ def test_logits_that_are_not_finite(make: Callable, head: str, capsys: pytest.Ca
         talker.get_submodule(head).weight[5] = torch.nan
     talker.model.layers[0].compile(backend=lambda *_: pytest.fail("compiled"))
     compiled = talker.model.layers[0]._compiled_call_impl
-    assert trainer.sampler.speak(trainer.stepper.averaged, lambda: False) == []
+    assert trainer.sampler.speak(trainer.stepper.averaged, lambda: None) == []
     assert "FloatingPointError: the model's logits are not finite" in capsys.readouterr().out
     assert talker.model.layers[0]._compiled_call_impl is compiled and not talker.codec_head._forward_hooks
-    assert talker.training and trainer.sampler.keep(1, []) == ({}, [])
+    assert talker.training and trainer.sampler.keep(1, [], lambda: None) == ({}, [])
 
 
 def test_weights_come_back_when_generation_is_broken_off(make: Callable) -> None:
@@ -332,7 +376,7 @@ def test_weights_come_back_when_generation_is_broken_off(make: Callable) -> None
 
     trainer.sampler.live.say = broken
     with pytest.raises(KeyboardInterrupt):
-        trainer.sampler.speak(trainer.stepper.averaged, lambda: False)
+        trainer.sampler.speak(trainer.stepper.averaged, lambda: None)
     after = trainer.stepper.module.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert torch.equal(drawn, torch.get_rng_state())
@@ -345,7 +389,7 @@ def fake_sampler(trainer: Any, every: int) -> list[int]:
     """Speaks at once; gives the steps in which it did."""
     steps: list[int] = []
 
-    def keep(step: int, _: Any) -> Any:
+    def keep(step: int, *_: Any) -> Any:
         steps.append(step)
         return samples.Sampled({"eos_rate": 1.0}, [])
 
@@ -374,6 +418,43 @@ def test_one_record_a_step(
     log = log_of(trainer, "validation_log.jsonl")
     seen = [(record["step"], record["loss"] is not None, "eos_rate" in record["metrics"]) for record in log]
     assert seen == wanted and steps == [step for step, _, has_samples in wanted if has_samples]
+
+
+def test_a_yardstick_is_all_that_a_figure_depends_on(make: Callable) -> None:
+    """What is said and how, and the metric's own judge; not that of another one."""
+    run = build(make(sample_steps=9, lora_rank=2))
+    requests, settings = run.requests, run.settings
+
+    def of(requests: Any = requests, sampling: dict | None = None, **fields: Any) -> dict[str, str]:
+        return yardsticks_of(settings.model_copy(update=fields), requests, sampling or {"top_k": 50})
+
+    first = of()
+    assert first.keys() == set(METRICS_OF_SAMPLES) and of(list(requests), learning_rate=9.0) == first
+    for other in (
+        of(requests[:1]), of([replace(requests[0], seed=7), *requests[1:]]), of(sampling={"top_k": 5}),
+        of(lora_export_scale=0.5), of([replace(requests[0], text="Yes!"), *requests[1:]]),
+    ):  # fmt: skip
+        assert all(other[name] != first[name] for name in first)
+    judged = of(asr_model="another")
+    assert [name for name in first if judged[name] != first[name]] == ["wer", "cer"]
+    assert [name for name in first if of(mos_model="x")[name] != first[name]] == ["mos"]
+
+
+def test_what_they_take_is_known_at_the_start(make: Callable) -> None:
+    """A third of what is cut off is as long as the training rows say; each tracker has a copy."""
+    requests = [Request(at, "Yes.", "anna", "Auto", 42, samples.SPARE_FRAMES + 300, None) for at in range(2)]
+    eight_seconds = 8 * SAMPLE_RATE_HZ * 2
+    for num_steps, report_to, times in ((99, "none", 1), (100, "none", 2), (250, "wandb,tensorboard", 9)):
+        settings = make(sample_steps=100, report_to=report_to, use_wandb="wandb" in report_to)
+        assert samples_bytes(settings, requests, num_steps) == times * 2 * eight_seconds
+    run = build(make(sample_steps=3))
+    (line,) = describe_samples(run)
+    assert line.startswith("Samples: 2 every 3 steps and at the end, in all about 0 MB; they stay in ")
+    run.settings, run.requests = make(sample_steps=0, mos_model="distillmos"), []
+    wanted = "nothing is said while the run trains, so EVAL_TEXTS, MOS_MODEL only matter to evaluate.py"
+    assert describe_samples(run) == [f"SAMPLE_STEPS=0: {wanted}"]
+    run.settings = make(sample_steps=0, eval_texts=None)
+    assert describe_samples(run) == []
 
 
 def test_figures() -> None:

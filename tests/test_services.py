@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import PROJECT
 
+from finetuning.samples import Sample, Sampled, figures_of, write_samples
 from finetuning.services import flattened, start_services
 from finetuning.tracking import Tracker
 
@@ -69,6 +71,41 @@ def test_tensorboard_goes_on_without_a_step_twice(settings: Any) -> None:
         *(f"validation/codebook_accuracy/{number}" for number in range(16)),
     }
     assert len(list((settings.output_dir / "tensorboard").iterdir())) == 1
+
+
+def audio_events(output: Path) -> list[tuple[str, int]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = (output / "tensorboard").iterdir()
+    events = EventAccumulator(str(file), size_guidance={"audio": 0}).Reload()
+    return sorted((tag, event.step) for tag in events.Tags()["audio"] for event in events.Audio(tag))
+
+
+def test_tensorboard_keeps_audio_alarms_and_the_round_trip(settings: Any) -> None:
+    """Those of before a restart, as they were logged; a damaged wav is left out, and so is
+    what the run is going to say again."""
+    folder = settings.output_dir / "samples" / "step-2"
+    file, nothing = folder / "01-a.wav", np.zeros(5760, np.float32)
+    sample = Sample("Yes.", "anna", "Auto", np.zeros((3, 16)), nothing, True, 42, file)
+    roundtrip = {"roundtrip_reproduced": 0.5, "roundtrip_right_length": 1.0}
+    seen = []
+    with Tracker(settings, total_steps=9, is_main=True) as tracker:
+        for step, loss in ((1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0)):
+            tracker.log_validation(step, 0, METRICS | {"loss": loss} | ({"num_samples": 1} if step == 2 else {}))
+        write_samples(folder, [sample])
+        tracker.log_samples(2, Sampled(figures_of([sample]), [sample]))
+        tracker.log_result({"step": 4, "epoch": 0, "loss": None, "metrics": roundtrip})
+        logs = json.loads(json.dumps(tracker.to_json()))
+    seen.append((scalars(settings.output_dir), audio_events(settings.output_dir)))
+    (folder / "02-b.wav").write_text("damaged")
+    write_samples(folder.with_name("step-4"), [sample])  # stopped before they were logged
+    with Tracker(settings, total_steps=9, is_main=True, resumed=logs, step=4):
+        pass
+    seen.append((scalars(settings.output_dir), audio_events(settings.output_dir)))
+    assert seen[0] == seen[1]
+    found, audio = seen[1]
+    assert found["alarms/validation_rising"] == [(4, 1.0)] and audio == [("samples/01-a", 2)]
+    assert found["roundtrip/roundtrip_reproduced"] == [(4, 0.5)] and "validation/roundtrip_reproduced" not in found
 
 
 def test_times_of_before_stay(settings: Any) -> None:

@@ -250,6 +250,19 @@ def test_random_states_give_the_same_numbers(tmp_path: Path, accelerator: Accele
     assert numbers() == wanted
 
 
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_the_devices_own_generator_goes_with_them(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    module, kept = getattr(torch, device), []
+    monkeypatch.setattr(module, "get_rng_state", lambda *_: torch.tensor([7], dtype=torch.uint8))
+    monkeypatch.setattr(module, "set_rng_state", lambda state, *_: kept.append(state.item()))
+    states = random_tensors(torch.device(device))
+    restore_random(states, torch.device(device))
+    assert kept == [7]
+    restore_random(states, CPU)  # a run that goes on without that device
+    restore_random({name: state for name, state in states.items() if name != device}, torch.device(device))
+    assert kept == [7]
+
+
 # ----------------------------------------------------------------------------------------------------------- files
 
 

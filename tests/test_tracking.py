@@ -56,6 +56,16 @@ def test_offline_without_key_and_terminal(start: Callable, capsys: pytest.Captur
     assert SECRET not in json.dumps(options["config"])
 
 
+def test_no_standard_input_and_a_netrc_that_is_no_text(
+    start: Callable, make_settings: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fake = start(FakeWandb(key=None))
+    monkeypatch.setattr(sys, "stdin", None)  # as under some schedulers
+    assert start_wandb(make_settings()) is not None and fake.calls[-1]["mode"] == "offline"
+    monkeypatch.setattr("finetuning.services._has_wandb_key", lambda: b"\xff".decode())
+    assert start_wandb(make_settings()) is None
+
+
 @pytest.mark.parametrize(("key", "terminal"), [("k" * 40, False), (None, True)])
 def test_online_with_a_key_or_somebody_to_ask(start: Callable, key: str | None, terminal: bool) -> None:
     _, fake = start(FakeWandb(key), terminal)
@@ -166,7 +176,7 @@ def test_other_processes_log_nothing(make_settings: Callable, capsys: pytest.Cap
         tracker.log_validation(1, 0, {"loss": 1.0, "accuracy": 0.5, "sub_talker_accuracy": 0.5})
         tracker.log_training({"step": 1, **RECORD})
         tracker.log_skipped_row(1, SkippedRow(7, "damaged"))
-        tracker.log_result("roundtrip", {"step": 1, "metrics": {}})
+        tracker.log_result({"step": 1, "metrics": {}})
         tracker.flush()
     assert capsys.readouterr().out == ""
     assert not make_settings().output_dir.exists()
@@ -277,6 +287,22 @@ def test_alarms_are_said_logged_and_not_repeated_after_a_resume(
     assert (record["kind"], record["size"]) == ("validation_rising", pytest.approx(0.05))
     reported = [logged for logged in service.logged if "alarms/validation_rising" in logged]
     assert [logged["step"] for logged in reported] == [4, 6]
+
+
+def test_alarms_that_cannot_be_looked_for_are_said_once(
+    make_settings: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And an alarm that somebody wrote into the log by hand is no matter."""
+    monkeypatch.setattr("finetuning.tracking.find_alarms", lambda _: {}["no such record"])
+    settings = make_settings(warmup_steps=0)
+    settings.output_dir.mkdir()
+    (settings.output_dir / "alarms.jsonl").write_text('{"step": 1, "kind": ["odd"], "size": 2}\n')
+    logs = {"lines": {"alarms.jsonl": 1}, "wandb_run_id": None}
+    with Tracker(settings, total_steps=9, is_main=True, resumed=logs) as tracker:
+        for step in (1, 2):
+            tracker.log_training({"step": step, **RECORD})
+    assert capsys.readouterr().out.count("no alarms, they cannot be looked for (KeyError: 'no such record')") == 1
+    assert steps_in(settings, "training_log.jsonl") == [1, 2]
 
 
 def test_alarms_of_the_training(make_settings: Callable, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,6 +158,10 @@ def lives(life_of: Callable, folder: Path, one_stopped: SimpleNamespace) -> Call
         life_of("ddp-small", **SMALL, num_epochs=2),
         *(life_of(f"{mode}-lora", mode == "fsdp", **LORA) for mode in MODES),
         *(life_of(f"{mode}-vectors", mode == "fsdp", **VECTORS, **SAMPLES) for mode in MODES),
+        life_of("ddp-speaking-stopped", tricks={"signal_while_speaking": 1}, **VECTORS, **SAMPLES),
+        life_of(
+            "ddp-speaking-resumed", **VECTORS, **SAMPLES, output_dir=str(folder / "ddp-speaking-stopped" / "output")
+        ),
         life_of("ddp-cloning", **CLONING),
         *(life_of(f"{mode}-stages", mode == "fsdp", tricks={"notes_moves": True}, **STAGES) for mode in MODES),
         life_of("fsdp-stages-stopped", sharded=True, tricks=stop, **STAGES),
@@ -544,6 +548,20 @@ def test_two_processes_share_the_samples(lives: Callable) -> None:
     sharded = lives("fsdp-vectors")
     assert "SAMPLE_STEPS: no samples under FSDP" in sharded.processes[0].said
     assert not (sharded.output / "samples").exists()
+
+
+def test_a_signal_for_one_process_that_speaks_stops_both(lives: Callable) -> None:
+    """Between two frames; at the next start they speak again, and all is as if nothing had been."""
+    stopped, resumed, two = (lives(f"ddp-{name}") for name in ("speaking-stopped", "speaking-resumed", "vectors"))
+    assert stopped.exit_codes == [143, 143], stopped.printed
+    assert resumed.exit_codes == [0, 0], resumed.printed
+    for process in stopped.processes:
+        assert (process.step, process.saves[-1]["names"], process.saves[-1]["with_state"]) == (6, ["last"], True)
+    assert differing(resumed.final, two.final) == []
+    samples = [json.loads((seen.output / "samples" / "step-6" / "samples.json").read_text()) for seen in (resumed, two)]
+    assert samples[0] == samples[1]
+    logs = [timeless(read_log(seen.output, "validation_log.jsonl")) for seen in (resumed, two)]
+    assert logs[0] == logs[1] and logs[0][-1]["metrics"]["num_samples"] == 3
 
 
 @pytest.fixture(scope="module")

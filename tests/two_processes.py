@@ -214,6 +214,7 @@ class Witness:
         ``validate``: evaluates the first so many validation rows before training, for each of these numbers.
         ``gradients_of``: steps whose gradients are kept.
         ``signal_in``: (step, process): SIGTERM reaches that process in that step.
+        ``signal_while_speaking``: SIGTERM reaches that process in the second frame of its first sample.
         ``notes_moves``: see ``moved``.
         ``end_after``: the step after which the life ends.
         ``no_memory``: (process, forward, rows): from that forward on, no more than so many rows have room.
@@ -331,6 +332,8 @@ class Witness:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if "no_memory_in_backward" in self.tricks:
             trained[0].register_hook(self._in_backward)
+        if self.tricks.get("signal_while_speaking") == self.rank:
+            self.trainer.sampler.live.say = self._saying(self.trainer.sampler.live.say)
         hook = register_optimizer_step_pre_hook(self._before_update)
         try:
             yield
@@ -378,6 +381,20 @@ class Witness:
         process, forward, num_rows = self.tricks.get("no_memory", (None, 0, 0))
         if process == self.rank and self._num_forwards >= forward and len(batch["attention_mask"]) > num_rows:
             raise torch.OutOfMemoryError("no memory, says the test")
+
+    def _saying(self, say: Callable[..., Any]) -> Callable[..., Any]:
+        frames: list[int] = []
+
+        def in_frame(*_: Any) -> None:
+            frames.append(1)
+            if len(frames) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def interrupted(request: Any) -> Any:
+            self.run.model.talker.codec_head.register_forward_hook(in_frame)
+            return say(request)
+
+        return interrupted
 
     def _in_backward(self, _: torch.Tensor) -> None:
         self._num_backwards += 1
