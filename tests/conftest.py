@@ -18,6 +18,14 @@ VOICE = PROJECT / "voices" / "english_voice"
 SHAPES = ("tiny-random", "tiny-random-0.6b")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_accelerator_of_another_file() -> None:
+    """Accelerate keeps its precision for the life of a process, which runs several files."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Settings of the developer's shell or .env must not reach a test."""
