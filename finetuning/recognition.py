@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -81,10 +82,16 @@ class _Recognizer:
         extractor = self.pipeline.feature_extractor
         clip = resample(waveform, SAMPLE_RATE_HZ, extractor.sampling_rate)
         options: dict[str, Any] = {"generate_kwargs": self.options} if self.options else {}
-        # Whisper hears 30 s at once; of longer clips it needs to know when what was said.
-        if self.pipeline.type == "seq2seq_whisper" and len(clip) > extractor.n_samples:
-            options["return_timestamps"] = True
-        return self.pipeline({"raw": clip, "sampling_rate": extractor.sampling_rate}, **options)["text"].strip()
+        # Whisper hears 30 s at once. Its own way through longer clips goes on by the times that it predicts, and never
+        # ends where it predicts none; so it gets them in equal pieces.
+        num_pieces = 1
+        if self.pipeline.type == "seq2seq_whisper":
+            num_pieces = max(1, math.ceil(len(clip) / extractor.n_samples))
+        pieces = [
+            self.pipeline({"raw": piece, "sampling_rate": extractor.sampling_rate}, **options)["text"].strip()
+            for piece in np.array_split(clip, num_pieces)
+        ]
+        return " ".join(pieces)
 
 
 def check_judges(settings: Settings) -> None:

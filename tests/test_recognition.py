@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -164,9 +165,9 @@ def test_language_reaches_generate(whisper_folder: Path, waveform: np.ndarray, m
         recognize.pipeline.model, "generate", lambda **options: (asked.append(options), generate(**options))[1]
     )
     recognize([waveform[:20_000], waveform])
-    assert [(of["language"], of["task"], of.get("return_timestamps")) for of in asked] == [
-        ("ha", "transcribe", None), ("ha", "transcribe", True),
-    ]  # fmt: skip
+    pieces = math.ceil(len(waveform) * 16 / 24 / recognize.pipeline.feature_extractor.n_samples)
+    assert pieces > 1
+    assert [(of["language"], of["task"]) for of in asked] == [("ha", "transcribe")] * (1 + pieces)
 
 
 def test_other_models_are_told_no_language(ctc_folder: Path) -> None:
