@@ -70,13 +70,21 @@ class Codec:
 
 
 def codec_fingerprint(folder: Path) -> str:
-    """A short hash of the codec's configuration and weights."""
+    """A short hash of the codec's weights. Its config.json differs from copy to copy (``transformers_version``, say),
+    and the codes do not."""
+    return codec_fingerprints(folder)[0]
+
+
+def codec_fingerprints(folder: Path) -> tuple[str, str]:
+    """``codec_fingerprint``, and the one that rows have whose codes were made when config.json counted, too."""
     digest = hashlib.sha256()
-    for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
+    for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
-    return digest.hexdigest()[:16]
+    of_weights = digest.hexdigest()[:16]
+    digest.update((folder / "config.json").read_bytes())
+    return of_weights, digest.hexdigest()[:16]
 
 
 def check_codec_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from finetuning.audio import audio_duration_seconds
 from finetuning.augment import Augmentation, AugmentedClip, Recipe
-from finetuning.codec import FRAMES_PER_SECOND, codec_fingerprint
+from finetuning.codec import FRAMES_PER_SECOND, codec_fingerprints
 from finetuning.console import say
 from finetuning.encoding import CHUNK_ROWS, Clip, ClipEncoder, EncodedChunk, EncodedClip, Progress
 from finetuning.errors import UserError
@@ -84,8 +84,8 @@ def encode_jsonl(
         raise UserError(f"{output_jsonl} is the input; name another --output_jsonl")
     processes = processes or Processes()
     starts_over, force = force, force or was_forced(output_jsonl)
-    codec_id = codec_fingerprint(codec_folder)
-    job = _EncodeJob(input_jsonl, output_jsonl, codec_id, row_format, setting, max_rows, force, augmentation)
+    codec_ids = codec_fingerprints(codec_folder)
+    job = _EncodeJob(input_jsonl, output_jsonl, codec_ids, row_format, setting, max_rows, force, augmentation)
     workspace = Workspace(output_jsonl, job.scan(), max_rows)
     job.check_copies(is_shown=processes.is_main)
     if starts_over:
@@ -138,7 +138,7 @@ class _Part:
 class _EncodeJob:
     input_jsonl: Path
     output_jsonl: Path
-    codec_id: str
+    codec_ids: tuple[str, str]  # see codec_fingerprints
     row_format: RowFormat
     setting: str
     max_rows: int | None
@@ -148,6 +148,10 @@ class _EncodeJob:
     num_lines: int = 0
     num_without_audio: int = 0  # so without copies
     num_copies_left_out: int = 0  # of those in the input
+
+    @property
+    def codec_id(self) -> str:
+        return self.codec_ids[0]
 
     @property
     def own_output(self) -> Path:
@@ -217,14 +221,14 @@ class _EncodeJob:
 
     def _may_stay(self, copy: Row) -> bool:
         """Whether a copy of the input is a row of the result: its file is the original's, so it is never encoded."""
-        return self.augmentation is None and not must_encode(copy, self.codec_id)
+        return self.augmentation is None and not must_encode(copy, self.codec_ids)
 
     def encode_missing(self, workspace: Workspace, encoder: ClipEncoder, processes: Processes) -> None:
         """Encodes this process's chunks that have no file yet."""
         mine = workspace.missing(range(processes.index, len(workspace.digests), processes.count))
         if not mine:
             return
-        earlier = EarlierCodes([] if self.force else self._files_with_codes(workspace))
+        earlier = EarlierCodes([] if self.force else self._files_with_codes(workspace), self.codec_ids)
         num_encoded = num_copies = num_stale = 0
         unmade: list[str] = []
         tally = Tally()
@@ -265,7 +269,7 @@ class _EncodeJob:
 
     def _parts(self, row: Row) -> list[_Part]:
         """What of a row (itself, its copies) gets codes that it did not come with."""
-        if not must_encode(row, self.codec_id, self.force):
+        if not must_encode(row, self.codec_ids, self.force):
             return self._copies(row)
         return [_Part(row.line, row.audio, source_of(row, self.codec_id)), *self._copies(row)]
 
@@ -331,7 +335,7 @@ class _EncodeJob:
         for row in chunk.rows:
             raw = {key: value for key, value in row.raw.items() if key != "audio_codes"}
             digest.add(row.line, raw, b"" if row.codes is None else row.codes.tobytes(), row.ref_audio)
-            if must_encode(row, self.codec_id, self.force):
+            if must_encode(row, self.codec_ids, self.force):
                 digest.add(source_of(row, self.codec_id))
             for copy in self._copies(row):
                 digest.add(copy.source, copy.source.augmentation)
@@ -373,19 +377,27 @@ def source_of(row: Row, codec_id: str) -> Source:
     return Source(str(row.audio.resolve()), status.st_size, status.st_mtime_ns, codec_id)
 
 
-def must_encode(row: Row, codec_id: str, force: bool = False) -> bool:
-    """Codes that came with a row are taken as they are, unless they say what they were made of and that has changed."""
+def must_encode(row: Row, codec_ids: tuple[str, ...], force: bool = False) -> bool:
+    """Codes that came with a row are taken as they are, unless they say what they were made of and that has changed.
+
+    Args:
+        codec_ids: under which rows may know the codec; see ``codec_fingerprints``.
+    """
     if row.codes is None:
         return True
     if row.audio is None or not row.audio.is_file():
         return False
-    return force or _is_stale(row, codec_id)
+    return force or _is_stale(row, codec_ids)
 
 
-def _is_stale(row: Row, codec_id: str) -> bool:
-    recorded, now = row.raw.get("codes_source"), source_of(row, codec_id).record()
+def _is_stale(row: Row, codec_ids: tuple[str, ...]) -> bool:
+    recorded = row.raw.get("codes_source")
+    if not isinstance(recorded, dict):
+        return False
     # The path may differ: a folder that was moved with its times is the same.
-    return isinstance(recorded, dict) and any(recorded.get(key) != now[key] for key in now if key != "audio")
+    now = source_of(row, codec_ids[0])
+    is_same_clip = (recorded.get("num_bytes"), recorded.get("modified_ns")) == (now.num_bytes, now.modified_ns)
+    return not is_same_clip or recorded.get("codec") not in codec_ids
 
 
 class EarlierCodes:
@@ -393,13 +405,16 @@ class EarlierCodes:
 
     Args:
         files: results (JSONL) and chunk files; those that are missing are passed over.
+        codec_ids: of the codec, its present one first; see ``codec_fingerprints``.
     """
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Iterable[Path], codec_ids: tuple[str, ...]) -> None:
+        self._codec_ids = codec_ids
         self._files = [file for file in dict.fromkeys(files) if file.is_file()]
         keys, places, paths = array("q"), array("q"), array("q")
         for number, file in enumerate(self._files):
-            for position, source in recorded_sources(file):
+            for position, recorded in recorded_sources(file):
+                source = self._today(recorded)
                 keys.append(hash(source))
                 places.append(number * _PLACES_PER_FILE + position)
                 paths.append(hash(source.audio))
@@ -420,8 +435,13 @@ class EarlierCodes:
         place = int(self._places[np.searchsorted(self._keys, hash(source))])
         number, position = divmod(place, _PLACES_PER_FILE)
         record, codes = _read_row(self._files[number], position)
-        assert _recorded_source(record) == source
-        return codes, {key: record[key] for key in ("measures", "codes_source", "augmentation") if key in record}
+        assert self._today(_recorded_source(record)) == source
+        described = {key: record[key] for key in ("measures", "codes_source", "augmentation") if key in record}
+        return codes, described | {"codes_source": source.record()}
+
+    def _today(self, source: Source) -> Source:
+        """The same with the codec's present fingerprint."""
+        return dataclasses.replace(source, codec=self._codec_ids[0]) if source.codec in self._codec_ids else source
 
 
 def _is_in(key: int, sorted_keys: np.ndarray) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from finetuning.augment import Augmentation
-from finetuning.codec import codec_fingerprint
+from finetuning.codec import codec_fingerprints
 from finetuning.console import say
 from finetuning.disk import read_json, write_json
 from finetuning.encode_rows import encode_jsonl, encoded_path
@@ -227,7 +227,7 @@ class CodesCheck:
 
     def __init__(self, jsonl: Path, setting: str, codec_folder: Path) -> None:
         self.jsonl, self.setting, self.codec_folder = jsonl, setting, codec_folder
-        self._codec_id = ""  # hashing a codec takes a second; most files do not need it
+        self._codec_ids: tuple[str, ...] = ()  # hashing a codec takes a second; most files do not need it
 
     def is_stale(self, row: Row) -> bool:
         """Whether a row says what its codes were made of, and that has changed.
@@ -250,11 +250,11 @@ class CodesCheck:
         return False
 
     def _has_changed(self, line: int, audio: str | None, num_bytes: int, modified_ns: int, codec: str) -> bool:
-        self._codec_id = self._codec_id or codec_fingerprint(self.codec_folder)
-        status = _file_status(audio)
+        self._codec_ids = self._codec_ids or codec_fingerprints(self.codec_folder)
+        is_same_codec, status = codec in self._codec_ids, _file_status(audio)
         if status is not None:
-            return (num_bytes, modified_ns, codec) != (status.st_size, status.st_mtime_ns, self._codec_id)
-        if codec != self._codec_id:
+            return not is_same_codec or (num_bytes, modified_ns) != (status.st_size, status.st_mtime_ns)
+        if not is_same_codec:
             raise UserError(
                 f"{self.setting}: {self.jsonl} line {line}: its codes were made by another codec and its audio is "
                 "gone; name that codec in TOKENIZER_PATH, bring the audio back, or prepare the dataset again (--force)"

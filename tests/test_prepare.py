@@ -136,8 +136,8 @@ def test_saved_audio_is_the_original_and_belongs_to_the_codes(
     codec_id = read(output)[0]["codes_source"]["codec"]
     for number, line in read_lines(output, "x"):
         row = parse(line, number, output.parent, RowFormat(), needs_codes=True)
-        assert not must_encode(row, codec_id)
-        assert must_encode(row, "another codec")
+        assert not must_encode(row, (codec_id,))
+        assert must_encode(row, ("another codec",))
 
 
 # ------------------------------------------------------------------------------------------------------ references
