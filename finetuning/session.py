@@ -14,7 +14,7 @@ from finetuning.base_model import (
 )
 from finetuning.briefing import describe_complete, how_to_listen
 from finetuning.building import Run
-from finetuning.console import say
+from finetuning.console import command_of, say
 from finetuning.dataset import RowEncoder
 from finetuning.listening import Spoken, Yardstick, characters_per_second, measure
 from finetuning.prefix_cache import make_prefix_cache
@@ -179,7 +179,7 @@ def train_on(run: Run, tracker: Tracker) -> None:
     else:
         say(f"Done: {last}. There is no {best}: no evaluation had a {trainer.chooser.text} to choose it by")
         best = last
-    say(f'Listen: python synthesize.py --checkpoint {best} {how_to_listen(run)}--text "…"')
+    say(f'Listen: {command_of("synthesize.py")} --checkpoint {best} {how_to_listen(run)}--text "…"')
 
 
 def owes_roundtrip(run: Run) -> bool:
