@@ -473,6 +473,28 @@ def test_items_of_a_row(tts: Any) -> None:
     assert len(tts.dataset) == NUM_ROWS
 
 
+def test_code_around_the_official_class_finds_what_it_knows(tts: Any) -> None:
+    """Its attributes in a subclass, and collate_fn on items of a cache, with the three keys of the official items."""
+
+    class Cached(TTSDataset):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            turn = f"<|im_start|>assistant\n{self.data_list[index]['text']}<|im_end|>\n<|im_start|>assistant\n"
+            return {
+                "text_ids": self.processor(text=turn, return_tensors="pt", padding=True)["input_ids"][:, :-5],
+                "audio_codes": torch.tensor(self.data_list[index]["audio_codes"], dtype=torch.long),
+                "ref_mel": tts.dataset[index]["ref_mel"],
+            }
+
+    config = tts.stock.model.config
+    dataset = Cached(tts.rows, tts.stock.processor, config)
+    assert dataset.config is config and dataset.processor is tts.stock.processor
+    assert dataset.data_list is tts.rows and dataset.lag_num == -1
+    batch = next(iter(DataLoader(dataset, batch_size=NUM_ROWS, collate_fn=dataset.collate_fn)))
+    assert list(tts.dataset[0]) == ["text_ids", "audio_codes", "ref_mel"]
+    assert batch.keys() == tts.batch.keys()
+    assert all(torch.equal(batch[name], tts.batch[name]) for name in batch)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
