@@ -83,10 +83,11 @@ def test_long_clips_make_small_batches(
     assert fake.batch_sizes == [3, 2, 2]  # 3 x 0.6, 2 x 0.8, 2 x 1.0
 
 
+@pytest.mark.parametrize("reference", ["train_clips/01.wav", ["train_clips/01.wav", "train_clips/00.wav"]])
 def test_output_elsewhere_still_finds_the_clips(
-    fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path, tmp_path: Path
+    fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path, tmp_path: Path, reference: Any
 ) -> None:
-    raw = make_raw(2, ref_audio="train_clips/01.wav")
+    raw = make_raw(2, ref_audio=reference)
     output = encode(raw, codec_folder, tmp_path / "new" / "folder" / "rows.jsonl")
     clips = raw.parent / "train_clips"
     assert [Path(row["audio"]) for row in read_rows(output)] == [clips / "00.wav", clips / "01.wav"]
