@@ -162,6 +162,16 @@ def test_default_validation_file_is_used_when_it_is_there(
     assert rows.validation is not None and (len(rows.train), len(rows.validation)) == (20, 3)
 
 
+def test_the_null_device_stands_for_no_validation_file(
+    fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base, tmp_path: Path
+) -> None:
+    make_raw(3, "validation.jsonl").parent.rename(tmp_path / "cwd" / "data")
+    settings = run_settings(make_settings, make_raw(20), Path(os.devnull))
+    for build in (True, False):
+        rows = open_rows(settings, base, build)
+        assert rows.validation is not None and (len(rows.train), len(rows.validation)) == (19, 1)
+
+
 def test_named_validation_file_that_is_missing_is_an_error_before_anything_is_encoded(
     fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base, tmp_path: Path
 ) -> None:
