@@ -198,6 +198,7 @@ def test_defaults_of_the_options() -> None:
     layers = settings.replace_last_n_layers, settings.add_new_layers, settings.freeze_original_layers
     assert layers == (2, 4, True) and settings.freeze_speaker_encoder and settings.attn_implementation == "auto"
     assert settings.output_dir == Path("output") and settings.train_jsonl == Path("rows.jsonl")
+    assert settings.save_minutes == 15 and settings.save_steps > 10**6, "checkpoint-N/ besides the epochs"
     assert settings.trackers() == () and settings.steps_between_samples == 0 and settings.resume == "auto"
 
 
