@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,22 @@ def brief(run: Run, rows: TrainingRows | DirectRows) -> None:
     """Says what is about to happen, on the main process."""
     if not run.is_main:
         return
+    say_speaker_name(run.settings, run.speakers.names)
     if isinstance(rows, TrainingRows):
         say_row_notes(rows.train, run.base, run.settings)
         say_coverage(rows.train, run.base, run.train.encoder.tokenizer)
         say_long_rows(run.train.dataset, run.settings)
         say_order(rows.train, run.settings)
     say(describe_run(run))
+
+
+def say_speaker_name(settings: Settings, names: Sequence[str]) -> None:
+    """Says, where somebody chose SPEAKER_NAME, that rows have names of their own."""
+    if settings.is_set("speaker_name") and list(names) != [settings.speaker_name]:
+        say(
+            f'SPEAKER_NAME "{settings.speaker_name}" is for rows that name no speaker themselves. Speakers that are '
+            f"trained: {listed_names(names)}"
+        )
 
 
 def say_row_notes(rows: Manifest, base: Base, settings: Settings) -> None:

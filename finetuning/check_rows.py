@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from finetuning.checks import (
     sort_findings,
 )
 from finetuning.codec import Codec
-from finetuning.console import say
+from finetuning.console import command_of, say
 from finetuning.direct import DirectRows
 from finetuning.encoding import CHUNK_ROWS
 from finetuning.errors import UserError
@@ -344,11 +345,13 @@ def check_at_start(rows: TrainingRows | DirectRows, settings: Settings) -> None:
     """
     if settings.data_check == "off":
         return
+    check = f"{command_of('data_processing.py')} --mode check"
     if isinstance(rows, DirectRows):
         is_whole, sample = False, _some_streamed(rows)
     else:
         clips = rows.train.select(np.flatnonzero(~rows.train.has("augmentation")))
         is_whole, sample = len(clips) <= MAX_ROWS_AT_START, _some_mapped(clips)
+        check += f" --input_jsonl {shlex.quote(str(settings.train_jsonl))}"
     figures = collect(sample)
     left_out = ("not_measured",) if is_whole else WHOLE_SET_CHECKS
     findings = [finding for finding in find_problems(figures) if finding.check not in left_out]
@@ -357,8 +360,7 @@ def check_at_start(rows: TrainingRows | DirectRows, settings: Settings) -> None:
         return
     looked_at = "the training rows" if is_whole else f"{figures.num_rows} of the training rows"
     lines = [f"  {finding.severity}: {finding.message}" for finding in sort_findings(findings)]
-    advice = "python data_processing.py --mode check says where and what to do"
-    say("\n".join([f"A look at {looked_at}; {advice}:", *lines]))
+    say("\n".join([f"A look at {looked_at}; {check} says where and what to do:", *lines]))
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors and settings.data_check == "stop":
         raise UserError(

@@ -76,7 +76,7 @@ def codec_fingerprint(folder: Path) -> str:
 
 
 def codec_fingerprints(folder: Path) -> tuple[str, str]:
-    """``codec_fingerprint``, and what rows say of the same codec whose codes were made when config.json counted, too."""
+    """``codec_fingerprint``, and the one that rows have whose codes were made when config.json counted, too."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -23,3 +25,9 @@ def listed_names(names: Sequence[str]) -> str:
     """The first few of many."""
     more = f" and {len(names) - MAX_LISTED_NAMES} more" if len(names) > MAX_LISTED_NAMES else ""
     return ", ".join(names[:MAX_LISTED_NAMES]) + more
+
+
+def command_of(script: str) -> str:
+    """How a script at the top of the project is called from the working directory."""
+    path = Path(__file__).resolve().parent.parent / script
+    return f"python {shlex.quote(min(str(path), os.path.relpath(path), key=len))}"

@@ -567,7 +567,7 @@ class TTSDataset(Dataset):
     def __init__(self, data_list: Sequence[Mapping[str, Any]], processor: Any, config: Any, lag_num: int = -1) -> None:
         if lag_num != -1:
             raise ValueError("lag_num must be -1: codec 0 and the other codes of a frame stand in one position")
-        self.data_list, self.lag_num = data_list, lag_num
+        self.data_list, self.processor, self.config, self.lag_num = data_list, processor, config, lag_num
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.ids = LayoutIds.from_config(config if isinstance(config, Mapping) else config.to_dict())
 
@@ -575,8 +575,7 @@ class TTSDataset(Dataset):
         return len(self.data_list)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """``text_ids`` (1, n) int64, with the role; ``audio_codes`` (T, 16) int64; ``ref_mel`` (1, F, 128) float32; and
-        ``aligned``, the row as ``prompt`` lays it out."""
+        """``text_ids`` (1, n) int64, with the role; ``audio_codes`` (T, 16) int64; ``ref_mel`` (1, F, 128) float32."""
         row = self.data_list[index]
         try:
             text = check_fields(dict(row), RowFormat())["text"]
@@ -590,18 +589,17 @@ class TTSDataset(Dataset):
             "text_ids": torch.from_numpy(text_ids[:-NUM_CLOSING_TOKENS])[None],
             "audio_codes": torch.from_numpy(codes.astype(np.int64)),
             "ref_mel": mel,
-            "aligned": append_frames(build_prompt(text_ids, self.ids), codes, self.ids),
         }
 
     def collate_fn(self, items: Sequence[Mapping[str, Any]]) -> Batch:
-        """See the table of the class."""
+        """See the table of the class. The items may come from elsewhere, such as a cache; their three keys suffice."""
         mels = [item["ref_mel"] for item in items]
         if len({mel.shape for mel in mels}) > 1:
             raise ValueError(
                 "references of different lengths do not fit into one batch, and padding would change their vectors; "
                 "give all rows the same ref_audio, or use batch_size 1"
             )
-        batch = collate([item["aligned"] for item in items], [0] * len(items))
+        batch = collate([self._aligned(item) for item in items], [0] * len(items))
         text, codec, attention = (F.pad(batch[name], (0, 1)) for name in ("text_ids", "codec_ids", "attention_mask"))
         rows, ends = torch.arange(len(items)), batch["attention_mask"].sum(1)
         text[rows, ends], codec[rows, ends], attention[rows, ends] = self.ids.tts_pad, self.ids.codec_eos, 1
@@ -619,6 +617,11 @@ class TTSDataset(Dataset):
             "codec_ids": codes,
             "codec_mask": frame_mask,
         }
+
+    def _aligned(self, item: Mapping[str, Any]) -> AlignedIds:
+        """The item as ``prompt`` lays it out."""
+        text_ids = F.pad(item["text_ids"][0], (0, NUM_CLOSING_TOKENS))  # which it cuts off, whatever they are
+        return append_frames(build_prompt(text_ids.numpy(), self.ids), item["audio_codes"].numpy(), self.ids)
 
 
 def _waveform(reference: Any) -> np.ndarray:

@@ -394,11 +394,10 @@ def _is_stale(row: Row, codec_ids: tuple[str, ...]) -> bool:
     recorded = row.raw.get("codes_source")
     if not isinstance(recorded, dict):
         return False
-    now = source_of(row, codec_ids[0]).record()
     # The path may differ: a folder that was moved with its times is the same.
-    return recorded.get("codec") not in codec_ids or any(
-        recorded.get(k) != now[k] for k in ("num_bytes", "modified_ns")
-    )
+    now = source_of(row, codec_ids[0])
+    is_same_clip = (recorded.get("num_bytes"), recorded.get("modified_ns")) == (now.num_bytes, now.modified_ns)
+    return not is_same_clip or recorded.get("codec") not in codec_ids
 
 
 class EarlierCodes:

@@ -38,7 +38,7 @@ from finetuning.adapters import (
 from finetuning.base_model import ENCODER_PREFIX, Base, resolve_base
 from finetuning.checkpoint import CODEC_TABLE, insert_rows, insert_speakers, write_checkpoint
 from finetuning.codec_rows import allocate_codec_rows
-from finetuning.console import say
+from finetuning.console import command_of, say
 from finetuning.disk import new_folder
 from finetuning.errors import UserError, run_main
 from finetuning.languages import Languages, with_languages
@@ -258,7 +258,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
     how = f"--speaker {adapters[0].speakers.names[0]}"
     if adapters[0].export_type == "base":
         how = "--ref_audio … --ref_text …"
-    say(f"Listen: python synthesize.py --checkpoint {arguments.output} {how} --text …")
+    say(f"Listen: {command_of('synthesize.py')} --checkpoint {arguments.output} {how} --text …")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """The row: one JSON object a line, read and checked.
 
 Keys: ``audio`` (path), ``text``, ``audio_codes`` (T lists of 16 ints; absent in a raw file), ``ref_audio``,
-``ref_text``, ``language`` (default "Auto"), ``speaker`` (default SPEAKER_NAME), ``instruct``; others are kept. Paths
-are taken from the working directory, then from the JSONL's folder. A row with ``augmentation`` is an altered copy: its
-codes are not those of its ``audio``, which is the original's (see ``augment``).
+``ref_text``, ``language`` (default "Auto"), ``speaker`` (default SPEAKER_NAME), ``instruct``; others are kept. Of a
+list of ``ref_audio`` the first counts, as for the official scripts; the others are not kept. Paths are taken from the
+working directory, then from the JSONL's folder. A row with ``augmentation`` is an altered copy: its codes are not those
+of its ``audio``, which is the original's (see ``augment``).
 
 A bad row among many is skipped and listed; when more than a tenth is bad, nothing goes on.
 """
@@ -32,6 +33,8 @@ NUM_SHOWN = 5
 MIN_CODEC_FRAMES = 2
 #: … and at most so many (max_new_tokens of the release), about eleven minutes.
 MAX_CODEC_FRAMES = 8192
+#: Of what is no file so many letters stand in a message: it may be a clip in base64.
+MAX_PATH_LETTERS = 300
 #: Where a line's codes begin, and one frame of them without its digits.
 _CODES_KEY = re.compile(r'"audio_codes": ?(?=\[\[)')
 _EMPTY_FRAME = b"[" + b"," * (NUM_CODEBOOKS - 1) + b"]"
@@ -160,10 +163,10 @@ def parse_row(
     if codes is None and audio is None:
         raise RowError(f"neither {row_format.audio_key} nor audio_codes")
     if codes is None and not audio.is_file():
-        raise RowError(f"{row_format.audio_key} file not found: {audio}")
+        raise _not_found(raw, row_format.audio_key)
     ref_audio = _path(raw, "ref_audio", folder)
     if ref_audio is not None and not ref_audio.is_file():
-        raise RowError(f"ref_audio file not found: {ref_audio}")
+        raise _not_found(raw, "ref_audio")
     return Row(line=number, audio=audio, ref_audio=ref_audio, codes=codes, raw=raw, **check_fields(raw, row_format))
 
 
@@ -200,6 +203,8 @@ def _load_object(line: str) -> dict[str, Any]:
         raise RowError("not a JSON object")
     if "\\ud" in line.lower():
         _check_surrogates(raw)
+    if isinstance(references := raw.get("ref_audio"), list):
+        raw["ref_audio"] = references[0] if references else None
     return raw
 
 
@@ -300,7 +305,13 @@ def _path(raw: dict, key: str, folder: Path) -> Path | None:
     try:
         return resolve_path(value, folder)
     except (OSError, RuntimeError):  # too long for a file name, or the home folder of nobody
-        raise RowError(f"{key} file not found: {value[:100]}") from None
+        raise _not_found(raw, key) from None
+
+
+def _not_found(raw: dict, key: str) -> RowError:
+    value = raw[key]  # a Path of it would lose one of the slashes of a URL
+    remark = " (a URL; files are read)" if "://" in value else ""
+    return RowError(f"{key} file not found: {value[:MAX_PATH_LETTERS]}{remark}")
 
 
 # ------------------------------------------------------------------------------------------------------- bad rows

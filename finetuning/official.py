@@ -1,4 +1,4 @@
-"""The command-line forms of the official scripts: their options to settings, and settings in messages to options.
+"""The command-line forms of the official scripts: their options as settings, and what settings in messages mean there.
 
 The official scripts know neither ``.env`` nor settings in the environment, so here a command means the same wherever it
 is typed. Variables of other tools (HF_*, NCCL_*, CUDA_*, …) reach them as always.
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from finetuning.console import say
 from finetuning.errors import UserError
-from finetuning.settings import Settings, canonical_names, load_settings
+from finetuning.settings import Settings, load_settings
 
 #: Option of sft_12hz.py -> setting; the first seven are the official script's.
 TRAINING_OPTIONS = {
@@ -48,17 +48,14 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0,
     "save_epochs": True,
     "epoch_folder": "checkpoint-epoch",
-    "save_total_limit": 1,
+    # Between the epochs a state to resume from now and then, beside last/ instead of a checkpoint-N/.
+    "save_steps": 10**9,
+    "save_minutes": 15,
+    "validation_jsonl": os.devnull,
     "validation_fraction": 0,
     "sample_steps": 0,
     "report_to": "none",
     "data_check": "warn",
-}
-#: What messages say of settings -> of options.
-_PHRASES = {
-    "in the settings:": "in the options:",
-    "must be a valid boolean, unable to interpret input": "must be True or False",
-    "(RESUME=never (and|with) )?OVERWRITE_OUTPUT=true": "--overwrite_output True",
 }
 _OVERWRITE_HELP = "True starts over and replaces the run in the output folder; the default goes on with it"
 
@@ -101,23 +98,27 @@ def training_settings(options: Mapping[str, str]) -> Settings:
     """The settings that the options stand for.
 
     Raises:
-        UserError: with all problems, each under its option's name.
+        UserError: with all problems, and the option of each.
     """
     given = {TRAINING_OPTIONS[option]: value for option, value in options.items()}
-    no_validation = Path(given.get("output_dir", "output")) / "no-validation.jsonl"
-    values = {**TRAINING_DEFAULTS, "validation_jsonl": no_validation, **given}
     with options_named(TRAINING_OPTIONS):
-        settings = load_settings(values, _environment())
-        if settings.overwrite_output:
-            settings = settings.model_copy(update={"resume": "never"})
-    # All rows train: not even data/validation.jsonl is read where it lies, and nobody misses the file of that name.
-    settings.model_fields_set.discard("validation_jsonl")
-    return settings
+        settings = load_settings(TRAINING_DEFAULTS | given, _environment())
+    return settings.model_copy(update={"resume": "never"}) if settings.overwrite_output else settings
 
 
 def _environment() -> dict[str, str]:
     """For ``load_settings``: no settings file, and nothing but the number of processes."""
     return {"ENV_FILE": os.devnull, "WORLD_SIZE": os.environ.get("WORLD_SIZE", "")}
+
+
+def say_names() -> None:
+    """What the names of settings mean that a run prints."""
+    others = [f"{field.upper()} is --{option}" for option, field in TRAINING_OPTIONS.items() if option != field]
+    say(
+        f"In what follows {', '.join(others)}, and every other option has its own name in capitals (NUM_EPOCHS is "
+        "--num_epochs); RESUME=never with OVERWRITE_OUTPUT=true is --overwrite_output True. Settings that are no "
+        "option belong to train.py"
+    )
 
 
 def say_what_trains(settings: Settings, options: Mapping[str, str]) -> None:
@@ -130,7 +131,10 @@ def say_what_trains(settings: Settings, options: Mapping[str, str]) -> None:
     else:
         say(f"What trains: everything but the text embedding table and the speaker encoder; {new_layers}")
     if not any(option in options for option in LAYER_OPTIONS):
-        say(f"The official script's full fine-tuning would be: {FULL_FINE_TUNING}")
+        say(
+            "The official script's full fine-tuning, but for the text embedding table (no option trains it), would be: "
+            f"{FULL_FINE_TUNING}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- messages
@@ -138,7 +142,7 @@ def say_what_trains(settings: Settings, options: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def options_named(fields: Mapping[str, str], files: Mapping[str, Path] | None = None) -> Iterator[None]:
-    """A UserError from inside speaks of options where it spoke of settings.
+    """A UserError from inside says which options the settings are that it speaks of.
 
     Args:
         fields: option -> the setting that it stands for, in any case.
@@ -147,24 +151,16 @@ def options_named(fields: Mapping[str, str], files: Mapping[str, Path] | None = 
     try:
         yield
     except UserError as error:
-        raise UserError(name_options(str(error), fields, files or {})) from None
+        raise UserError(explain(str(error), fields, files or {})) from None
 
 
-def name_options(message: str, fields: Mapping[str, str], files: Mapping[str, Path]) -> str:
-    """See ``options_named``. Settings without an option keep their names, and it is said where they stand."""
-    names = {field.upper(): f"--{option}" for option, field in fields.items()}
-    without_option = canonical_names().keys() - names.keys() - {"HF_TOKEN"}  # its environment variable is read
-
-    def named(found: re.Match[str]) -> str:
-        name, equals = found.groups()
-        return f"{names[name]}{' ' if equals else ''}" if name in names else found[0]
-
-    for before, after in _PHRASES.items():
-        message = re.sub(before, after, message)
-    message = re.sub(r"\b([A-Z][A-Z_]+)(=?)", named, message)
-    if others := sorted(without_option.intersection(re.findall(r"[A-Z][A-Z_]+", message))):
-        message = f"{message} ({', '.join(others)}: for train.py, in .env)"
-    for option, file in files.items():
-        if option not in message and f"{file} line " in message:
-            message = f"{option}: {message}"
-    return message
+def explain(message: str, fields: Mapping[str, str], files: Mapping[str, Path]) -> str:
+    """See ``options_named``."""
+    meanings = dict.fromkeys((field.upper() for field in Settings.model_fields), "a setting of train.py")
+    del meanings["HF_TOKEN"]  # the environment variable of this name is read
+    meanings["RESUME"] = "never with --overwrite_output True"
+    meanings |= {field.upper(): f"--{option}" for option, field in fields.items()}
+    named = dict.fromkeys(name for name in re.findall(r"\b[A-Z][A-Z_]+\b", message) if name in meanings)
+    notes = [f"{name} is {meanings[name]}" for name in named]
+    notes += [f"{file} is {option}" for option, file in files.items() if f"{file} line " in message]
+    return f"{message} ({', '.join(notes)})" if notes else message

@@ -31,7 +31,7 @@ def main() -> None:
     input_jsonl, output_jsonl = Path(options["input_jsonl"]), Path(options["output_jsonl"])
     if not input_jsonl.is_file():
         raise UserError(f"--input_jsonl: {input_jsonl} does not exist")
-    with options_named({"tokenizer_model_path": "TOKENIZER_PATH"}, {"--input_jsonl": input_jsonl}):
+    with options_named({"tokenizer_model_path": "TOKENIZER_PATH", "device": "DEVICE"}, {"--input_jsonl": input_jsonl}):
         prepare(input_jsonl, output_jsonl, options)
 
 

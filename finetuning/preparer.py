@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def prepare_missing_rows(
         tokenizer_path=codec_folder, device=device, settings=settings, row_format=row_format, processes=processes
     )
     has_own_validation = settings.validation_jsonl.is_file() and read_stamp(settings.validation_jsonl) is None
-    if not has_own_validation:
+    if not has_own_validation and settings.validation_jsonl != Path(os.devnull):
         preparer.prepare_validation()
     # Last, so that a run that was interrupted before is noticed by the missing TRAIN_JSONL.
     preparer.prepare_split(settings.train_split, settings.max_train_samples, settings.train_jsonl)

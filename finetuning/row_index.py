@@ -46,7 +46,7 @@ from finetuning.manifest import (
 )
 
 #: Part of an index's format: raise it when the columns or the checks of a row change.
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 #: Rows of one Arrow batch, the last one excepted; a row's batch follows from its number.
 ROWS_PER_BATCH = 256
 #: A build that another machine began is given up when nothing was written for so long.

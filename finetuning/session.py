@@ -12,7 +12,7 @@ from finetuning.base_model import voice_encoder
 from finetuning.briefing import describe_complete, how_to_listen
 from finetuning.building import Run
 from finetuning.checkpoint import step_of_best
-from finetuning.console import say
+from finetuning.console import command_of, say
 from finetuning.dataset import RowEncoder
 from finetuning.judging import Judge
 from finetuning.listening import characters_per_second
@@ -172,7 +172,7 @@ def train_on(run: Run, tracker: Tracker, uploader: Uploader | None) -> None:
     best, last = run.settings.output_dir / "best", run.settings.output_dir / "last"
     say(f"Done: {last} (the end of training). {describe_best(run.settings, trainer)}")
     best = best if best.is_dir() else last
-    say(f'Listen: python synthesize.py --checkpoint {best} {how_to_listen(run)}--text "…"')
+    say(f'Listen: {command_of("synthesize.py")} --checkpoint {best} {how_to_listen(run)}--text "…"')
 
 
 def describe_best(settings: Settings, trainer: Trainer) -> str:

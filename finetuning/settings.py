@@ -200,7 +200,9 @@ class Settings(BaseSettings):
         "or from TRAIN_JSONL without ever encoding or downloading (none)",
     )
     train_jsonl: UserPath = _setting(Path("./data/train.jsonl"), "training rows")
-    validation_jsonl: UserPath = _setting(Path("./data/validation.jsonl"), "validation rows; may be missing")
+    validation_jsonl: UserPath = _setting(
+        Path("./data/validation.jsonl"), "validation rows; may be missing; /dev/null = no file at all"
+    )
     validation_fraction: float = _setting(
         0.05, "share held out for validation where there is no validation file; 0 = none", ge=0, le=0.5
     )
@@ -520,6 +522,10 @@ class Settings(BaseSettings):
     def is_set(self, field: str) -> bool:
         """Whether the user set this field, as opposed to its default."""
         return field in self.model_fields_set
+
+    def demands_validation_file(self) -> bool:
+        """Whether the user named one: VALIDATION_JSONL=/dev/null names none, not even the default one."""
+        return self.is_set("validation_jsonl") and self.validation_jsonl != Path(os.devnull)
 
     def public(self) -> dict[str, Any]:
         """Name -> JSON value of every setting, secrets left out."""

@@ -7,7 +7,8 @@
 
 It works from any folder, this one too; relative paths are those of the folder where it is called. Rows without codes
 are encoded first. Each epoch leaves checkpoint-epoch-N/ (N from 0) in the output folder, which stock qwen-tts loads;
-all of them are kept. last/ is the newest, best/ that of the lowest training loss, and state/ is for resuming.
+all of them are kept. last/ is the newest, best/ that of the lowest training loss, and state/ is for resuming: it is
+written every 15 minutes and at the end.
 
 The same command again goes on where it stopped (Ctrl-C saves first), with more --num_epochs beyond its end. Another run
 in the output folder is refused and never written over, unless --overwrite_output True replaces it.
@@ -22,7 +23,14 @@ if __name__ == "__main__":  # the project instead of this folder, whose files ha
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetuning.errors import UserError, run_main
-from finetuning.official import TRAINING_OPTIONS, options_named, say_what_trains, training_parser, training_settings
+from finetuning.official import (
+    TRAINING_OPTIONS,
+    options_named,
+    say_names,
+    say_what_trains,
+    training_parser,
+    training_settings,
+)
 from train import train
 
 
@@ -31,6 +39,7 @@ def main() -> None:
     settings = training_settings(options)
     if not settings.train_jsonl.is_file():
         raise UserError(f"--train_jsonl: {settings.train_jsonl} does not exist; prepare_data.py makes it")
+    say_names()
     say_what_trains(settings, options)
     with options_named(TRAINING_OPTIONS, {"--train_jsonl": settings.train_jsonl}):
         train(settings)

@@ -48,7 +48,7 @@ def open_training_rows(
         UserError: see ``encode_jsonl`` and ``open_rows``.
     """
     if build:
-        has_validation_file = settings.validation_jsonl.is_file() or settings.is_set("validation_jsonl")
+        has_validation_file = settings.validation_jsonl.is_file() or settings.demands_validation_file()
     else:
         has_validation_file = _pointer(settings, "VALIDATION_JSONL").is_file()
     names = ["TRAIN_JSONL"] + ["VALIDATION_JSONL"] * has_validation_file
@@ -114,9 +114,10 @@ def check_files(settings: Settings) -> None:
     """Raises UserError for a named file that is missing; cheap enough to come before any heavy import."""
     check_train_jsonl(settings)
     Augmentation.from_settings(settings)
-    for field in ["ref_audio_path"] + ["validation_jsonl"] * (not comes_from_dataset(settings)):
+    needs_validation = settings.demands_validation_file() and not comes_from_dataset(settings)
+    for field in ["ref_audio_path"] * settings.is_set("ref_audio_path") + ["validation_jsonl"] * needs_validation:
         path = getattr(settings, field)
-        if path is not None and settings.is_set(field) and not path.is_file():
+        if path is not None and not path.is_file():
             raise UserError(f"{field.upper()}: {path} does not exist")
 
 

@@ -355,7 +355,7 @@ def test_touched_clip_and_other_codec_remake_the_copies_too(
     os.utime(raw.parent / "train_clips/02.wav", (1, 1))
     encode(raw, codec_folder)
     assert fake.take_num_clips() == 3
-    (codec_folder / "config.json").write_bytes(b"others!")
+    (codec_folder / "model.safetensors").write_bytes(b"others!")
     encode(raw, codec_folder)
     assert fake.take_num_clips() == 12
 

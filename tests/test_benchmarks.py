@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROJECT
+from torch.nn import functional as F
 
 from finetuning import stepping
 
@@ -268,6 +269,70 @@ def test_mistakes_differ_from_the_right_loss(two_batches: Any) -> None:
     torch.testing.assert_close(MistakenLoop(model, vectors, SUB_TALKER_WEIGHT, frozenset())(batch), right)
     for name, loss in losses.items():
         assert abs(loss - right) > 1e-4 * right, name
+
+
+def test_all_mistakes_together_are_the_official_script(two_batches: Any) -> None:
+    """Its own steps (QwenLM/Qwen3-TTS, revision 022e286) over the same rows: labels that stock's forward shifts again,
+    the hidden states of ``codec_mask[:, :-1]``, stock's sub-talker loss, and no text_projection."""
+    from benchmarks.bench import SUB_TALKER_WEIGHT
+    from benchmarks.loops import recipe_model
+    from benchmarks.mistakes import MISTAKES, MistakenLoop
+    from benchmarks.random_base import to_batch
+
+    model, batch = recipe_model(two_batches, "full"), to_batch(two_batches.rows)
+    vectors = two_batches.speaker_vectors(model)
+    mistaken = MistakenLoop(model, vectors, SUB_TALKER_WEIGHT, frozenset(MISTAKES))(batch)
+    official = official_loss(model.talker, official_batch(batch, two_batches.rows), vectors[:1], SUB_TALKER_WEIGHT)
+    torch.testing.assert_close(mistaken, official, rtol=1e-6, atol=0)
+
+
+def official_batch(batch: dict[str, torch.Tensor], rows: Any) -> dict[str, torch.Tensor]:
+    """What the official collate_fn makes of these rows: with the end of each row, and labels in their own place."""
+    num_rows, length = batch["text_ids"].shape
+    official = {
+        "text_ids": torch.zeros(num_rows, length + 1, dtype=torch.int64),
+        "codec_ids": torch.zeros(num_rows, length + 1, dtype=torch.int64),
+        "attention_mask": torch.zeros(num_rows, length + 1, dtype=torch.int64),
+        "codec_mask": torch.zeros(num_rows, length + 1, dtype=torch.bool),
+        "codes": torch.zeros(num_rows, length + 1, 16, dtype=torch.int64),
+        "labels": torch.full((num_rows, length + 1), -100),
+    }
+    for number, row in enumerate(rows):
+        end, num_frames = len(row.text), len(row.codes)
+        frames, eos = slice(end - num_frames, end), int(row.labels[-1])
+        official["text_ids"][number, :end] = torch.from_numpy(row.text)
+        official["text_ids"][number, end] = int(row.text[-1])  # tts_pad, as beside the frames
+        official["codec_ids"][number, :end] = torch.from_numpy(row.codec)
+        official["codec_ids"][number, end] = eos
+        official["attention_mask"][number, : end + 1] = 1
+        official["codec_mask"][number, frames] = True
+        official["codes"][number, frames] = torch.from_numpy(row.codes)
+        official["labels"][number, frames] = torch.from_numpy(row.codes[:, 0])
+        official["labels"][number, end] = eos
+    return official
+
+
+def official_loss(talker: Any, batch: dict[str, torch.Tensor], vector: torch.Tensor, weight: float) -> torch.Tensor:
+    """As the official loop computes it, whose text table is as wide as its talker."""
+    has_codec = (batch["codec_ids"] >= 0) & (batch["attention_mask"] == 1)
+    width = talker.config.hidden_size
+    text = talker.model.text_embedding(batch["text_ids"])[..., :width]
+    text = F.pad(text, (0, width - text.shape[-1])) * batch["attention_mask"].unsqueeze(-1)
+    codec = talker.model.codec_embedding(batch["codec_ids"].clamp(min=0)) * has_codec.unsqueeze(-1)
+    codec[:, 6] = vector
+    inputs = text + codec
+    for book in range(1, 16):
+        table = talker.code_predictor.get_input_embeddings()[book - 1]
+        inputs = inputs + table(batch["codes"][..., book]) * batch["codec_mask"].unsqueeze(-1)
+    outputs = talker(
+        inputs_embeds=inputs[:, :-1],
+        attention_mask=batch["attention_mask"][:, :-1],
+        labels=batch["labels"][:, 1:],
+        output_hidden_states=True,
+    )
+    hidden = outputs.hidden_states[0][-1][batch["codec_mask"][:, :-1]]
+    _, sub_talker_loss = talker.forward_sub_talker_finetune(batch["codes"][batch["codec_mask"]], hidden)
+    return outputs.loss + weight * sub_talker_loss
 
 
 @pytest.mark.parametrize("name", ["PaddedRows", "AllLogitsAtOnce", "ManyLookups"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from conftest import VOICE
+from conftest import PROJECT, VOICE
 
 from finetuning.audio import load_audio
 from finetuning.base_model import load_speaker_encoder, resolve_base
@@ -234,13 +236,21 @@ def bad_rows(tmp_path: Path, demo_rows: list[dict[str, Any]]) -> TrainingRows:
 
 
 def test_errors_stop_a_run_unless_it_is_told_otherwise(
-    bad_rows: TrainingRows, make_settings: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+    bad_rows: TrainingRows, make_settings: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     with pytest.raises(UserError, match="DATA_CHECK=warn trains nevertheless"):
         check_at_start(bad_rows, make_settings())
     capsys.readouterr()
     check_at_start(bad_rows, make_settings(data_check="warn"))
     assert "error:" in capsys.readouterr().out
+    monkeypatch.chdir(VOICE)
+    jsonl = tmp_path / "bad rows.jsonl"
+    check_at_start(bad_rows, make_settings(data_check="warn", train_jsonl=jsonl))
+    (hint,) = re.findall(r"; (.*) says where and what to do", capsys.readouterr().out)
+    python, script, *options = shlex.split(hint)
+    assert python == "python" and Path(script).samefile(PROJECT / "data_processing.py")
+    assert options == ["--mode", "check", "--input_jsonl", str(jsonl)]
     check_at_start(bad_rows, make_settings(data_check="off"))
     assert capsys.readouterr().out == ""
 

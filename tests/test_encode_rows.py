@@ -5,6 +5,7 @@ Bookkeeping is tested with a fake codec that counts; the finished bytes of an in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from fakes import FakeCodec, fake_codes
 from raw_clips import expected_codes, read_rows, write_clip, write_rows
 
 from finetuning.audio import load_audio
-from finetuning.codec import Codec, codec_fingerprint
+from finetuning.codec import Codec, codec_fingerprint, codec_fingerprints
 from finetuning.encode_rows import dataset_info, encode_jsonl, encoded_path, format_info
 from finetuning.errors import UserError
 from finetuning.manifest import RowFormat
@@ -82,10 +83,11 @@ def test_long_clips_make_small_batches(
     assert fake.batch_sizes == [3, 2, 2]  # 3 x 0.6, 2 x 0.8, 2 x 1.0
 
 
+@pytest.mark.parametrize("reference", ["train_clips/01.wav", ["train_clips/01.wav", "train_clips/00.wav"]])
 def test_output_elsewhere_still_finds_the_clips(
-    fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path, tmp_path: Path
+    fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path, tmp_path: Path, reference: Any
 ) -> None:
-    raw = make_raw(2, ref_audio="train_clips/01.wav")
+    raw = make_raw(2, ref_audio=reference)
     output = encode(raw, codec_folder, tmp_path / "new" / "folder" / "rows.jsonl")
     clips = raw.parent / "train_clips"
     assert [Path(row["audio"]) for row in read_rows(output)] == [clips / "00.wav", clips / "01.wav"]
@@ -180,19 +182,50 @@ def test_replaced_clip_gets_new_codes(fake: FakeCodec, make_raw: MakeRaw, codec_
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_other_codec_encodes_everything_again(
-    fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path, capsys: pytest.CaptureFixture[str], file: str
+    fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = make_raw(4)
     encode(raw, codec_folder)
     fake.take_num_clips()
     capsys.readouterr()
-    (codec_folder / file).write_bytes(b"others!")
+    (codec_folder / "model.safetensors").write_bytes(b"others!")
     encode(raw, codec_folder)
     assert fake.take_num_clips() == 4
     assert "4 clips or their codec changed" in capsys.readouterr().out
     assert {row["codes_source"]["codec"] for row in read_rows(encoded_path(raw))} == {codec_fingerprint(codec_folder)}
+
+
+@pytest.mark.parametrize("has_codes", [False, True])
+def test_copy_of_the_codec_with_another_config_is_the_same_codec(
+    fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path, tmp_path: Path, has_codes: bool
+) -> None:
+    """Its own repository and the copy in a base differ in transformers_version and layout; a file of codes is taken."""
+    raw = make_raw(3)
+    output = encode(raw, codec_folder, tmp_path / "codes.jsonl")
+    before, _ = read_rows(output), fake.take_num_clips()
+    (codec_folder / "config.json").write_text('{\n  "transformers_version": "4.57.3"\n}\n')
+    encode(output if has_codes else raw, codec_folder, output.with_name("again.jsonl") if has_codes else output)
+    assert fake.take_num_clips() == 0
+    assert read_rows(output) == before
+
+
+@pytest.mark.parametrize("has_codes", [False, True])
+def test_codes_from_when_the_config_counted_are_kept(
+    fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path, tmp_path: Path, has_codes: bool
+) -> None:
+    raw = make_raw(3)
+    output = encode(raw, codec_folder, tmp_path / "codes.jsonl")
+    fake.take_num_clips()
+    weights, config = ((codec_folder / name).read_bytes() for name in ("model.safetensors", "config.json"))
+    earlier = hashlib.sha256(weights + config).hexdigest()[:16]
+    assert codec_fingerprints(codec_folder)[1] == earlier != codec_fingerprint(codec_folder)
+    output.write_text(output.read_text().replace(codec_fingerprint(codec_folder), earlier))
+    again = tmp_path / "again.jsonl"
+    output.rename(encoded_path(raw))
+    encode(encoded_path(raw) if has_codes else raw, codec_folder, again)
+    assert fake.take_num_clips() == 0
+    assert [row["audio_codes"] for row in read_rows(again)] == expected_codes(raw)
 
 
 def test_moved_folder_of_the_same_codec_is_the_same_codec(

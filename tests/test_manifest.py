@@ -72,6 +72,14 @@ def test_row_with_everything(clip: Path) -> None:
     assert parsed.raw == given
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_of_a_list_of_references_the_first_counts(clip: Path, quick: bool) -> None:
+    line = json.dumps(row(ref_audio=[str(clip), "gone.wav"]))
+    parsed = parse_row(line, 1, Path("."), RowFormat(), needs_codes=True, quick=quick)
+    assert parsed.ref_audio == clip and parsed.raw["ref_audio"] == str(clip)
+    assert parse(row(ref_audio=[])).ref_audio is None
+
+
 @pytest.mark.parametrize("absent", [{}, dict.fromkeys(("language", "speaker", "instruct", "ref_text", "ref_audio"))])
 @pytest.mark.parametrize("blank", [False, True])
 def test_defaults_of_absent_null_and_empty_keys(absent: dict[str, Any], blank: bool) -> None:
@@ -164,7 +172,13 @@ def test_two_objects_in_one_line() -> None:
         ({"audio": 5, "text": "a"}, False, "audio must be a path"),
         ({"audio": {"bytes": ""}, "text": "a"}, False, "audio must be a path"),
         (row(ref_audio="nowhere/ref.wav"), True, "ref_audio file not found: nowhere/ref.wav"),
-        (row(ref_audio=["a"]), True, "ref_audio must be a path"),
+        (row(ref_audio=["nowhere/ref.wav", "b"]), True, "ref_audio file not found: nowhere/ref.wav"),
+        (row(ref_audio=[["a"]]), True, "ref_audio must be a path"),
+        (
+            {"audio": "https://a.b/c.wav", "text": "a"},
+            False,
+            "audio file not found: https://a.b/c.wav (a URL; files are read)",
+        ),
         (row(text=None), True, "no text"),
         ({"audio_codes": codes()}, True, "no text"),
         (row(text=""), True, "text is empty"),

@@ -28,7 +28,7 @@ from finetuning.base_model import load_tokenizer
 from finetuning.dataset import RowEncoder, TTSDataset, make_step
 from finetuning.errors import UserError
 from finetuning.objective import TrainingObjective
-from finetuning.official import FULL_FINE_TUNING, name_options, training_parser, training_settings
+from finetuning.official import FULL_FINE_TUNING, TRAINING_OPTIONS, explain, training_parser, training_settings
 from finetuning.prompt import LayoutIds
 from finetuning.settings import canonical_names
 from finetuning.tiny_model import embedded_model_folder
@@ -113,7 +113,22 @@ def test_the_guides_commands_leave_a_checkpoint_after_each_epoch(guided: Any) ->
 def test_the_guides_commands_say_what_trains_and_what_the_official_script_would(guided: Any) -> None:
     for said in (guided.inside[1], guided.root[1]):
         assert "What trains: 2 new layers in place of the last 2 and 4 on top of all; the final norm, codec" in said
-        assert FULL_FINE_TUNING in said
+        assert f"but for the text embedding table (no option trains it), would be: {FULL_FINE_TUNING}\n" in said
+
+
+def test_the_guides_commands_say_what_the_names_of_settings_mean(guided: Any) -> None:
+    for said in (guided.inside[1], guided.root[1]):
+        names = said.splitlines()[0]
+        assert "OUTPUT_DIR is --output_model_path, LEARNING_RATE is --lr, and every other option has its own" in names
+        assert "RESUME=never with OVERWRITE_OUTPUT=true is --overwrite_output True" in names
+    assert all(field in (option, "output_dir", "learning_rate") for option, field in TRAINING_OPTIONS.items())
+
+
+def test_hints_work_where_they_are_printed(guided: Any) -> None:
+    for cwd, said in ((ROOMS, guided.inside[1]), (PROJECT, guided.root[1])):
+        script, checkpoint = re.search(r"Listen: python (\S+) --checkpoint (\S+) ", said).groups()
+        assert (cwd / script).samefile(PROJECT / "synthesize.py")
+        assert (cwd / checkpoint).samefile(guided.output / "best")
 
 
 def test_the_same_command_goes_on(guided: Any) -> None:
@@ -143,12 +158,13 @@ def test_stock_speaks_with_a_checkpoint_of_the_guide(guided: Any) -> None:
 
 def test_official_rows_train_in_full(
     call: Callable[..., None], demo_rows: list, write_jsonl: Callable[..., Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Rows as the official prepare_data.py writes them, with paths from the folder of the call, beside a file that
     train.py would validate on."""
     clips = ("audio", "text", "ref_audio", "audio_codes")
     rows = [{key: row[key] for key in clips} for row in demo_rows[:4]]
+    rows[3]["speaker"] = "anna"  # the official script reads no such key
     (tmp_path / "ref.flac").symlink_to(rows[0]["audio"])
     jsonl = write_jsonl([row | {"ref_audio": "./ref.flac"} for row in rows], "train_with_codes.jsonl")
     (tmp_path / "data").mkdir()
@@ -158,12 +174,17 @@ def test_official_rows_train_in_full(
     call(sft_12hz, "--train_jsonl", jsonl.name, "--init_model_path", "tiny-random", "--num_epochs", "1", *full)
     assert not (tmp_path / "train_with_codes.encoded.jsonl").exists()
     saved = json.loads((tmp_path / "output" / "settings.json").read_text())
+    assert saved["VALIDATION_JSONL"] == os.devnull
     assert (saved["SPEAKER_NAME"], saved["LR_SCHEDULER"], saved["WARMUP_STEPS"]) == ("speaker_test", "constant", 0)
     (logged,) = read_rows(tmp_path / "output" / "training_log.jsonl")
     assert logged["step"] == 1 and logged["learning_rate"] == 2e-5
     checkpoint = tmp_path / "output" / "checkpoint-epoch-0"
     speakers = json.loads((checkpoint / "speaker_encoder" / "speaker_config.json").read_text())["speakers"]
-    assert list(speakers) == ["speaker_test"] and len(speakers["speaker_test"]["references"]) == 1
+    assert list(speakers) == ["speaker_test", "anna"] and len(speakers["speaker_test"]["references"]) == 1
+    said = (
+        'SPEAKER_NAME "speaker_test" is for rows that name no speaker themselves. Speakers that are trained: speaker_'
+    )
+    assert f"{said}test, anna\n" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ options to settings
@@ -177,6 +198,7 @@ def test_defaults_of_the_options() -> None:
     layers = settings.replace_last_n_layers, settings.add_new_layers, settings.freeze_original_layers
     assert layers == (2, 4, True) and settings.freeze_speaker_encoder and settings.attn_implementation == "auto"
     assert settings.output_dir == Path("output") and settings.train_jsonl == Path("rows.jsonl")
+    assert settings.save_minutes == 15 and settings.save_steps > 10**6, "checkpoint-N/ besides the epochs"
     assert settings.trackers() == () and settings.steps_between_samples == 0 and settings.resume == "auto"
 
 
@@ -235,26 +257,34 @@ def test_neither_the_environment_nor_a_settings_file_changes_a_command(
         (["--train_jsonl", "nowhere.jsonl"], "--train_jsonl: nowhere.jsonl does not exist"),
         (
             ["--train_jsonl", "a", "--freeze_original_layers", "maybe"],
-            "--freeze_original_layers: must be True or False",
+            "FREEZE_ORIGINAL_LAYERS: must be a valid boolean, unable to interpret input",
         ),
-        (["--train_jsonl", "a", "--lr", "fast"], "--lr: must be a valid number"),
-        (["--train_jsonl", "a", "--batch_size", "0"], "--batch_size: must be greater than or equal to 1"),
-        (["--train_jsonl", "a", "--attn_implementation", "flash"], "--attn_implementation: must be 'auto', 'flash_"),
-        (["--train_jsonl", "a", "--speaker_name", " x"], "--speaker_name: a speaker name must be printable"),
-        (["--train_jsonl", "a", "--output_model_path", __file__], f"--output_model_path: {__file__} is a file"),
+        (
+            ["--train_jsonl", "a", "--lr", "fast"],
+            "LEARNING_RATE: must be a valid number, unable to parse string as a number (LEARNING_RATE is --lr)",
+        ),
+        (
+            ["--train_jsonl", "a", "--batch_size", "0"],
+            "BATCH_SIZE: must be greater than or equal to 1 (BATCH_SIZE is --batch_size)",
+        ),
+        (["--train_jsonl", "a", "--attn_implementation", "flash"], "ATTN_IMPLEMENTATION: must be 'auto', 'flash_"),
+        (["--train_jsonl", "a", "--speaker_name", " x"], "SPEAKER_NAME: a speaker name must be printable"),
+        (["--train_jsonl", "a", "--output_model_path", __file__], f"OUTPUT_DIR: {__file__} is a file"),
     ],
 )
 def test_bad_options_name_themselves(call: Callable[..., None], arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as refused:
         call(sft_12hz, *arguments)
-    assert not re.search(r"[A-Z]{3,}_[A-Z]", str(refused.value)), "a setting's name instead of the option's"
+    option = next((word for word in arguments[2:] if word.startswith("--")), "--train_jsonl")
+    assert option in str(refused.value)
+    assert "a setting of train.py" not in str(refused.value)
 
 
 def test_all_bad_options_are_told_at_once() -> None:
     with pytest.raises(UserError) as refused:
         settings_of("--train_jsonl", "a", "--lr", "x", "--num_epochs", "0")
-    assert str(refused.value).splitlines()[0] == "2 problems in the options:"
-    assert "--lr: " in str(refused.value) and "--num_epochs: " in str(refused.value)
+    assert str(refused.value).startswith("2 problems in the settings:\n")
+    assert str(refused.value).endswith(" (NUM_EPOCHS is --num_epochs, LEARNING_RATE is --lr)")
 
 
 def test_a_bad_row_names_the_option_and_its_line(
@@ -262,7 +292,9 @@ def test_a_bad_row_names_the_option_and_its_line(
 ) -> None:
     jsonl = write_jsonl([*demo_rows[:2], demo_rows[2] | {"text": ""}])
     options = ("--init_model_path", "tiny-random", "--output_model_path", tmp_path / "output")
-    with pytest.raises(UserError, match=rf"--train_jsonl: 1 of 3 rows [^$]*{jsonl} line 3: text is empty"):
+    with pytest.raises(
+        UserError, match=rf"1 of 3 rows [^$]*{jsonl} line 3: text is empty \({jsonl} is --train_jsonl\)"
+    ):
         call(sft_12hz, "--train_jsonl", jsonl, *options)
     assert not (tmp_path / "output").exists()
 
@@ -277,22 +309,29 @@ def test_checkpoints_of_the_official_script_are_not_written_over(
     with pytest.raises(UserError) as refused:
         call(sft_12hz, "--train_jsonl", write_jsonl(demo_rows[:2]), *options)
     assert str(refused.value) == (
-        f"--output_model_path: {tmp_path}/output already holds a run (checkpoint-epoch-0); choose another folder, or "
-        "set --overwrite_output True to replace it"
+        f"OUTPUT_DIR: {tmp_path}/output already holds a run (checkpoint-epoch-0); choose another folder, or set "
+        "OVERWRITE_OUTPUT=true to replace it (OUTPUT_DIR is --output_model_path, OVERWRITE_OUTPUT is "
+        "--overwrite_output)"
     )
     assert theirs.read_text() == "weights"
 
 
-def test_settings_in_messages_become_options() -> None:
-    fields, files = {"lr": "learning_rate", "output_model_path": "output_dir"}, {"--train_jsonl": Path("a/b.jsonl")}
-    named = {
-        "LEARNING_RATE was 1, or set LEARNING_RATE=2": "--lr was 1, or set --lr 2",
-        "replace it with RESUME=never and OVERWRITE_OUTPUT=true": "replace it with --overwrite_output True",
-        "a/b.jsonl line 7: no text": "--train_jsonl: a/b.jsonl line 7: no text",
-        "set SEED=3": "set SEED=3 (SEED: for train.py, in .env)",
-        "set HF_TOKEN for a gated one; NCCL_DEBUG": "set HF_TOKEN for a gated one; NCCL_DEBUG",
+def test_messages_say_what_their_settings_are_here() -> None:
+    fields, files = (
+        {"lr": "learning_rate", "overwrite_output": "overwrite_output"},
+        {"--train_jsonl": Path("a/b.jsonl")},
+    )
+    notes = {
+        "LEARNING_RATE was 1, or set LEARNING_RATE=2": "LEARNING_RATE is --lr",
+        "RESUME=never and OVERWRITE_OUTPUT=true": (
+            "RESUME is never with --overwrite_output True, OVERWRITE_OUTPUT is --overwrite_output"
+        ),
+        "a/b.jsonl line 7: no text": "a/b.jsonl is --train_jsonl",
+        "set SEED=3": "SEED is a setting of train.py",
+        "set HF_TOKEN for a gated one; NCCL_DEBUG": "",
     }
-    assert {message: name_options(message, fields, files) for message in named} == named
+    expected = {message: f"{message} ({note})" if note else message for message, note in notes.items()}
+    assert {message: explain(message, fields, files) for message in notes} == expected
 
 
 # ------------------------------------------------------------------------------------------------------ prepare_data
@@ -471,6 +510,28 @@ def test_items_of_a_row(tts: Any) -> None:
     assert torch.equal(item["text_ids"], ids[:, :-5])
     assert item["audio_codes"].tolist() == tts.rows[1]["audio_codes"] and item["ref_mel"].shape[2] == 128
     assert len(tts.dataset) == NUM_ROWS
+
+
+def test_code_around_the_official_class_finds_what_it_knows(tts: Any) -> None:
+    """Its attributes in a subclass, and collate_fn on items of a cache, with the three keys of the official items."""
+
+    class Cached(TTSDataset):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            turn = f"<|im_start|>assistant\n{self.data_list[index]['text']}<|im_end|>\n<|im_start|>assistant\n"
+            return {
+                "text_ids": self.processor(text=turn, return_tensors="pt", padding=True)["input_ids"][:, :-5],
+                "audio_codes": torch.tensor(self.data_list[index]["audio_codes"], dtype=torch.long),
+                "ref_mel": tts.dataset[index]["ref_mel"],
+            }
+
+    config = tts.stock.model.config
+    dataset = Cached(tts.rows, tts.stock.processor, config)
+    assert dataset.config is config and dataset.processor is tts.stock.processor
+    assert dataset.data_list is tts.rows and dataset.lag_num == -1
+    batch = next(iter(DataLoader(dataset, batch_size=NUM_ROWS, collate_fn=dataset.collate_fn)))
+    assert list(tts.dataset[0]) == ["text_ids", "audio_codes", "ref_mel"]
+    assert batch.keys() == tts.batch.keys()
+    assert all(torch.equal(batch[name], tts.batch[name]) for name in batch)
 
 
 @pytest.mark.parametrize(

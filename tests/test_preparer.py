@@ -253,6 +253,16 @@ def test_the_user_s_own_validation_file_stays(
     assert texts(own) == ["Mine."]
 
 
+def test_no_validation_rows_are_prepared_for_the_null_device(
+    tmp_path: Path, make_settings: MakeSettings, prepare: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetuning.preparer.os.devnull", str(tmp_path / "null"))  # nobody's machine is at stake
+    folder = write_dataset(tmp_path / "set", train=5, validation=3)
+    prepare(make_settings(dataset_name=str(folder), validation_jsonl=tmp_path / "null"))
+    assert len(read(Path("data/train.jsonl"))) == 5
+    assert not list(tmp_path.glob("*null*"))
+
+
 def test_an_interruption_between_the_splits_loses_neither(
     tmp_path: Path, make_settings: MakeSettings, prepare: Callable, fake: FakeCodec
 ) -> None:

@@ -16,7 +16,7 @@ from raw_clips import expected_codes, read_rows, write_clip, write_rows
 from finetuning import row_index, training_rows
 from finetuning.audio import load_audio
 from finetuning.base_model import Base, resolve_base
-from finetuning.codec import Codec
+from finetuning.codec import Codec, codec_fingerprints
 from finetuning.encode_rows import encoded_path
 from finetuning.errors import UserError
 from finetuning.manifest import RowFormat
@@ -160,6 +160,16 @@ def test_default_validation_file_is_used_when_it_is_there(
     make_raw(3, "validation.jsonl").parent.rename(tmp_path / "cwd" / "data")
     rows = open_rows(run_settings(make_settings, make_raw(20)), base)
     assert rows.validation is not None and (len(rows.train), len(rows.validation)) == (20, 3)
+
+
+def test_the_null_device_stands_for_no_validation_file(
+    fake: FakeCodec, make_raw: MakeRaw, make_settings: MakeSettings, base: Base, tmp_path: Path
+) -> None:
+    make_raw(3, "validation.jsonl").parent.rename(tmp_path / "cwd" / "data")
+    settings = run_settings(make_settings, make_raw(20), Path(os.devnull))
+    for build in (True, False):
+        rows = open_rows(settings, base, build)
+        assert rows.validation is not None and (len(rows.train), len(rows.validation)) == (19, 1)
 
 
 def test_named_validation_file_that_is_missing_is_an_error_before_anything_is_encoded(
@@ -356,7 +366,7 @@ def test_stale_codes_are_noticed_with_and_without_an_index(
         os.utime(coded.parent / "train_clips/04.wav", ns=(1, 1))
     elif change == "codec":
         for room in ("training_rows", "encode_rows"):
-            monkeypatch.setattr(f"finetuning.{room}.codec_fingerprint", lambda folder: "another")
+            monkeypatch.setattr(f"finetuning.{room}.codec_fingerprints", lambda folder: ("another", "other"))
         expected_clips = 6
     work.clear()
     opened = open_rows(settings, base)
@@ -393,7 +403,7 @@ def test_codec_is_not_read_for_codes_of_unknown_origin(
 ) -> None:
     raw = make_raw(4)
     write_rows(raw, [row | {"audio_codes": [[n] * 16] * 3} for n, row in enumerate(read_rows(raw))])
-    monkeypatch.setattr(training_rows, "codec_fingerprint", None)
+    monkeypatch.setattr(training_rows, "codec_fingerprints", None)
     for _ in range(2):
         open_rows(run_settings(make_settings, raw), base)
 
@@ -404,9 +414,20 @@ def test_other_codec_without_audio_is_refused_with_an_index_too(
     write_rows(coded, [row | {"audio": "gone.wav"} for row in read_rows(coded)])
     settings = run_settings(make_settings, coded)
     open_rows(settings, base)
-    monkeypatch.setattr(training_rows, "codec_fingerprint", lambda folder: "another")
+    monkeypatch.setattr(training_rows, "codec_fingerprints", lambda folder: ("another", "other"))
     with pytest.raises(UserError, match=r"TRAIN_JSONL: .*coded\.jsonl line 1: its codes were made by another codec"):
         open_rows(settings, base)
+
+
+def test_codes_from_when_the_config_counted_are_not_stale(
+    coded: Path, fake: FakeCodec, make_settings: MakeSettings, base: Base, work: list[str]
+) -> None:
+    today, earlier = codec_fingerprints(base.codec_folder)
+    coded.write_text(coded.read_text().replace(today, earlier))
+    assert earlier in coded.read_text()
+    for _ in range(2):
+        open_rows(run_settings(make_settings, coded), base)
+    assert "encode coded.jsonl" not in work and fake.take_num_clips() == 0
 
 
 def test_skipped_rows_are_said_and_listed_at_every_start(
