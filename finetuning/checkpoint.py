@@ -43,7 +43,7 @@ from finetuning.disk import (
 )
 from finetuning.errors import UserError
 from finetuning.languages import Languages
-from finetuning.model_card import model_card
+from finetuning.model_card import model_card, origin
 from finetuning.objective import TrainingObjective
 from finetuning.settings import Settings
 from finetuning.sharding import full_tensor
@@ -140,7 +140,7 @@ class Exporter:
     ) -> None:
         settings = self.settings
         if settings.lora_rank:
-            learnt = Learnt(self.base.name, speakers, languages, weights, self._trained())
+            learnt = Learnt(origin(self.base), speakers, languages, weights, self._trained())
             save_adapter(folder / ADAPTER_FOLDER, settings, learnt)
             weights = merged(weights, settings.lora_export_scale * settings.lora_alpha / settings.lora_rank)
         insert_speakers(weights, speakers)
@@ -280,7 +280,7 @@ def write_checkpoint(
     write_json(folder / "config.json", export_config(base, speakers, num_layers, export_type))
     (folder / "speaker_encoder").mkdir()
     write_json(folder / "speaker_encoder" / "speaker_config.json", speaker_config(speakers))
-    write_json(folder / "training_state.json", {**state, "base": base.name})
+    write_json(folder / "training_state.json", {**state, "base": origin(base)})
     card = model_card(base, speakers, state, settings, about or {})
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+PROJECT = Path(__file__).resolve().parent.parent
 #: So many names are listed in a line.
 MAX_LISTED_NAMES = 30
 
@@ -29,5 +30,5 @@ def listed_names(names: Sequence[str]) -> str:
 
 def command_of(script: str) -> str:
     """How a script at the top of the project is called from the working directory."""
-    path = Path(__file__).resolve().parent.parent / script
+    path = PROJECT / script
     return f"python {shlex.quote(min(str(path), os.path.relpath(path), key=len))}"

@@ -7,12 +7,15 @@ Beside a folder ``best`` there may be, after a crash:
 ``.best.old.tmp``   the one before, while the next takes its place; goes back if that never happened
 ``.best.gone.tmp``  one that is being removed
 ==================  ==============================================================================
+
+``.best.upload-….tmp`` is a copy on its way to the Hub, and in use while its lock file is locked.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -29,6 +32,8 @@ CARD_FILE = "README.md"
 #: Weights are hard-linked where the file system allows and never written in place; other files, which people edit, are
 #: copied.
 LINKED_SUFFIX = ".safetensors"
+#: In a temporary folder: locked by the process that uses it.
+_LOCK_FILE = "lock"
 #: Bytes that are read at a time for a checksum.
 _READ_BYTES = 8 * 2**20
 
@@ -96,8 +101,36 @@ def clean_up(parent: Path) -> None:
     """What a crash left in ``parent``: a folder on its way out of its place goes back, the rest is removed."""
     for old in parent.glob(".*.old.tmp"):
         _put_back(old, parent / old.name.removeprefix(".").removesuffix(".old.tmp"))
-    for leftover in parent.glob(".*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    remove_leftovers(parent, ".*.tmp")
+
+
+def remove_leftovers(parent: Path, pattern: str) -> None:
+    """Removes temporary files and folders that no process uses."""
+    for leftover in parent.glob(pattern):
+        if not leftover.is_dir():
+            leftover.unlink()
+        elif not _is_in_use(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """While the block runs, and this process lives, ``remove_leftovers`` of any process lets the folder be."""
+    with (folder / _LOCK_FILE).open("w") as lock:
+        with contextlib.suppress(OSError):  # a disk without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_in_use(folder: Path) -> bool:
+    try:
+        with (folder / _LOCK_FILE).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or a disk without locks
+        return False
+    return False
 
 
 @contextlib.contextmanager
@@ -133,12 +166,16 @@ def damage(folder: Path) -> list[str]:
         return [f"{CHECKSUMS_FILE} is not readable"]
 
 
-def check_is_whole(folder: Path, setting: str) -> None:
-    """Raises UserError for a checkpoint of this project that is damaged; a folder without checksums passes."""
+def check_is_whole(folder: Path, setting: str, shown: Path | None = None) -> None:
+    """Raises UserError for a checkpoint of this project that is damaged; a folder without checksums passes.
+
+    Args:
+        shown: the folder that it is a copy of.
+    """
     if (folder / CHECKSUMS_FILE).exists() and (problems := damage(folder)):
         raise UserError(
-            f"{setting}: {folder} is damaged: {'; '.join(problems)}. Use another checkpoint; if the change is yours, "
-            f"remove its {CHECKSUMS_FILE}"
+            f"{setting}: {shown or folder} is damaged: {'; '.join(problems)}. Use another checkpoint; if the change is "
+            f"yours, remove its {CHECKSUMS_FILE}"
         )
 
 

@@ -48,7 +48,7 @@ def run_main(main: Callable[[], None]) -> None:
     """Runs a command's ``main`` and leaves the process with the exit codes above."""
     try:
         main()
-        _part_from_the_others()
+        part_from_the_others()
     except UserError as error:
         sys.stdout.flush()
         leave(2, f"error: {error}")
@@ -69,8 +69,8 @@ def run_main(main: Callable[[], None]) -> None:
         leave(1, traceback.format_exc(), ECHO_SECONDS)
 
 
-def _part_from_the_others() -> None:
-    """Ends the process group, whose threads may abort a process that leaves without it."""
+def part_from_the_others() -> None:
+    """Ends the process group, whose threads may abort a process that leaves without it; no collective may follow."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -9,8 +9,9 @@ A run with UPLOAD_TO_HUB sends its own by the same command (see ``uploads``). Al
 folder. After a break the command goes on: what has arrived is not sent again, neither a file that is there (by its
 sha256, which the Hub is asked for first) nor, where the repository stores by Xet, a piece of one.
 
-What is sent is a copy in a folder of its own, whose weights are hard links: saving and rotation never meet it. In it,
-paths of this machine give way to names, and the model card names the repository.
+What is sent is a copy in a folder of its own, whose weights are hard links: saving and rotation never meet it. The copy
+is what is checked: a run may replace the folder meanwhile. In it, paths of this machine give way to names, and the model
+card names the repository.
 """
 
 from __future__ import annotations
@@ -24,36 +25,44 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent import futures
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from finetuning.console import say
+from finetuning.console import PROJECT, say
 from finetuning.disk import (
     CARD_FILE,
     CHECKSUMS_FILE,
     check_is_whole,
     checksum,
     files_of,
+    in_use,
     link_or_copy,
     read_json,
+    remove_leftovers,
     write_json,
 )
 from finetuning.errors import UserError, run_main
 from finetuning.history import is_number
-from finetuning.model_card import adapter_name, for_repository
-from finetuning.settings import export_variables_of_file, repository_problem
+from finetuning.model_card import adapter_name, for_repository, id_of_origin
+from finetuning.settings import export_variables_of_file, repository_problem, token_problem
 
 #: Seconds before each further attempt.
 WAITS_SECONDS = (1.0, 5.0, 20.0, 60.0, 180.0)
-#: A connection that takes longer, or is silent for longer, is given up and tried again; the Hub may take minutes over a
-#: commit. While a body is sent, the first of them is the patience with each piece of it.
-CONNECT_SECONDS, SILENCE_SECONDS = 60, 600
+#: A connection that takes longer, a body of which so long no piece is taken, and an answer that takes longer (the Hub
+#: may take minutes over a commit) are given up and tried again.
+CONNECT_SECONDS, PIECE_SECONDS, SILENCE_SECONDS = 10, 60, 300
+#: The start of a run waits no longer for the Hub.
+ASKING_SECONDS = 30.0
 #: Answers that may be others next time: time-outs, conflicts with another commit, too many requests.
 PASSING_STATUS = (408, 409, 412, 423, 425, 429)
+#: How the copies beside a folder are called; see ``disk``.
+COPIES = ".{name}.upload-*.tmp"
 #: Files of an earlier upload that must not stay beside this one, since they would be loaded with it. What else people
 #: have put into the repository stays.
 REPLACED = (
@@ -84,9 +93,25 @@ class Sent:
 
 
 def upload_command(folder: Path | str, repository: str, private: bool) -> str:
-    """What a user types to send a checkpoint."""
-    words = ["python", "-m", "finetuning.hub", "upload", str(folder), "--repo", repository]
-    return shlex.join(words if private else [*words, "--public"])
+    """What a user types to send a checkpoint, with the settings file that the token may stand in."""
+    file, is_at_home = os.environ.get("ENV_FILE"), Path.cwd() == PROJECT
+    words = [_called_python(), "-m", "finetuning.hub", "upload", _from_project(folder), "--repo", repository]
+    there = "" if is_at_home else f"cd {shlex.quote(str(PROJECT))} && "
+    with_file = f"ENV_FILE={shlex.quote(_from_project(file))} " if file else ""
+    return there + with_file + shlex.join(words if private else [*words, "--public"])
+
+
+def _from_project(path: Path | str) -> str:
+    path = Path(path).resolve()
+    return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
+
+
+def _called_python() -> str:
+    """By its name where a shell finds this very one; Python in a virtual environment is a link."""
+    found, python = shutil.which("python"), Path(sys.executable)
+    if found and Path(found).parent == python.parent:
+        return "python"
+    return str(python.relative_to(PROJECT) if python.is_relative_to(PROJECT) else python)
 
 
 # ------------------------------------------------------------------------------------------------------------- asking
@@ -96,15 +121,18 @@ def connect(endpoint: str | None = None) -> Any:
     """``HfApi``.
 
     Raises:
-        UserError: HF_HUB_OFFLINE is set, or there is no token.
+        UserError: HF_HUB_OFFLINE is set, or there is no token, or none that can be one.
     """
     from huggingface_hub import HfApi, constants, get_token
 
     if endpoint is None and constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set, and an upload needs the Hub; unset it, or set UPLOAD_TO_HUB=false")
-    if not get_token():
+    token = get_token()
+    if not token:
         raise UserError(f"HF_TOKEN: an upload needs a token; {NEEDS_TOKEN}")
-    return HfApi(endpoint=endpoint)
+    if problem := token_problem(token):
+        raise UserError(f"HF_TOKEN: {problem}")
+    return HfApi(endpoint=endpoint, token=token)
 
 
 def check_access(repositories: Mapping[str, str], private: bool, api: Any = None) -> list[str]:
@@ -121,30 +149,43 @@ def check_access(repositories: Mapping[str, str], private: bool, api: Any = None
         UserError: no token, or one that may not write there.
     """
     api = api or connect()
-    with _patience():
+    answer: futures.Future[list[str]] = futures.Future()
+
+    def ask() -> None:
         try:
-            who = api.whoami()
-            return [_check_repository(api, who, name, one, private) for name, one in repositories.items()]
+            with _patience():
+                who = api.whoami()
+                answer.set_result([_check_repository(api, who, *item, private) for item in repositories.items()])
         except Exception as error:
-            if (problem := _problem_of(error)) is None:
-                raise
-            raise problem.as_error("the Hub", ", ".join(repositories.values())) from None
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # left behind where it takes too long
+    try:
+        return answer.result(ASKING_SECONDS)
+    except futures.TimeoutError:
+        raise OutOfReach(f"the Hub did not answer within {ASKING_SECONDS:g} s; check the network") from None
+    except Exception as error:
+        if (problem := _problem_of(error)) is None:
+            raise
+        raise problem.as_error(", ".join(repositories.values())) from None
 
 
 def _check_repository(api: Any, who: Mapping[str, Any], name: str, repository: str, private: bool) -> str:
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    setting = f"HUB_MODEL_ID_{name.upper()}"
     try:
-        is_private = api.model_info(repository).private
-        state = f"there, {'private' if is_private else 'public'}"
-        if private and not is_private:
+        found = api.model_info(repository)
+        state = f"there, {'private' if found.private else 'public'}"
+        if private and not found.private:
             state += " (HUB_PRIVATE is for repositories that are made, this one stays public)"
     except RepositoryNotFoundError:
-        is_private = None
+        found = None
         state = f"to be made, {'private' if private else 'public'}"
-    if problem := access_problem(who, repository, is_there=is_private is not None):
-        raise UserError(f"{setting}: {problem}")
+    full_name = found.id if found else repository  # it may have moved to another owner
+    if problem := access_problem(who, full_name, is_there=found is not None):
+        raise UserError(f"HUB_MODEL_ID_{name.upper()}: {problem}")
+    if _role_in(who, full_name) == "read":
+        state += "; warning: your role in that organisation is read, which may not do"
     return f"{name}/ to {repository} ({state})"
 
 
@@ -152,30 +193,37 @@ def access_problem(who: Mapping[str, Any], repository: str, is_there: bool) -> s
     """Why a token may not write to a repository, by what ``whoami`` tells of it; None where it may, or may well.
 
     Args:
+        repository: its present id.
         is_there: whether the token can see the repository.
     """
     access = (who.get("auth") or {}).get("accessToken") or {}
-    owner, user = repository.partition("/")[0].lower(), str(who.get("name"))
-    role = access.get("role")
+    owner, user, role = repository.partition("/")[0], str(who.get("name")), access.get("role")
     if role == "read":
         return f"the token of {user} may only read; {NEEDS_TOKEN}"
     if role == "fineGrained":
         scopes = (access.get("fineGrained") or {}).get("scoped") or []
-        writable = {
-            str((scope.get("entity") or {}).get("name")).lower()
-            for scope in scopes
-            if "repo.write" in (scope.get("permissions") or ())
-        }
-        if writable & {owner, repository.lower()}:
-            return None
-        return (
-            f"the fine-grained token of {user} may not write to {repository}; give it write access to the "
-            f"repositories of {repository.partition('/')[0]} at {TOKENS_URL}"
-        )
-    organisations = {str(one.get("name")).lower() for one in who.get("orgs") or ()}
-    if not is_there and owner not in {user.lower(), *organisations}:
-        return f"{repository} is not there, and {user} can make repositories only as {user} or for own organisations"
+        writable = [scope.get("entity") or {} for scope in scopes if "repo.write" in (scope.get("permissions") or ())]
+        wanted = {("user", owner.lower()), ("org", owner.lower())}
+        wanted |= {("model", repository.lower())} if is_there else set()
+        if wanted.isdisjoint((one.get("type"), str(one.get("name")).lower()) for one in writable):
+            return (
+                f"the fine-grained token of {user} may not {'write to' if is_there else 'make'} {repository}; give it "
+                f"write access to the repositories of {owner} at {TOKENS_URL}"
+            )
+        return None
+    own_role = _role_in(who, repository)
+    if owner.lower() != user.lower() and own_role is None:
+        return f"{owner} is neither {user}, whose token this is, nor an organisation of {user}"
+    if own_role == "read" and not is_there:
+        return f"{user} may only read in {owner}, and {repository} is not there; ask for the role write"
     return None
+
+
+def _role_in(who: Mapping[str, Any], repository: str) -> str | None:
+    """In the organisation that owns the repository ("" where the Hub does not say); None where it is none of theirs."""
+    owner = repository.partition("/")[0].lower()
+    roles = [one.get("roleInOrg") or "" for one in who.get("orgs") or () if str(one.get("name")).lower() == owner]
+    return roles[0] if roles else None
 
 
 @contextlib.contextmanager
@@ -186,7 +234,8 @@ def _patience() -> Iterator[None]:
 
     class Patient(requests.adapters.HTTPAdapter):
         def send(self, request: Any, *args: Any, timeout: Any = None, **options: Any) -> Any:
-            return super().send(request, *args, timeout=timeout or (CONNECT_SECONDS, SILENCE_SECONDS), **options)
+            first = PIECE_SECONDS if request.method == "PUT" else CONNECT_SECONDS  # of a connection, and of sending
+            return super().send(request, *args, timeout=timeout or (first, SILENCE_SECONDS), **options)
 
     def session() -> requests.Session:
         made = requests.Session()
@@ -218,18 +267,11 @@ class Problem:
     status: int | None = None
     is_final: bool = False
 
-    def as_error(self, subject: str, repository: str) -> UserError:
-        """
-        Args:
-            subject: that failed.
-        """
-        if self.status == 401:
-            return UserError(f"HF_TOKEN: the Hub does not know this token; {NEEDS_TOKEN}")
-        if self.status == 403:
-            return UserError(f"HF_TOKEN: this token may not write to {repository} ({self.what}); {NEEDS_TOKEN}")
+    def as_error(self, repository: str) -> UserError:
         if not self.is_final:
-            return OutOfReach(f"{subject} cannot be reached: {self.what}; check the network, or HF_ENDPOINT")
-        return UserError(f"{subject} refuses {repository}: {self.what}")
+            return OutOfReach(f"the Hub cannot be reached: {self.what}; check the network, or HF_ENDPOINT")
+        hint = f". If it is about the token (HF_TOKEN): {NEEDS_TOKEN}" if self.status in (401, 403) else ""
+        return UserError(f"the Hub refuses {repository}: {self.what}{hint}")
 
 
 def _problem_of(error: BaseException) -> Problem | None:
@@ -248,17 +290,21 @@ def _problem_of(error: BaseException) -> Problem | None:
             return Problem(f"the storage answered {status}")
         is_final = 400 <= status < 500 and status not in PASSING_STATUS
         said = getattr(inner, "server_message", None) or response.reason or ""
-        return Problem(_scrubbed(f"{status} {said}".strip()), status, is_final)
+        return Problem(scrubbed(f"{status} {said}".strip()), status, is_final)
     if type(error) is ValueError:  # of the library: an answer of the Hub, to a card or a file
-        return Problem(_scrubbed(str(error)), is_final=True)
+        return Problem(scrubbed(str(error)), is_final=True)
     if type(error) is RuntimeError or type(error).__name__.startswith("Xet"):  # of hf_xet: the way to its server
-        return Problem(_scrubbed(f"{type(error).__name__}: {error}"))
+        return Problem(scrubbed(f"{type(error).__name__}: {error}"))
     return None
 
 
-def _scrubbed(text: str) -> str:
+def scrubbed(text: str) -> str:
     """Its first line, without addresses, whose ends may be signatures, and without tokens."""
+    from huggingface_hub import get_token
+
     line = next((line for line in text.splitlines() if line.strip()), "").strip()
+    if token := get_token():
+        line = line.replace(token, "…")
     return re.sub(r"hf_\w+", "…", re.sub(r"https?://\S+", "…", line))[:300]
 
 
@@ -288,7 +334,7 @@ def send(
                 if (problem := _problem_of(error)) is None:
                     raise
                 if problem.is_final or wait is None:
-                    raise problem.as_error("the Hub", repository) from None
+                    raise problem.as_error(repository) from None
                 say(f"{repository}: {problem.what}; the next attempt in {wait:g} s")
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
@@ -321,6 +367,23 @@ def commit_message(folder: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- staging
 
 
+def upload(folder: Path, repository: str, private: bool, num_attempts: int | None = None) -> Sent:
+    """Sends a checkpoint.
+
+    Args:
+        num_attempts: default all of ``WAITS_SECONDS`` and one more.
+
+    Raises:
+        UserError: there is none, it is damaged, or the Hub refuses it.
+        OutOfReach: all attempts failed.
+    """
+    api = connect()
+    with staged(folder, repository) as copy:
+        num_bytes = sum(file.stat().st_size for file in files_of(copy))
+        say(f"{folder} to {repository}: {num_bytes / 1e9:.2f} GB, what is there already included")
+        return send(copy, repository, private, api, WAITS_SECONDS[: num_attempts and num_attempts - 1])
+
+
 @contextlib.contextmanager
 def staged(folder: Path, repository: str) -> Iterator[Path]:
     """The checkpoint as it is sent, beside the folder for as long as it is needed.
@@ -331,31 +394,21 @@ def staged(folder: Path, repository: str) -> Iterator[Path]:
     if not (folder / "config.json").is_file() or not list(folder.glob("model*.safetensors")):
         inside = " (best/ and last/ inside of it are)" if (folder / "last").is_dir() else ""
         raise UserError(f"{folder} is no checkpoint{inside}: config.json or model.safetensors is missing")
-    check_is_whole(folder, "upload")
     folder = folder.resolve()
-    _remove_leftovers(folder)
-    target = folder.with_name(f".{folder.name}.upload-{os.getpid()}")
-    with _leaving_at_once(lambda: shutil.rmtree(target, ignore_errors=True)):
+    remove_leftovers(folder.parent, COPIES.format(name=folder.name))  # of uploads that were killed
+    place = _make_place(folder)
+    with in_use(place), _leaving_at_once(lambda: shutil.rmtree(place, ignore_errors=True)):
         try:
-            _stage_beside(folder, target, repository)
-            yield target
+            stage(folder, place / folder.name, repository)
+            yield place / folder.name
         finally:
-            shutil.rmtree(target, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Of uploads that were killed. A run removes its own, whose names end otherwise."""
-    import psutil
-
-    for leftover in folder.parent.glob(f".{folder.name}.upload-*"):
-        number = leftover.name.rpartition("-")[2]
-        if number.isdigit() and not psutil.pid_exists(int(number)):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _stage_beside(folder: Path, target: Path, repository: str) -> None:
+def _make_place(folder: Path) -> Path:
+    prefix, suffix = COPIES.format(name=folder.name).split("*")
     try:
-        stage(folder, target, repository)
+        return Path(tempfile.mkdtemp(suffix, prefix, folder.parent))
     except OSError as error:
         raise UserError(f"{folder} cannot be copied beside itself for the upload: {error}") from None
 
@@ -364,14 +417,26 @@ def stage(folder: Path, target: Path, repository: str) -> None:
     """Fills ``target``, on the same disk, with what is sent of a checkpoint; hidden files stay behind.
 
     Raises:
-        OSError: the disk refuses.
+        UserError: the checkpoint is damaged, or the disk refuses.
     """
-    shutil.copytree(folder, target, copy_function=link_or_copy, ignore=shutil.ignore_patterns(".*"))
+    try:
+        _copy_whole(folder, target)
+    except UserError:  # a run may just have put the next one into its place
+        shutil.rmtree(target, ignore_errors=True)  # all of it: nothing is ever written into what is linked
+        _copy_whole(folder, target)
     for edit in (_without_paths, _name_references):
         edit(target)
     card = target / CARD_FILE
     if card.is_file():
         card.write_text(for_repository(card.read_text(encoding="utf-8"), repository), encoding="utf-8")
+
+
+def _copy_whole(folder: Path, target: Path) -> None:
+    try:
+        shutil.copytree(folder, target, copy_function=link_or_copy, ignore=shutil.ignore_patterns(".*"))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be copied for the upload: {error}") from None
+    check_is_whole(target, "upload", folder)
 
 
 def _without_paths(folder: Path) -> None:
@@ -389,8 +454,7 @@ def _without_paths(folder: Path) -> None:
 
 def _name_of(base: str) -> str:
     """An id on the Hub as it is; of a folder the last part."""
-    is_folder = repository_problem(base) is not None or Path(base).expanduser().exists()
-    return Path(base).name if is_folder else base
+    return id_of_origin(base) or Path(base).name
 
 
 def _name_references(folder: Path) -> None:
@@ -462,7 +526,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     how = command.add_mutually_exclusive_group()
     how.add_argument("--private", action="store_true", default=True, help="a repository that is made is private")
     how.add_argument("--public", dest="private", action="store_false", help="or public")
-    command.add_argument("--staged", action="store_true", help=argparse.SUPPRESS)  # by a run: see ``uploads``
+    command.add_argument("--for-run", type=int, metavar="ATTEMPTS", help=argparse.SUPPRESS)  # see ``uploads``
     arguments = parser.parse_args(given)
     if problem := repository_problem(arguments.repo):
         raise UserError(f"--repo: {problem}")
@@ -475,20 +539,26 @@ def main() -> None:
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()  # its warnings tell addresses with signatures
-    if arguments.staged:
-        os.nice(10)  # the training goes first
-        _end_with_parent()
-    elif not sys.stderr.isatty():
+    if arguments.for_run:
+        return answer_run(arguments)
+    if not sys.stderr.isatty():
         disable_progress_bars()
-    api = connect()
-    here = contextlib.nullcontext(arguments.folder) if arguments.staged else staged(arguments.folder, arguments.repo)
-    with here as folder:
-        num_bytes = sum(file.stat().st_size for file in files_of(folder))
-        say(f"{arguments.folder} to {arguments.repo}: {num_bytes / 1e9:.2f} GB, what is there already included")
-        sent = send(folder, arguments.repo, arguments.private, api)
+    sent = upload(arguments.folder, arguments.repo, arguments.private)
     say(f"{'Done' if sent.is_news else 'Nothing was new'}: {sent.url}")
     if sent.is_public and arguments.private:
         say(f"{arguments.repo} is public, as it was")
+    return None
+
+
+def answer_run(arguments: argparse.Namespace) -> None:
+    """An upload by a run, whose last line is JSON: a ``Sent``, or ``error`` and ``is_out_of_reach``."""
+    os.nice(10)  # the training goes first
+    _end_with_parent()
+    try:
+        answer = asdict(upload(arguments.folder, arguments.repo, arguments.private, arguments.for_run))
+    except UserError as error:
+        answer = {"error": str(error), "is_out_of_reach": isinstance(error, OutOfReach)}
+    print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

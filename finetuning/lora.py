@@ -42,6 +42,7 @@ from finetuning.console import command_of, say
 from finetuning.disk import new_folder
 from finetuning.errors import UserError, run_main
 from finetuning.languages import Languages, with_languages
+from finetuning.model_card import origin
 from finetuning.settings import Settings
 from finetuning.speakers import Speakers
 
@@ -252,7 +253,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
     base = resolve_base(Settings(init_model_path=arguments.base, speaker_encoder_path=arguments.speaker_encoder))
     adapters = [Adapter.load(folder) for folder in arguments.adapter]
     for adapter in adapters:
-        if adapter.base_name != base.name:
+        if adapter.base_name not in (base.name, origin(base)):
             say(f"{adapter.folder} was trained on {adapter.base_name}; {base.name} should hold the same weights")
     merge(base, adapters, [arguments.scale * weight for weight in arguments.weights], arguments.output)
     how = f"--speaker {adapters[0].speakers.names[0]}"

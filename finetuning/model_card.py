@@ -17,6 +17,7 @@ from finetuning.history import is_number
 from finetuning.metrics import METRICS
 from finetuning.prompt import find_language
 from finetuning.settings import Settings
+from finetuning.tiny_model import NAMES as EMBEDDED_NAMES
 
 if TYPE_CHECKING:
     from finetuning.base_model import Base
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 THIS_FOLDER, INSIDE = 'from_pretrained(".")', "inside this folder, or with its path in place of the dot"
 #: The Hub's name of the library (huggingface.js, ``model-libraries.ts``); the package is called qwen-tts.
 LIBRARY = "qwen3_tts"
-#: Of the released models; another one stands in the base's own card.
+#: Of the released models, and of what is embedded.
 LICENSE = "apache-2.0"
 #: Released models, by the name that a folder has into which one was downloaded by hand.
 RELEASED = tuple(f"Qwen/Qwen3-TTS-12Hz-{size}-{kind}" for size in ("1.7B", "0.6B") for kind in ("Base", "CustomVoice"))
@@ -106,8 +107,8 @@ def hub_id(base: Base) -> str | None:
     if not is_local(base):
         return base.name
     name = (read_json(base.folder / "training_state.json") or {}).get("base")  # a checkpoint of this tool
-    if isinstance(name, str) and _looks_like_id(name):
-        return name
+    if isinstance(name, str) and (known := id_of_origin(name)):
+        return known
     if match := re.search(r"/models--([^/]+)--([^/]+)/snapshots/[^/]+$", base.folder.as_posix()):  # the Hub's cache
         return f"{match[1]}/{match[2]}"
     return next((released for released in RELEASED if released.endswith(f"/{base.folder.name}")), None)
@@ -116,6 +117,16 @@ def hub_id(base: Base) -> str | None:
 def is_local(base: Base) -> bool:
     """Whether the base was named by a folder, or is an embedded model, and not by an id on the Hub."""
     return not _looks_like_id(base.name) or Path(base.name).expanduser().resolve() == base.folder
+
+
+def origin(base: Base) -> str:
+    """What a checkpoint says of its base: an id on the Hub, an embedded model's name, or an absolute path."""
+    return str(base.folder) if is_local(base) and base.name not in EMBEDDED_NAMES else base.name
+
+
+def id_of_origin(name: str) -> str | None:
+    """The id on the Hub in an ``origin``. Older checkpoints have the folder as it was named, maybe "models/base"."""
+    return name if _looks_like_id(name) and not Path(name).is_dir() else None
 
 
 def _looks_like_id(name: str) -> bool:
@@ -128,7 +139,7 @@ def shown_base(base: Base) -> str:
 
 
 def license_of(base: Base) -> dict[str, str]:
-    """What the base's own card says of its licence, else that of the released models."""
+    """What the base's own card says of its licence, else that of the released models where it is one of them."""
     from huggingface_hub.repocard import metadata_load
 
     try:
@@ -136,8 +147,12 @@ def license_of(base: Base) -> dict[str, str]:
     except Exception:  # none, or one that is no card
         said = {}
     names = ("license", "license_name", "license_link")
-    found = {name: said[name] for name in names if isinstance(said.get(name), str)}
-    return found if "license" in found else {"license": LICENSE}
+    given = {name: said.get(name) for name in names}
+    firsts = {name: value[0] if isinstance(value, list) and value else value for name, value in given.items()}
+    found = {name: value for name, value in firsts.items() if isinstance(value, str)}
+    if "license" in found:
+        return found
+    return {"license": LICENSE} if base.name in EMBEDDED_NAMES or hub_id(base) in RELEASED else {}
 
 
 def language_codes(names: Sequence[str] | Mapping[str, int]) -> list[str]:

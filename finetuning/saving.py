@@ -55,6 +55,7 @@ class Saver:
         facts: JSON values of the state's record that do not change: settings, base, data, speakers.
         vectors: (num_speakers, H) float32, the speakers' vectors.
         tell_saved: is called with the names of checkpoints that were saved.
+        make_room: is called before a save gives up for want of space.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Saver:
         facts: Mapping[str, Any],
         vectors: torch.Tensor,
         tell_saved: Callable[[Sequence[str]], None] = lambda _: None,
+        make_room: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings, self.exporter, self.facts, self.vectors = settings, exporter, facts, vectors
-        self._tell_saved = tell_saved
+        self._tell_saved, self._make_room = tell_saved, make_room
         self.accelerator = exporter.accelerator
         self._num_failures = 0
 
@@ -129,6 +131,8 @@ class Saver:
                 self.exporter.model, self.settings.ema_decay
             )
             older = sum(bytes_of(folder) for folder in find_states(output_dir)[1:]) if with_state else 0
+            if free_bytes(output_dir) + older < required:
+                self._make_room()
             if free_bytes(output_dir) < required <= free_bytes(output_dir) + older:
                 rotate_states(output_dir, keep=1)
             if (free := free_bytes(output_dir)) < required:

@@ -14,6 +14,7 @@ from finetuning.building import Run
 from finetuning.checkpoint import step_of_best
 from finetuning.console import command_of, say
 from finetuning.dataset import RowEncoder
+from finetuning.errors import part_from_the_others
 from finetuning.judging import Judge
 from finetuning.listening import characters_per_second
 from finetuning.prefix_cache import make_prefix_cache
@@ -80,7 +81,7 @@ def make_saver(run: Run, uploader: Uploader | None = None) -> Saver:
             "references": [list(references) for references in speakers.references],
         },
     }
-    more = {"tell_saved": uploader.offer} if uploader else {}
+    more = {"tell_saved": uploader.offer, "make_room": uploader.make_room} if uploader else {}
     return Saver(run.settings, run.exporter, facts, speakers.vectors, **more)
 
 
@@ -147,6 +148,8 @@ def train(run: Run) -> None:
     """Trains, verifies the round trip and sends the checkpoints to the Hub, where the settings ask for it."""
     with Uploader(run.settings) if run.is_main else contextlib.nullcontext() as uploader:
         train_and_verify(run, uploader)
+        if run.settings.repositories():
+            part_from_the_others()  # who need not wait for hours of uploading
         if uploader:
             uploader.finish()
 

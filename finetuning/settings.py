@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from dotenv.main import resolve_variables
 from dotenv.parser import parse_stream
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from finetuning.disk import write_json
@@ -660,19 +660,19 @@ def _resolve_aliases(source: list[_Given], names: Mapping[str, str], problems: l
         if field is None:
             continue
         other = resolved.get(field)
-        if other and not _same_value(other.value, assignment.value):
+        if other and not _same_value(field, other.value, assignment.value):
             places = f"{other.name} ({other.origin}) and {assignment.name} ({assignment.origin})"
             problems.append(f"{places} are the same setting with different values; keep one")
         resolved[field] = assignment
     return resolved
 
 
-def _same_value(one: str, other: str) -> bool:
-    if one == other:
-        return True
+def _same_value(field: str, one: str, other: str) -> bool:
+    """As the setting reads them: true and 1, 0.5 and .5, out and out/."""
+    reader = TypeAdapter(Settings.model_fields[field].rebuild_annotation())
     try:
-        return float(one) == float(other)
-    except ValueError:
+        return one == other or reader.validate_python(one) == reader.validate_python(other)
+    except ValidationError:
         return False
 
 
@@ -917,6 +917,10 @@ def _check_upload(settings: Settings, _: int) -> str | None:
     return None
 
 
+def _check_token(settings: Settings, _: int) -> str | None:
+    return token_problem(settings.hf_token.get_secret_value()) if settings.hf_token else None
+
+
 def _check_best_repository(settings: Settings, _: int) -> str | None:
     return repository_problem(settings.hub_model_id_best) if settings.hub_model_id_best else None
 
@@ -1042,6 +1046,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings, int], str | None
     (("icl_fraction", "export_type", "data_mode"), _check_in_context),
     (("reference_sampling", "export_type", "data_mode"), _check_reference_sampling),
     (("upload_to_hub", "hub_model_id_best", "hub_model_id_last"), _check_upload),
+    (("hf_token",), _check_token),
     (("hub_model_id_best",), _check_best_repository),
     (("hub_model_id_last", "hub_model_id_best"), _check_last_repository),
     (("weights_precision", "mixed_precision", "optimizer"), _check_weights_precision),
@@ -1089,6 +1094,13 @@ def speaker_name_problem(name: str) -> str | None:
     if name != name.strip() or not name.isprintable() or len(name) > 100:
         return "a speaker name must be printable, at most 100 characters, without white space at the ends"
     return None
+
+
+def token_problem(token: str) -> str | None:
+    """Why this is no token of the Hub, or None; what no request can carry. The token is not repeated."""
+    if re.fullmatch(r"[!-~]+", token.strip()):
+        return None
+    return "is no token: one is made of Latin letters, digits and _ alone; copy the whole of it"
 
 
 def repository_problem(name: str) -> str | None:

@@ -5,52 +5,43 @@ training for Python's interpreter, and a transfer that hangs, or a Ctrl-C, would
 ended at any time. A thread of this one only waits for it. Nothing that happens here ends the run: what could not be
 sent is said at the end, with the command that sends it.
 
-A save is staged at once (hard links, see ``hub``), so the run may replace the folder meanwhile. Of several saves of one
-folder that wait only the newest is kept.
+The process copies the folder as it is when it begins (hard links, see ``hub``), so the run may replace it meanwhile. Of
+several saves of one folder that come while another is being sent, the newest goes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import IO, Any, NoReturn
 
-from finetuning.console import say
+from finetuning.console import PROJECT, say
+from finetuning.disk import remove_leftovers
 from finetuning.errors import REPORT_VARIABLE, Stopped
-from finetuning.hub import stage, upload_command
+from finetuning.hub import COPIES, WAITS_SECONDS, scrubbed, upload_command
 from finetuning.settings import Settings
 
-PROJECT = Path(__file__).resolve().parent.parent
 #: While the end of the run waits, it says so often how far it is.
 NEWS_SECONDS = 30.0
+#: An upload of which so long nothing more was sent is given up.
+STALL_SECONDS = 600.0
+#: So often its process is looked at.
+POLL_SECONDS = 0.2
+#: A process that was killed ends sooner.
+END_SECONDS = 10.0
 #: Variables of a launch; the process of an upload is none of its processes.
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-#: A line of tqdm's: what, and how much of it.
-_BAR = re.compile(r"([^\r\n\x1b|]+?):\s+(\d+)%\|")
-
-
-@dataclass
-class Job:
-    """A save that is to be sent.
-
-    Attributes:
-        name: "best" or "last".
-        version: counts the saves of that name.
-        folder: where it is staged.
-    """
-
-    name: str
-    version: int
-    folder: Path
+#: A line of tqdm's: what, and how much of it, in per cent and by its amount.
+_BAR = re.compile(r"([^\r\n\x1b|]+?):\s+(\d+)%\|[^|]*\|\s*([^\s/]+)")
 
 
 class Uploader:
@@ -64,13 +55,14 @@ class Uploader:
         self.settings, self.output_dir = settings, settings.output_dir
         self.repositories = settings.repositories()
         self.failed: dict[str, str] = {}
-        self._versions = dict.fromkeys(self.repositories, 0)  # of the newest saves
-        self._arrived: dict[str, int] = {}  # versions on the Hub
-        self._waiting: dict[str, Job] = {}
-        self._current: Job | None = None
+        self._owed = set(self.repositories)  # whose folder, as it is, is neither on the Hub nor on its way there
+        self._mine: set[str] = set()  # what this process saved, or was to send
+        self._waiting: list[str] = []
+        self._current: str | None = None
         self._process: subprocess.Popen | None = None
+        self._why_ended: str | None = None  # the job under way
         self._progress = ""
-        self._number = 0
+        self._is_out_of_reach = False
         self._is_closed = False
         self._handlers: dict[int, Any] = {}
         self._changed = threading.Condition()
@@ -82,19 +74,33 @@ class Uploader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        owed = [name for name in self.repositories if not self._has_arrived(name) and (self.output_dir / name).is_dir()]
-        self._stop()
-        if kind is not None and owed:
-            self._tell_how(owed, "is not on the Hub. The same run, started again, sends it at its end; now, this does:")
+        self._is_closed = True
+        self.make_room("the run has ended")
+        if self.repositories:
+            self._worker.join(END_SECONDS)
+        if kind is not None:
+            words = "is not on the Hub. The same run, started again, sends it at its end; now, this does:"
+            self._tell_how(self._mine, words)
         self._restore_signals()
 
-    def offer(self, names: Sequence[str]) -> None:
+    def offer(self, names: Iterable[str]) -> None:
         """Takes note of checkpoints that were saved; with HUB_EVERY=save they are sent."""
-        for name in (one for one in self.repositories if one in names):
-            with self._changed:
-                self._versions[name] += 1
-            if self.settings.hub_every == "save":
-                self._add(name)
+        saved = [name for name in self.repositories if name in names]
+        with self._changed:
+            self._owed.update(saved)
+            self._mine.update(saved)
+        if self.settings.hub_every == "save":
+            self._queue(saved)
+
+    def make_room(self, why: str = "it made room on the disk for a save") -> None:
+        """Ends what is under way, whose copy may be all that keeps an older checkpoint on the disk. It stays owed."""
+        with self._changed:
+            self._waiting.clear()
+            self._why_ended = why
+            if self._process is not None:
+                self._process.kill()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._current is None or not self._worker.is_alive(), END_SECONDS)
 
     def finish(self) -> None:
         """Sends what has not been sent yet, and waits for it.
@@ -103,71 +109,41 @@ class Uploader:
             Stopped: by a signal meanwhile; the run itself is saved.
         """
         self._stop_by_signals()
-        names = [name for name in self.repositories if (self.output_dir / name).is_dir()]
-        for name in names:
-            if not self._is_underway(name):
-                self._add(name)
+        names = {name for name in self.repositories if (self.output_dir / name).is_dir()}
+        self._is_out_of_reach = False
+        self._mine |= names
+        self._queue([name for name in self.repositories if name in names & self._owed])
         self._wait()
         self._restore_signals()
-        if lost := [name for name in names if not self._has_arrived(name)]:
-            self._tell_how(lost, "could not be sent to the Hub. Everything is saved here, and this command goes on:")
+        self._tell_how(names, "could not be sent to the Hub. Everything is saved here, and this command goes on:")
 
     # ------------------------------------------------------------------------------------------------------- the queue
 
-    def _has_arrived(self, name: str) -> bool:
-        return self._arrived.get(name) == self._versions[name]
-
-    def _is_underway(self, name: str) -> bool:
-        """Whether its newest save has arrived, or is about to."""
+    def _queue(self, names: Iterable[str]) -> None:
         with self._changed:
-            jobs = [self._waiting.get(name), self._current]
-            newest = (name, self._versions[name])
-            return self._has_arrived(name) or newest in [(job.name, job.version) for job in jobs if job]
-
-    def _add(self, name: str) -> None:
-        """Stages the folder as it is now, in the place of an older save that still waits."""
-        self._number += 1
-        target = self.output_dir / f".{name}.upload-{self._number}.tmp"
-        try:
-            stage(self.output_dir / name, target, self.repositories[name])
-        except Exception as error:  # an upload must never cost a run
-            shutil.rmtree(target, ignore_errors=True)
-            self.failed[name] = f"it could not be staged: {error}"
-            say(f"warning: {self.output_dir / name} could not be staged for its upload: {error}")
-            return
-        with self._changed:
-            older = self._waiting.pop(name, None)
-            self._waiting[name] = Job(name, self._versions[name], target)
+            self._waiting += [name for name in names if name not in self._waiting]
             self._changed.notify_all()
-        if older:
-            shutil.rmtree(older.folder, ignore_errors=True)
 
     def _wait(self) -> None:
         """Until nothing is left to send, with news of it."""
         told_at = time.monotonic()
-        while True:
+        while self._worker.is_alive():
             with self._changed:
                 if not (self._waiting or self._current):
                     return
-                self._changed.wait(0.2)
-                name = self._current.name if self._current else None
+                self._changed.wait(POLL_SECONDS)
+                name = self._current
             if name and time.monotonic() - told_at >= NEWS_SECONDS:
                 told_at = time.monotonic()
                 say(f"waiting for the upload of {name}/ to {self.repositories[name]} {self._progress}".rstrip())
 
-    def _stop(self) -> None:
-        """Ends what is under way, at once."""
-        with self._changed:
-            self._is_closed = True
-            self._waiting.clear()
-            process = self._process
-            self._changed.notify_all()
-        if process is not None:
-            process.kill()
-        if self._worker.is_alive():
-            self._worker.join(10)
-        for leftover in self.output_dir.glob(".*.upload-*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    def _tell_how(self, names: Iterable[str], words: str) -> None:
+        """How to send those of them that are not on the Hub."""
+        for name in (one for one in self.repositories if one in names and one in {*self._owed, self._current}):
+            folder, reason = self.output_dir / name, self.failed.get(name)
+            because = f" ({reason})" if reason else ""
+            command = upload_command(folder, self.repositories[name], self.settings.hub_private)
+            say(f"warning: {folder} {words}{because}\n  {command}")
 
     # --------------------------------------------------------------------------------------------------------- signals
 
@@ -189,93 +165,105 @@ class Uploader:
     # ------------------------------------------------------------------------------------------------------ the worker
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._waiting or self._is_closed):
-                    self._changed.wait()
-                if self._is_closed:
-                    return
-                name = next(iter(self._waiting))
-                self._current = job = self._waiting.pop(name)
+        while name := self._next():
             try:
-                problem = self._send(job)
+                problem = self._send(name)
             except Exception as error:  # whoever waits for this job must hear of it
-                problem = f"{type(error).__name__}: {error}"
-            finally:
-                shutil.rmtree(job.folder, ignore_errors=True)
-            self._settle(job, problem)
+                problem = scrubbed(f"{type(error).__name__}: {error}")
+            with self._changed:
+                self._current = None
+                self._owed |= {name} if problem else set()
+                self.failed |= {name: problem} if problem and not self._is_closed else {}
+                self._changed.notify_all()
+            if problem and not self._is_closed:
+                with contextlib.suppress(OSError):  # nobody reads what is said any more
+                    say(f"warning: {name}/ could not be sent to {self.repositories[name]}: {problem}")
 
-    def _settle(self, job: Job, problem: str | None) -> None:
+    def _next(self) -> str | None:
+        """The name that is to be sent; None at the end."""
         with self._changed:
-            if problem is None:
-                self._arrived[job.name] = job.version
-                self.failed.pop(job.name, None)
-            self._current = None
-            if not self._is_closed and problem:
-                self.failed[job.name] = problem
-                say(f"warning: {job.name}/ could not be sent to {self.repositories[job.name]}: {problem}")
-            self._changed.notify_all()
-
-    def _send(self, job: Job) -> str | None:
-        """Why it could not be sent; None when it was."""
-        repository, private = self.repositories[job.name], self.settings.hub_private
-        how = ["--private" if private else "--public", "--staged"]
-        command = [sys.executable, "-m", "finetuning.hub", "upload", str(job.folder.resolve()), "--repo", repository]
-        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_closed)
             if self._is_closed:
-                return "the run has ended"
-            self._progress = ""
-            pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-            self._process = process = subprocess.Popen(
-                [*command, *how], **pipes, cwd=PROJECT, env=_environment(), start_new_session=True
-            )
-        said: list[str] = []
-        reader = threading.Thread(target=self._read_progress, args=(process.stderr, said.append), daemon=True)
-        reader.start()
-        for line in process.stdout:
-            self._tell(job, line.decode(errors="replace").strip())
-        reader.join()
-        code = process.wait()
-        process.stdin.close()
+                return None
+            self._current = name = self._waiting.pop(0)
+            self._owed.discard(name)
+            self.failed.pop(name, None)
+            self._why_ended, self._progress = None, ""
+            return name
+
+    def _send(self, name: str) -> str | None:
+        """Why it could not be sent; None when it was."""
+        with tempfile.TemporaryFile() as output, self._running(name, output) as process:
+            answer = self._follow(name, process, output) if process else {}
+        error = answer.get("error") or self._why_ended
+        self._is_out_of_reach = answer.get("is_out_of_reach", False)
+        if "url" not in answer:
+            return error or f"its process ended with code {process.returncode}"
+        say(f"{name}/ {'is on the Hub' if answer['is_news'] else 'was on the Hub already'}: {answer['url']}")
+        if answer["is_public"] and self.settings.hub_private:
+            say(f"{self.repositories[name]} is public, as it was")
+        return None
+
+    @contextlib.contextmanager
+    def _running(self, name: str, output: IO[bytes]) -> Iterator[subprocess.Popen | None]:
+        """The process of an upload, which ends with the block; None where it was called off before."""
+        how = "--private" if self.settings.hub_private else "--public"
+        num_attempts = 1 if self._is_out_of_reach else 1 + len(WAITS_SECONDS)
+        command = [sys.executable, "-m", "finetuning.hub", "upload", str(self.output_dir / name), how]
+        command += ["--repo", self.repositories[name], "--for-run", str(num_attempts)]
         with self._changed:
+            if self._why_ended is None:  # a file, not pipes: a data worker may hold their ends open
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=_environment(),
+                    start_new_session=True,
+                )  # fmt: skip
+        try:
+            yield self._process
+        finally:
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
+                self._process.stdin.close()
             self._process = None
-        if code == 0:
-            return None
-        last = said[-1] if said else ""
-        return last.removeprefix("error: ") or f"its process ended with code {code}"
+            remove_leftovers(self.output_dir, COPIES.format(name=name))
 
-    def _tell(self, job: Job, line: str) -> None:
-        """What the process says, without its first line and where it is staged."""
-        repository = self.repositories[job.name]
-        if line.startswith(("Done: ", "Nothing was new: ")):
-            word, _, url = line.partition(": ")
-            say(f"{job.name}/ {'is on the Hub' if word == 'Done' else 'was on the Hub already'}: {url}")
-        elif line.startswith(repository):  # an attempt that failed, or a remark
-            say(f"upload of {job.name}/: {line}")
+    def _follow(self, name: str, process: subprocess.Popen, output: IO[bytes]) -> dict[str, Any]:
+        """What an upload answers at its end, or ``error`` alone."""
+        amounts, moved_at, last = set(), time.monotonic(), ""
+        for line in _lines(process, output):
+            if bar := _BAR.search(line):
+                self._progress = f"({bar[1].strip()} {bar[2]} %)"
+                if bar.groups() not in amounts:
+                    moved_at = time.monotonic()
+                amounts.add(bar.groups())
+            elif line.startswith("{"):
+                return json.loads(line)
+            elif line.startswith(f"{self.repositories[name]}: "):  # an attempt that failed
+                say(f"upload of {name}/: {line}")
+            last = line if line and not bar and "\x1b" not in line else last
+            if time.monotonic() - moved_at > STALL_SECONDS:
+                return {"error": f"nothing more was sent for {STALL_SECONDS / 60:g} minutes ({scrubbed(last)})"}
+        return {} if process.returncode < 0 else {"error": scrubbed(last)}
 
-    def _read_progress(self, stream: IO[bytes], keep: Callable[[str], Any]) -> None:
-        """Progress bars to ``_progress``, the other lines to ``keep``."""
-        text = ""
-        while chunk := os.read(stream.fileno(), 4096):
-            *lines, text = re.split(r"[\r\n]", text + chunk.decode(errors="replace"))
-            for line in lines:
-                if bar := _BAR.search(line):
-                    self._progress = f"({bar[1].strip()} {bar[2]} %)"
-                elif line.strip() and "\x1b" not in line:
-                    keep(line.strip())
-        if text.strip() and not _BAR.search(text):
-            keep(text.strip())
 
-    def _tell_how(self, names: Sequence[str], words: str) -> None:
-        for name in names:
-            folder, reason = self.output_dir / name, self.failed.get(name)
-            because = f" ({reason})" if reason else ""
-            command = upload_command(folder, self.repositories[name], self.settings.hub_private)
-            say(f"warning: {folder} {words}{because}\n  {command}")
+def _lines(process: subprocess.Popen, output: IO[bytes]) -> Iterator[str]:
+    """What a process writes into a file, progress bars included; "" where it is silent for a moment."""
+    offset, rest, is_over = 0, b"", False
+    while not is_over:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(POLL_SECONDS)
+        is_over = process.returncode is not None
+        chunk = os.pread(output.fileno(), 2**24, offset)  # not read(): the process writes where the file stands
+        offset += len(chunk)
+        *lines, rest = re.split(rb"[\r\n]+", rest + chunk)
+        yield from ["", *(line.decode(errors="replace").strip() for line in lines)]
 
 
 def _environment() -> dict[str, str]:
     """Of the process of an upload: the token comes to it here, and never by its command line."""
     left_out = (*LAUNCH_VARIABLES, REPORT_VARIABLE)
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
-    return kept | {"TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join(filter(None, [str(PROJECT), kept.get("PYTHONPATH")]))
+    return kept | {
+        "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "2", "HF_HUB_DISABLE_PROGRESS_BARS": "0",
+    }  # fmt: skip

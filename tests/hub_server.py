@@ -111,7 +111,9 @@ def who(token: str | None) -> dict[str, Any] | None:
     }.get(token)
     if access is None:
         return None
-    name, orgs = ("stranger", []) if token == OTHER else ("me", [{"name": "ours"}])
+    name, orgs = (
+        ("stranger", []) if token == OTHER else ("me", [{"name": "ours"}, {"name": "club", "roleInOrg": "read"}])
+    )
     return {"type": "user", "name": name, "orgs": orgs, "auth": {"type": "access_token", "accessToken": access}}
 
 
@@ -377,7 +379,7 @@ def metadata_problems(card: str) -> list[str]:
         problems.append('"base_model" must be a model id')
     if data.get("base_model_relation", "finetune") not in ("adapter", "merge", "quantized", "finetune"):
         problems.append('"base_model_relation" must be one of adapter, merge, quantized, finetune')
-    if data.get("license") not in LICENSES:
+    if data.get("license", "other") not in LICENSES:
         problems.append('"license" must be one of the list')
     if not all(re.fullmatch(r"[a-z]{2,3}", one) for one in data.get("language", [])):
         problems.append('"language" must be ISO 639 codes')

@@ -42,7 +42,7 @@ from finetuning import hub as hub_room
 from finetuning import session, starting, uploads
 from finetuning.checkpoint import clean_up_leftovers
 from finetuning.choosing import Chooser
-from finetuning.disk import damage, seal
+from finetuning.disk import damage, in_use, link_or_copy, seal
 from finetuning.errors import Stopped, UserError
 from finetuning.hub import OutOfReach, Sent, access_problem, check_access, commit_message, send, stage, upload_command
 from finetuning.settings import Settings
@@ -160,6 +160,26 @@ def test_staging_links_weights_and_leaves_paths_behind(tmp_path: Path) -> None:
     assert b'from_pretrained("me/voice")' in after["README.md"]
     assert json.loads(after["training_state.json"])["base"] == "Qwen3-TTS"
     assert json.loads(after["adapter/speakers.json"])[0]["references"] == ["ada.wav"]
+
+
+def test_a_folder_that_is_replaced_meanwhile_is_staged_whole(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer, copied = write_checkpoint(tmp_path / "newer", step=8), []
+
+    def copy(source: str, target: str) -> str:
+        copied.append(source)
+        if len(copied) == 4:
+            checkpoint.rename(tmp_path / "older")
+            newer.rename(checkpoint)
+        return link_or_copy(source, target)
+
+    monkeypatch.setattr(hub_room, "link_or_copy", copy)
+    stage(checkpoint, tmp_path / "staged", "me/voice")
+    assert damage(tmp_path / "staged") == [] and len(copied) > 8
+    assert (tmp_path / "staged" / "model.safetensors").samefile(checkpoint / "model.safetensors")
+    assert json.loads((tmp_path / "staged" / "training_state.json").read_text())["step"] == 8
+    assert damage(checkpoint) == damage(tmp_path / "older") == []
 
 
 def test_what_is_staged_does_not_change_with_the_folder(checkpoint: Path, ready: Path) -> None:
@@ -289,11 +309,11 @@ def test_after_a_break_only_what_is_missing_is_sent(hub: HubServer, talk_to: Cal
 @pytest.mark.parametrize(
     ("token", "fault", "message"),
     [
-        ("hf_unknownSecret", None, "HF_TOKEN: the Hub does not know this token"),
-        (READER, None, "HF_TOKEN: this token may not write to me/voice (403 You do not have the rights"),
-        (OTHER, None, "HF_TOKEN: this token may not write to me/voice"),
-        (TOKEN, Fault("preupload", 403), "HF_TOKEN: this token may not write to me/voice (403 injected)"),
-        (TOKEN, Fault("batch", 401), "HF_TOKEN: the Hub does not know this token"),
+        ("hf_unknownSecret", None, "the Hub refuses me/voice: 401 Invalid credentials. If it is about the token"),
+        (READER, None, "the Hub refuses me/voice: 403 You do not have the rights"),
+        (OTHER, None, "the Hub refuses me/voice: 403 You do not have the rights"),
+        (TOKEN, Fault("preupload", 403), "the Hub refuses me/voice: 403 injected. If it is about the token (HF_TOKEN)"),
+        (TOKEN, Fault("batch", 401), "the Hub refuses me/voice: 401 injected"),
         (TOKEN, Fault("commit", 413), "the Hub refuses me/voice: 413"),
     ],
 )
@@ -331,11 +351,14 @@ def test_a_bug_is_no_network(ready: Path, talk_to: Callable, monkeypatch: pytest
         (TOKEN, "me/voice", False, None),
         (TOKEN, "ME/voice", False, None),
         (TOKEN, "ours/voice", False, None),
-        (TOKEN, "theirs/voice", False, "can make repositories only as me"),
-        (TOKEN, "theirs/voice", True, None),  # the upload will tell
+        (TOKEN, "theirs/voice", False, "theirs is neither me, whose token this is, nor an organisation of me"),
+        (TOKEN, "theirs/voice", True, "theirs is neither me"),
+        (TOKEN, "club/voice", False, "me may only read in club"),
+        (TOKEN, "club/voice", True, None),  # said, and the upload will tell
         (READER, "me/voice", True, "may only read"),
         (NARROW, "me/voice", True, "the fine-grained token of me may not write to me/voice"),
         (NARROW, "me/other", True, None),
+        (NARROW, "me/other", False, "may not make me/other"),
     ],
 )
 def test_who_may_write(token: str, repository: str, is_there: bool, problem: str | None) -> None:
@@ -347,7 +370,9 @@ def test_a_fine_grained_token_of_the_owner_may_write() -> None:
     scope = {"entity": {"type": "user", "name": "Me"}, "permissions": ["repo.write"]}
     user = {"name": "Me", "auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"scoped": [scope]}}}}
     assert access_problem(user, "me/voice", is_there=False) is None
-    scope["permissions"] = ["repo.content.read"]
+    scope["entity"]["type"] = "space"
+    assert access_problem(user, "me/voice", is_there=False)
+    scope |= {"entity": {"type": "org", "name": "me"}, "permissions": ["repo.content.read"]}
     assert access_problem(user, "me/voice", is_there=False)
     assert access_problem({"name": "me"}, "me/voice", is_there=False) is None  # an answer of another form
 
@@ -377,9 +402,10 @@ def uploading(make_settings: Callable) -> Callable[..., Settings]:
 def test_the_start_refuses_what_cannot_be_sent(hub: HubServer, talk_to: Callable, uploading: Callable) -> None:
     for token, message in [
         (None, "HF_TOKEN: an upload needs a token"),
-        ("hf_unknownSecret", "HF_TOKEN: the Hub does not know this token"),
+        ("hf_…Secret", "HF_TOKEN: is no token"),
+        ("hf_unknownSecret", "the Hub refuses me/voice, me/last: 401"),
         (READER, "HUB_MODEL_ID_BEST: the token of me may only read"),
-        (OTHER, "HUB_MODEL_ID_BEST: me/voice is not there, and stranger can make"),
+        (OTHER, "HUB_MODEL_ID_BEST: me is neither stranger"),
     ]:
         talk_to(token)
         with pytest.raises(UserError, match=re.escape(message)) as refused:
@@ -429,10 +455,22 @@ def test_offline_by_the_settings(talk_to: Callable, uploading: Callable, monkeyp
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def test_the_command_that_is_told_can_be_pasted() -> None:
+def test_the_command_that_is_told_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.delenv("ENV_FILE", raising=False)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     told = upload_command(Path("my runs/best"), "me/voice", private=False)
     assert told == "python -m finetuning.hub upload 'my runs/best' --repo me/voice --public"
     assert hub_room.parse_arguments(shlex.split(told)[3:]).folder == Path("my runs/best")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ENV_FILE", "my own.env")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "executable", str(PROJECT / ".venv" / "bin" / "python"))
+    file, home = shlex.quote(str(tmp_path / "my own.env")), shlex.quote(str(PROJECT))
+    assert upload_command("best", "me/voice", private=True) == (
+        f"cd {home} && ENV_FILE={file} .venv/bin/python -m finetuning.hub upload {tmp_path}/best --repo me/voice"
+    )
 
 
 def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
@@ -449,21 +487,24 @@ def test_the_command_reads_the_token_of_the_settings_file(
     talk_to(None)
     file = tmp_path / "my.env"
     file.write_text(f"HF_TOKEN={TOKEN}\nHF_ENDPOINT={hub.url}\nEFFECTIVE_BATCH_SIZE=3\n")
-    dead = checkpoint.with_name(".best.upload-999999999")
-    dead.mkdir()
-    done = command(checkpoint, "--repo", "me/voice", "--public", ENV_FILE=str(file), HF_ENDPOINT="")
+    for name in (".best.upload-dead.tmp", ".best.upload-used.tmp"):
+        checkpoint.with_name(name).mkdir()
+    with in_use(checkpoint.with_name(".best.upload-used.tmp")):  # by another upload
+        done = command(checkpoint, "--repo", "me/voice", "--public", ENV_FILE=str(file), HF_ENDPOINT="")
     assert done.returncode == 0, done.stderr
     assert f"Done: {hub.url}/me/voice/commit/" in done.stdout and TOKEN not in done.stdout + done.stderr
     assert not hub.repositories["me/voice"].private
     assert damage(hub.save("me/voice", tmp_path / "received")) == []
-    assert [path.name for path in checkpoint.parent.iterdir()] == ["best"]  # also of an upload that was killed
+    assert {path.name for path in checkpoint.parent.iterdir()} == {"best", ".best.upload-used.tmp"}
+    clean_up_leftovers(checkpoint.parent)  # as a run does
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["best"]
 
 
 def test_exit_codes_of_the_command(hub: HubServer, talk_to: Callable, checkpoint: Path) -> None:
     talk_to(READER)
     refused = command(checkpoint, "--repo", "me/voice")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert refused.stderr.startswith("error: HF_TOKEN: this token may not write to me/voice")
+    assert refused.stderr.startswith("error: the Hub refuses me/voice: 403 You do not have the rights")
     assert READER not in refused.stdout + refused.stderr
 
 
@@ -527,10 +568,10 @@ def test_ctrl_c_ends_the_command_at_once(
 
 
 def test_an_upload_ends_with_the_run_that_started_it(
-    hub: HubServer, talk_to: Callable, ready: Path, blocked: threading.Event
+    hub: HubServer, talk_to: Callable, checkpoint: Path, blocked: threading.Event
 ) -> None:
     talk_to()
-    process = start_upload(ready, "--repo", "me/voice", "--staged")
+    process = start_upload(checkpoint, "--repo", "me/voice", "--for-run", "6")
     wait_for(lambda: hub.count("PUT"))
     process.stdin.close()  # as it is when the run is killed
     assert process.wait(timeout=20) == 1
@@ -602,19 +643,23 @@ def test_training_does_not_wait_for_a_slow_hub(
     """HUB_EVERY=save: the storage takes nothing until all is trained; of the saves meanwhile the newest goes."""
     talk_to()
     run = build(short(hub_every="save", max_steps=4, hub_model_id_last=None))
-    finish, seen = Uploader.finish, {}
+    offer, finish, seen = Uploader.offer, Uploader.finish, {}
+
+    def offer_then(uploader: Uploader, names: list[str]) -> None:
+        offer(uploader, names)
+        wait_for(lambda: hub.count("PUT"))  # the first save is on its way
 
     def finish_then(uploader: Uploader) -> None:
-        wait_for(lambda: hub.count("PUT"))
         seen["done while it trained"] = list(hub.puts)
         seen["waiting"] = [path.name for path in run.settings.output_dir.glob(".best.upload-*")]
         blocked.set()
         finish(uploader)
 
+    monkeypatch.setattr(Uploader, "offer", offer_then)
     monkeypatch.setattr(Uploader, "finish", finish_then)
     monkeypatch.setattr(Chooser, "_is_better", lambda *_: True)  # so that each evaluation saves
     session.train(run)
-    assert seen["done while it trained"] == [] and len(seen["waiting"]) == 2
+    assert seen["done while it trained"] == [] and len(seen["waiting"]) == 1
     steps = [int(re.match(r"Step (\d)", one)[1]) for one in hub.repositories["me/voice"].commits[1:]]
     state = json.loads((run.settings.output_dir / "best" / "training_state.json").read_text())
     assert len(steps) == 2 and steps[0] < steps[1] == state["step"]
@@ -685,14 +730,15 @@ def test_ctrl_c_while_the_end_waits(
 @pytest.mark.parametrize(
     ("part", "error"),
     [
-        ("finetuning.uploads.stage", OSError("No space left on device")),
-        ("finetuning.uploads.stage", KeyError("speakers")),
+        ("tempfile.TemporaryFile", OSError("No space left on device")),
         ("subprocess.Popen", OSError("Cannot allocate memory")),
         ("subprocess.Popen", RuntimeError("a bug")),
+        ("finetuning.uploads.Uploader._next", SystemExit("the thread ends")),
     ],
 )
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whatever_fails_costs_nothing_but_the_upload(
-    part: str, error: Exception, uploading: Callable, capsys: pytest.CaptureFixture[str]
+    part: str, error: BaseException, uploading: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = uploading(hub_every="save")
     for name in ("best", "last"):
@@ -706,7 +752,8 @@ def test_whatever_fails_costs_nothing_but_the_upload(
         uploader.offer(["last", "checkpoint-7", "best"])
         uploader.finish()
     said = capsys.readouterr().out
-    assert said.count("could not be sent to the Hub. Everything is saved here") == 2 and str(error) in said
+    assert said.count("could not be sent to the Hub. Everything is saved here") == 2
+    assert str(error) in said or isinstance(error, SystemExit)
     assert sorted(path.name for path in settings.output_dir.iterdir()) == ["best", "last"]
 
 
@@ -744,11 +791,12 @@ def test_a_run_whose_upload_fails_ends_well_and_the_token_is_nowhere(
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Hub: best/ to me/voice (to be made, public)" in done.stdout and "best/ is on the Hub" in done.stdout
     assert f"warning: {tmp_path / 'output' / 'last'} could not be sent to the Hub" in done.stdout
-    assert "(HF_TOKEN: this token may not write to me/last (403 injected)" in done.stdout
-    (line,) = re.findall(r"^  (python -m finetuning.hub .*)$", done.stdout, re.MULTILINE)
+    assert "(the Hub refuses me/last: 403 injected. If it is about the token" in done.stdout
+    (line,) = re.findall(r"^  (.* -m finetuning.hub .*)$", done.stdout, re.MULTILINE)
     hub.faults.clear()
     num_puts = len(hub.puts)
-    repeated = subprocess.run([sys.executable, *shlex.split(line)[1:]], **options)
+    environment.pop("ENV_FILE")  # the command names it
+    repeated = subprocess.run(line, shell=True, **options)
     assert repeated.returncode == 0, repeated.stderr
     assert len(hub.puts) == num_puts and not hub.repositories["me/last"].private  # the files had arrived
     assert damage(hub.save("me/last", tmp_path / "received")) == []

@@ -28,6 +28,7 @@ from finetuning.model_card import (
     language_codes,
     license_of,
     model_card,
+    origin,
 )
 from finetuning.settings import Settings, load_settings
 from finetuning.speakers import Speakers
@@ -196,21 +197,37 @@ def test_a_local_base_is_named_as_far_as_its_id_is_known(tmp_path: Path) -> None
 
 
 def test_a_relative_folder_is_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in its own run nor in the next generation, wherever that is trained."""
     monkeypatch.chdir(tmp_path)
-    assert hub_id(base_of("models/voice", (tmp_path / "models" / "voice"))) is None
-    assert hub_id(base_of("models/voice", tmp_path / "cache")) == "models/voice"
+    folder = tmp_path / "models" / "voice"
+    local, remote = base_of("models/voice", folder), base_of("models/voice", tmp_path / "cache")
+    assert (hub_id(local), hub_id(remote)) == (None, "models/voice")
+    child = base_of(str(tmp_path / "run" / "best"), tmp_path / "run" / "best")
+    for base, known, stored in ((local, None, str(folder)), (remote, "models/voice", "models/voice")):
+        (child.folder / "training_state.json").write_text(json.dumps({"base": origin(base)}))
+        assert origin(base) == stored
+        with monkeypatch.context() as patch:
+            patch.chdir(child.folder)
+            assert hub_id(child) == known
+    (child.folder / "training_state.json").write_text('{"base": "models/voice"}')  # as older checkpoints have a folder
+    assert hub_id(child) is None
+    assert origin(base_of("tiny-random", tmp_path / "embedded")) == "tiny-random"
 
 
 def test_the_licence_is_that_of_the_base(tmp_path: Path) -> None:
     base = base_of("you/voice", tmp_path)
-    assert license_of(base) == {"license": "apache-2.0"}
+    assert license_of(base) == {}  # nobody has said
+    assert license_of(base_of("tiny-random", tmp_path)) == {"license": "apache-2.0"}
+    assert license_of(base_of("Qwen/Qwen3-TTS-12Hz-0.6B-Base", tmp_path)) == {"license": "apache-2.0"}
+    (tmp_path / "README.md").write_text("---\nlicense: [cc-by-nc-4.0, mit]\n---\n")
+    assert license_of(base) == {"license": "cc-by-nc-4.0"}
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: mine\ntags: [a]\n---\n# Base\n")
     assert license_of(base) == {"license": "other", "license_name": "mine"}
     card = model_card(base, SPEAKERS, {}, Settings(), {})
     assert ModelCard(card).data.license == "other" and "# Base" not in card
     for broken in ("no card", "---\n: [\n---\n", "---\nlicense: 3\n---\n"):
         (tmp_path / "README.md").write_text(broken)
-        assert license_of(base) == {"license": "apache-2.0"}
+        assert license_of(base) == {}
 
 
 def test_languages_have_codes_as_far_as_they_are_known() -> None:
