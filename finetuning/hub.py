@@ -10,7 +10,7 @@ folder. After a break the command goes on: what has arrived is not sent again, n
 sha256, which the Hub is asked for first) nor, where the repository stores by Xet, a piece of one.
 
 What is sent is a copy in a folder of its own, whose weights are hard links: saving and rotation never meet it. The copy
-is what is checked: a run may replace the folder meanwhile. In it, paths of this machine give way to names, and the model
+is what is checked: a run may replace the folder meanwhile. In it, paths of this machine give way to names; the model
 card names the repository.
 """
 

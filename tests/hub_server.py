@@ -31,11 +31,12 @@ LICENSES = ("apache-2.0", "mit", "other", "cc-by-4.0")
 
 @dataclass
 class Repository:
-    """One model: its files, and what was said of each commit."""
+    """One model: its files, what was said of each commit, and its id where it has moved."""
 
     private: bool
     files: dict[str, bytes] = field(default_factory=lambda: {".gitattributes": b"*.safetensors filter=lfs\n"})
     commits: list[str] = field(default_factory=lambda: ["initial commit"])
+    id: str | None = None
 
     @property
     def sha(self) -> str:
@@ -238,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, _: bytes, name: str) -> None:
         if found := self._find(name):
             siblings = [{"rfilename": path} for path in sorted(found.files)]
-            self._json({"id": name, "sha": found.sha, "private": found.private, "siblings": siblings})
+            self._json({"id": found.id or name, "sha": found.sha, "private": found.private, "siblings": siblings})
 
     def _tree(self, _: bytes, name: str) -> None:
         if found := self._find(name):

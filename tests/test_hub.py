@@ -165,21 +165,22 @@ def test_staging_links_weights_and_leaves_paths_behind(tmp_path: Path) -> None:
 def test_a_folder_that_is_replaced_meanwhile_is_staged_whole(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    newer, copied = write_checkpoint(tmp_path / "newer", step=8), []
+    newer, older = write_checkpoint(tmp_path / "newer", step=8), tmp_path / "older"
 
     def copy(source: str, target: str) -> str:
-        copied.append(source)
-        if len(copied) == 4:
-            checkpoint.rename(tmp_path / "older")
+        done = link_or_copy(source, target)
+        parts = [checkpoint / name for name in ("model.safetensors", "training_state.json", "checksums.json")]
+        if Path(source) in parts and not older.exists():  # the first of them: the others are going to be newer
+            checkpoint.rename(older)
             newer.rename(checkpoint)
-        return link_or_copy(source, target)
+        return done
 
     monkeypatch.setattr(hub_room, "link_or_copy", copy)
     stage(checkpoint, tmp_path / "staged", "me/voice")
-    assert damage(tmp_path / "staged") == [] and len(copied) > 8
+    assert damage(tmp_path / "staged") == []
     assert (tmp_path / "staged" / "model.safetensors").samefile(checkpoint / "model.safetensors")
     assert json.loads((tmp_path / "staged" / "training_state.json").read_text())["step"] == 8
-    assert damage(checkpoint) == damage(tmp_path / "older") == []
+    assert damage(checkpoint) == damage(older) == []
 
 
 def test_what_is_staged_does_not_change_with_the_folder(checkpoint: Path, ready: Path) -> None:
@@ -425,6 +426,30 @@ def test_the_start_goes_on_where_the_hub_does_not_answer(
     assert "cannot be reached: 503" in capsys.readouterr().out
     starting.check_upload(uploading())
     assert "Hub: best/ to me/voice (to be made, private); last/ to me/last" in capsys.readouterr().out
+
+
+def test_the_start_does_not_wait_for_a_hub_that_is_silent(
+    hub: HubServer, talk_to: Callable, uploading: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_room, "ASKING_SECONDS", 0.2)
+    hub.faults.append(Fault("whoami", slow(1)))
+    with pytest.raises(OutOfReach, match=re.escape("did not answer within 0.2 s")):
+        check_access(uploading().repositories(), private=True, api=talk_to())
+
+
+def test_who_may_write_where_a_repository_is_now(hub: HubServer, talk_to: Callable) -> None:
+    """It may have moved to another owner; and a role that may not do is said."""
+    api = talk_to()
+    hub.repositories |= {"me/voice": Repository(private=False), "club/voice": Repository(private=False)}
+    assert "your role in that organisation is read" in check_access({"best": "club/voice"}, True, api)[0]
+    hub.repositories["me/voice"].id = "theirs/voice"
+    with pytest.raises(UserError, match="HUB_MODEL_ID_BEST: theirs is neither me"):
+        check_access({"best": "me/voice"}, True, api)
+
+
+def test_the_token_is_in_no_message(talk_to: Callable) -> None:
+    talk_to("api_org_Secret")
+    assert hub_room.scrubbed("no api_org_Secret, no hf_Other, no http://host/?signature=x\nmore") == "no …, no …, no …"
 
 
 def test_a_repository_alone_sends_nothing(uploading: Callable, capsys: pytest.CaptureFixture[str]) -> None:
@@ -755,6 +780,67 @@ def test_whatever_fails_costs_nothing_but_the_upload(
     assert said.count("could not be sent to the Hub. Everything is saved here") == 2
     assert str(error) in said or isinstance(error, SystemExit)
     assert sorted(path.name for path in settings.output_dir.iterdir()) == ["best", "last"]
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[list[str]]]:
+    """Puts some Python in the place of the process of an upload; gives the commands that it is called by."""
+    start, commands = subprocess.Popen, []
+
+    def put(code: str) -> list[list[str]]:
+        def popen(command: list[str], **options: Any) -> subprocess.Popen:
+            commands.append(command)
+            return start([sys.executable, "-S", "-c", code], **options)
+
+        monkeypatch.setattr("subprocess.Popen", popen)
+        return commands
+
+    return put
+
+
+def test_a_hub_out_of_reach_is_waited_for_once(
+    uploading: Callable, child: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second repository of the same Hub gets a single attempt."""
+    settings = uploading(hub_every="save")
+    for name in ("best", "last"):
+        write_checkpoint(settings.output_dir / name)
+    commands = child("""print('{"error": "away", "is_out_of_reach": true}')""")
+    with Uploader(settings) as uploader:
+        uploader.finish()
+    assert [command[command.index("--for-run") + 1] for command in commands] == ["6", "1"]
+    assert capsys.readouterr().out.count("could not be sent to the Hub. Everything is saved here") == 2
+
+
+def test_an_upload_that_stalls_is_given_up(
+    uploading: Callable, child: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it writes the same: only a bar with another amount is progress."""
+    monkeypatch.setattr(uploads, "STALL_SECONDS", 0.5)
+    settings = uploading(hub_model_id_last=None)
+    write_checkpoint(settings.output_dir / "best")
+    child("import time\nwhile True: print('a: 5%|# | 1M/20M [', flush=True); time.sleep(0.1)")
+    with Uploader(settings) as uploader:
+        uploader.finish()
+    assert "(nothing more was sent for " in capsys.readouterr().out and uploader._process is None
+
+
+def test_an_upload_makes_room(uploading: Callable, child: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its copy goes at once; what this process saved stays owed, and nothing else is spoken of."""
+    settings = uploading(hub_every="save")
+    copy = settings.output_dir / ".best.upload-x.tmp"
+    for name in ("best", "last"):
+        write_checkpoint(settings.output_dir / name)
+    commands = child(f"import os, time; os.mkdir({str(copy)!r}); time.sleep(60)")
+    with pytest.raises(KeyError), Uploader(settings) as uploader:
+        uploader.offer(["best"])
+        wait_for(copy.is_dir)
+        uploader.make_room()
+        assert not copy.exists() and uploader._process is None
+        raise KeyError
+    said = capsys.readouterr().out
+    assert len(commands) == 1 and "it made room on the disk for a save" in said
+    assert said.count("is not on the Hub") == 1 and f"{settings.output_dir / 'best'} is not on the Hub" in said
 
 
 def test_what_a_killed_run_had_staged_is_removed(tmp_path: Path) -> None:

@@ -334,6 +334,16 @@ def test_the_older_state_makes_room_where_that_helps(
     assert (kept, saved.state) == (wanted, missing <= 1000)
 
 
+def test_an_upload_makes_room_for_a_save(quiet: Any, saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only where there is none, and the older state would not do."""
+    required, freed = saver.exporter.required_bytes(), []
+    monkeypatch.setattr(saver, "_make_room", lambda: freed.append(1))
+    monkeypatch.setattr(saver.exporter, "save", lambda *_: None)
+    monkeypatch.setattr(saving, "free_bytes", lambda _: required - (not freed))
+    assert saver.save(quiet, ["last"], False, 0) == saver.save(quiet, ["last"], False, 0) == Saved(True, True)
+    assert freed == [1]
+
+
 def test_what_is_said_to_be_needed_is_what_is_written(quiet: Any, saver: Saver) -> None:
     """New layers only: a state holds what trains, three times."""
     quiet.stepper.take(*one_step(quiet))

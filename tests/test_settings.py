@@ -216,6 +216,15 @@ def test_both_spellings_with_different_values_are_refused(problems: Problems, al
 def test_both_spellings_with_the_same_value_are_fine(load: Load) -> None:
     assert load("LR=1e-4\nLEARNING_RATE=1e-4\n").learning_rate == 0.0001
     assert load(MODEL_PATH="tiny", INIT_MODEL_PATH="tiny").init_model_path == "tiny"
+    sent = "HUB_MODEL_ID_BEST=me/voice\n"
+    for one, other in [("true", "1"), ("True", "true"), ("yes", "on")]:
+        assert load(f"{sent}UPLOAD_TO_HUB={one}\nUPLOAD_TO_HF={other}\n").upload_to_hub
+
+
+@pytest.mark.parametrize("token", ["hf_…Secret", "hf_a Secret", "hf_a\tSecret"])
+def test_a_token_that_no_request_can_carry(problems: Problems, token: str) -> None:
+    (message,) = problems(f'HF_TOKEN="{token}"\n')
+    assert "HF_TOKEN" in message and "is no token" in message and "Secret" not in message
 
 
 def test_environment_beats_file(load: Load) -> None:
