@@ -30,5 +30,9 @@ def listed_names(names: Sequence[str]) -> str:
 
 def command_of(script: str) -> str:
     """How a script at the top of the project is called from the working directory."""
-    path = PROJECT / script
-    return f"python {shlex.quote(min(str(path), os.path.relpath(path), key=len))}"
+    return f"python {shlex.quote(short_path(PROJECT / script))}"
+
+
+def short_path(path: Path | str) -> str:
+    """The whole path, or the one from the working directory where that is shorter."""
+    return min(os.path.abspath(path), os.path.relpath(path), key=len)

@@ -34,7 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from finetuning.console import PROJECT, say
+from finetuning.console import PROJECT, say, short_path
 from finetuning.disk import (
     CARD_FILE,
     CHECKSUMS_FILE,
@@ -93,25 +93,14 @@ class Sent:
 
 
 def upload_command(folder: Path | str, repository: str, private: bool) -> str:
-    """What a user types to send a checkpoint, with the settings file that the token may stand in."""
-    file, is_at_home = os.environ.get("ENV_FILE"), Path.cwd() == PROJECT
-    words = [_called_python(), "-m", "finetuning.hub", "upload", _from_project(folder), "--repo", repository]
-    there = "" if is_at_home else f"cd {shlex.quote(str(PROJECT))} && "
-    with_file = f"ENV_FILE={shlex.quote(_from_project(file))} " if file else ""
-    return there + with_file + shlex.join(words if private else [*words, "--public"])
-
-
-def _from_project(path: Path | str) -> str:
-    path = Path(path).resolve()
-    return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
-
-
-def _called_python() -> str:
-    """By its name where a shell finds this very one; Python in a virtual environment is a link."""
-    found, python = shutil.which("python"), Path(sys.executable)
-    if found and Path(found).parent == python.parent:
-        return "python"
-    return str(python.relative_to(PROJECT) if python.is_relative_to(PROJECT) else python)
+    """What a user types in the working directory to send a checkpoint. The token may stand in the settings file."""
+    file, found = os.environ.get("ENV_FILE"), shutil.which("python")
+    variables = {"ENV_FILE": file and short_path(file), "PYTHONPATH": Path.cwd() != PROJECT and str(PROJECT)}
+    given = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items() if value)
+    is_active = found and Path(found).parent == Path(sys.executable).parent  # of links: to one Python lead many
+    python = "python" if is_active else short_path(sys.executable)
+    words = [python, "-m", "finetuning.hub", "upload", short_path(folder), "--repo", repository]
+    return given + shlex.join(words if private else [*words, "--public"])
 
 
 # ------------------------------------------------------------------------------------------------------------- asking
@@ -165,9 +154,7 @@ def check_access(repositories: Mapping[str, str], private: bool, api: Any = None
     except futures.TimeoutError:
         raise OutOfReach(f"the Hub did not answer within {ASKING_SECONDS:g} s; check the network") from None
     except Exception as error:
-        if (problem := _problem_of(error)) is None:
-            raise
-        raise problem.as_error(", ".join(repositories.values())) from None
+        raise _told(error, ", ".join(repositories.values())) from None
 
 
 def _check_repository(api: Any, who: Mapping[str, Any], name: str, repository: str, private: bool) -> str:
@@ -253,49 +240,35 @@ def _patience() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------ problems
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What went wrong on the way to the Hub.
-
-    Attributes:
-        what: without addresses, which may hold signatures.
-        status: of the answer; None where there was none.
-        is_final: whether the same attempt would end so again.
-    """
-
-    what: str
-    status: int | None = None
-    is_final: bool = False
-
-    def as_error(self, repository: str) -> UserError:
-        if not self.is_final:
-            return OutOfReach(f"the Hub cannot be reached: {self.what}; check the network, or HF_ENDPOINT")
-        hint = f". If it is about the token (HF_TOKEN): {NEEDS_TOKEN}" if self.status in (401, 403) else ""
-        return UserError(f"the Hub refuses {repository}: {self.what}{hint}")
-
-
-def _problem_of(error: BaseException) -> Problem | None:
-    """None for what is no matter of the Hub or the way there: a bug."""
+def _told(error: Exception, repository: str) -> Exception:
+    """What the user is told: OutOfReach where another attempt may do, else UserError; what is no matter of the Hub or
+    the way there is a bug, and comes back as it is. Addresses, which may hold signatures, are left out."""
     import requests
 
     inner: BaseException | None = error
     while inner is not None and not isinstance(inner, requests.RequestException):
         inner = inner.__cause__
-    if isinstance(inner, requests.RequestException):
-        response = getattr(inner, "response", None)
-        if response is None:
-            return Problem(f"the connection failed ({type(inner).__name__})")
-        status = response.status_code
-        if response.request is not None and response.request.method == "PUT":  # to the storage: signatures expire
-            return Problem(f"the storage answered {status}")
-        is_final = 400 <= status < 500 and status not in PASSING_STATUS
-        said = getattr(inner, "server_message", None) or response.reason or ""
-        return Problem(scrubbed(f"{status} {said}".strip()), status, is_final)
-    if type(error) is ValueError:  # of the library: an answer of the Hub, to a card or a file
-        return Problem(scrubbed(str(error)), is_final=True)
-    if type(error) is RuntimeError or type(error).__name__.startswith("Xet"):  # of hf_xet: the way to its server
-        return Problem(scrubbed(f"{type(error).__name__}: {error}"))
-    return None
+    if inner is None:
+        if type(error) is ValueError:  # of the library: an answer of the Hub, to a card or a file
+            return UserError(f"the Hub refuses {repository}: {scrubbed(str(error))}")
+        if type(error) is RuntimeError or type(error).__name__.startswith("Xet"):  # of hf_xet: the way to its server
+            return _out_of_reach(f"{type(error).__name__}: {error}")
+        return error
+    response = getattr(inner, "response", None)
+    if response is None:
+        return _out_of_reach(f"the connection failed ({type(inner).__name__})")
+    status = response.status_code
+    if response.request is not None and response.request.method == "PUT":  # to the storage: signatures expire
+        return _out_of_reach(f"the storage answered {status}")
+    said = f"{status} {getattr(inner, 'server_message', None) or response.reason or ''}".strip()
+    if not 400 <= status < 500 or status in PASSING_STATUS:
+        return _out_of_reach(said)
+    hint = f". If it is about the token (HF_TOKEN): {NEEDS_TOKEN}" if status in (401, 403) else ""
+    return UserError(f"the Hub refuses {repository}: {scrubbed(said)}{hint}")
+
+
+def _out_of_reach(why: str) -> OutOfReach:
+    return OutOfReach(f"the Hub cannot be reached: {scrubbed(why)}; check the network, or HF_ENDPOINT")
 
 
 def scrubbed(text: str) -> str:
@@ -331,11 +304,10 @@ def send(
             try:
                 return _send(api, folder, repository, private, message)
             except Exception as error:
-                if (problem := _problem_of(error)) is None:
-                    raise
-                if problem.is_final or wait is None:
-                    raise problem.as_error(repository) from None
-                say(f"{repository}: {problem.what}; the next attempt in {wait:g} s")
+                told = _told(error, repository)
+                if wait is None or not isinstance(told, OutOfReach):
+                    raise told from None
+                say(f"{repository}: {told}; the next attempt in {wait:g} s")
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 

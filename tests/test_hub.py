@@ -494,10 +494,11 @@ def test_the_command_that_is_told_can_be_pasted(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("ENV_FILE", "my own.env")
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(sys, "executable", str(PROJECT / ".venv" / "bin" / "python"))
-    file, home = shlex.quote(str(tmp_path / "my own.env")), shlex.quote(str(PROJECT))
-    assert upload_command("best", "me/voice", private=True) == (
-        f"cd {home} && ENV_FILE={file} .venv/bin/python -m finetuning.hub upload {tmp_path}/best --repo me/voice"
-    )
+    told = upload_command(tmp_path / "best", "me/voice", private=True)
+    python = PROJECT / ".venv" / "bin" / "python"
+    shorter = min(str(python), os.path.relpath(python), key=len)
+    command = f"{shorter} -m finetuning.hub upload best --repo me/voice"
+    assert told == f"ENV_FILE='my own.env' PYTHONPATH={shlex.quote(str(PROJECT))} {command}"
 
 
 def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
