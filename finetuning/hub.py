@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import json
 import os
 import re
@@ -61,8 +62,6 @@ CONNECT_SECONDS, PIECE_SECONDS, SILENCE_SECONDS = 10, 60, 300
 ASKING_SECONDS = 30.0
 #: Answers that may be others next time: time-outs, conflicts with another commit, too many requests.
 PASSING_STATUS = (408, 409, 412, 423, 425, 429)
-#: How the copies beside a folder are called; see ``disk``.
-COPIES = ".{name}.upload-*.tmp"
 #: Files of an earlier upload that must not stay beside this one, since they would be loaded with it. What else people
 #: have put into the repository stays.
 REPLACED = (
@@ -367,7 +366,7 @@ def staged(folder: Path, repository: str) -> Iterator[Path]:
         inside = " (best/ and last/ inside of it are)" if (folder / "last").is_dir() else ""
         raise UserError(f"{folder} is no checkpoint{inside}: config.json or model.safetensors is missing")
     folder = folder.resolve()
-    remove_leftovers(folder.parent, COPIES.format(name=folder.name))  # of uploads that were killed
+    remove_copies(folder)
     place = _make_place(folder)
     with in_use(place), _leaving_at_once(lambda: shutil.rmtree(place, ignore_errors=True)):
         try:
@@ -378,11 +377,15 @@ def staged(folder: Path, repository: str) -> Iterator[Path]:
 
 
 def _make_place(folder: Path) -> Path:
-    prefix, suffix = COPIES.format(name=folder.name).split("*")
     try:
-        return Path(tempfile.mkdtemp(suffix, prefix, folder.parent))
+        return Path(tempfile.mkdtemp(".tmp", f".{folder.name}.upload-", folder.parent))
     except OSError as error:
         raise UserError(f"{folder} cannot be copied beside itself for the upload: {error}") from None
+
+
+def remove_copies(folder: Path) -> None:
+    """Of a checkpoint, by uploads that were killed."""
+    remove_leftovers(folder.parent, f".{glob.escape(folder.name)}.upload-*.tmp")
 
 
 def stage(folder: Path, target: Path, repository: str) -> None:

@@ -25,9 +25,8 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any, NoReturn
 
 from finetuning.console import PROJECT, say
-from finetuning.disk import remove_leftovers
 from finetuning.errors import REPORT_VARIABLE, Stopped
-from finetuning.hub import COPIES, WAITS_SECONDS, scrubbed, upload_command
+from finetuning.hub import WAITS_SECONDS, remove_copies, scrubbed, upload_command
 from finetuning.settings import Settings
 
 #: While the end of the run waits, it says so often how far it is.
@@ -225,7 +224,7 @@ class Uploader:
                 self._process.wait()
                 self._process.stdin.close()
             self._process = None
-            remove_leftovers(self.output_dir, COPIES.format(name=name))
+            remove_copies(self.output_dir / name)
 
     def _follow(self, name: str, process: subprocess.Popen, output: IO[bytes]) -> dict[str, Any]:
         """What an upload answers at its end, or ``error`` alone."""
@@ -242,7 +241,8 @@ class Uploader:
                 say(f"upload of {name}/: {line}")
             last = line if line and not bar and "\x1b" not in line else last
             if time.monotonic() - moved_at > STALL_SECONDS:
-                return {"error": f"nothing more was sent for {STALL_SECONDS / 60:g} minutes ({scrubbed(last)})"}
+                why = f"nothing more was sent for {STALL_SECONDS / 60:g} minutes ({scrubbed(last)})"
+                return {"error": why, "is_out_of_reach": True}
         return {} if process.returncode < 0 else {"error": scrubbed(last)}
 
 
