@@ -738,8 +738,11 @@ def test_ctrl_c_while_the_end_waits(
     blocked: threading.Event,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    """In a working directory of the user's own."""
     talk_to()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(uploads, "NEWS_SECONDS", 0.3)
     settings = uploading(hub_model_id_last=None)
     write_checkpoint(settings.output_dir / "best")
@@ -851,6 +854,16 @@ def test_an_upload_makes_room(uploading: Callable, child: Callable, capsys: pyte
     said = capsys.readouterr().out
     assert len(commands) == 1 and "it made room on the disk for a save" in said
     assert said.count("is not on the Hub") == 1 and f"{settings.output_dir / 'best'} is not on the Hub" in said
+
+
+def test_the_other_processes_need_not_wait_for_uploads(uploading: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(session, "train_and_verify", lambda *_: done.append("trained"))
+    monkeypatch.setattr(session, "part_from_the_others", lambda: done.append("parted"))
+    monkeypatch.setattr(Uploader, "finish", lambda _: done.append("sent"))
+    for is_main in (True, False):
+        session.train(SimpleNamespace(settings=uploading(), is_main=is_main))
+    assert done == ["trained", "parted", "sent", "trained", "parted"]
 
 
 def test_what_a_killed_run_had_staged_is_removed(tmp_path: Path) -> None:
