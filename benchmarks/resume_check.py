@@ -364,7 +364,7 @@ class Bare:
             self.stepper.settings, base, model, self.stepper.module, speakers, self.stepper.accelerator
         )
         self.saver = Saver(self.stepper.settings, self.exporter, {}, speakers.vectors)
-        no_logs = SimpleNamespace(flush=lambda: None, to_json=dict)
+        no_logs = SimpleNamespace(flush=lambda: None, to_json=dict, figures_at=lambda _: {})
         no_rows = SimpleNamespace(num_rows=1)
         self.trainer = Trainer(
             self.stepper.settings, self.stepper, no_rows, None, self.saver, no_logs, NUM_SCHEDULED_STEPS

@@ -125,7 +125,7 @@ def describe_samples(run: Run) -> list[str]:
         copies = " with the trackers' copies" if settings.trackers() else ""
         return [
             f"Samples: {len(run.requests)} every {settings.steps_between_samples} steps and at the end, in all about "
-            f"{size / 1e6:,.0f} MB{copies}; they stay in {settings.output_dir / SAMPLES_FOLDER}"
+            f"{max(size, 1e5) / 1e6:,.1f} MB{copies}; they stay in {settings.output_dir / SAMPLES_FOLDER}"
         ]
     unused = [name for name in ("EVAL_TEXTS", "ASR_MODEL", "MOS_MODEL") if getattr(settings, name.lower()) is not None]
     if settings.steps_between_samples or not unused:

@@ -18,6 +18,7 @@ from finetuning.base_model import (
     load_model,
     load_tokenizer,
     set_precision,
+    voice_encoder,
 )
 from finetuning.checkpoint import (
     Exporter,
@@ -26,12 +27,15 @@ from finetuning.dataset import RowEncoder, StepDataset
 from finetuning.direct import DirectRows
 from finetuning.draws import Draws
 from finetuning.errors import UserError
+from finetuning.judging import Judge
 from finetuning.languages import Languages, initial_languages
 from finetuning.layer_utils import print_model_summary, replace_and_add_layers
+from finetuning.listening import characters_per_second
 from finetuning.objective import TrainingObjective, compile_layers
 from finetuning.optimizers import keep_matrices_in_bf16
 from finetuning.progress import Progress, total_steps
 from finetuning.prompt import LayoutIds
+from finetuning.recognition import load_opinion, load_recognizer
 from finetuning.references import References, load_references, prepare_references, say_contexts, speakers_of
 from finetuning.resume import (
     Resume,
@@ -44,7 +48,7 @@ from finetuning.sampling import StepSampler
 from finetuning.settings import Settings
 from finetuning.sharding import asks_for_fsdp
 from finetuning.speakers import Speakers, make_speakers, prepare_speakers
-from finetuning.speaking import Request
+from finetuning.speaking import Request, leaving_no_cache
 from finetuning.stages import check_stages
 from finetuning.starting import device_name
 from finetuning.state import State
@@ -59,6 +63,7 @@ class Run:
     Attributes:
         requests: what the model says on its way; [] with SAMPLE_STEPS=0.
         data: what the rows are; see ``describe_data``.
+        judge: of what it says.
         state: that it goes on from; None when it begins at the beginning.
         lock: see ``lock_output_folder``.
     """
@@ -75,6 +80,7 @@ class Run:
     exporter: Exporter
     requests: list[Request]
     data: dict[str, Any]
+    judge: Judge | None = None
     resume: Resume | None = None
     state: State | None = None
     lock: IO[str] | None = None
@@ -162,6 +168,7 @@ def build_run(
     run = Run(settings, base, accelerator, *parts, resume=resume, state=state)
     if state:
         check_same_rows(state, run.fingerprints)
+    run.judge = find_judge(run)
     return run
 
 
@@ -171,6 +178,47 @@ def describe_data(train: TrainingSteps, validation: StepDataset | None, speakers
     rows = train.dataset.manifest if isinstance(train, MappedSteps) else None
     summary = data_summary(rows) or {"rows": train.num_rows, "speakers": list(speakers.names)}
     return {"train": summary, "validation": data_summary(validation.manifest if validation else None)}
+
+
+def find_judge(run: Run) -> Judge | None:
+    """What measures the samples, on the main process; None where nothing is going to be said.
+
+    Raises:
+        UserError: in all processes: what ASR_MODEL or MOS_MODEL names cannot be loaded.
+    """
+    if run.is_over or not run.requests or asks_for_fsdp():
+        return None
+    judge, problem = None, None
+    if run.is_main:
+        try:
+            judge = _load_judge(run)
+        except UserError as error:
+            problem = str(error)
+    if problem := broadcast_object_list([problem])[0]:
+        raise UserError(problem)
+    return judge
+
+
+def _load_judge(run: Run) -> Judge:
+    """What measures the samples."""
+    settings, device, may_download = run.settings, device_name(run.accelerator), run.settings.data_mode != "none"
+    recognize, opinion, rates = None, None, {}
+    if settings.asr_model:
+        recognize = load_recognizer(settings.asr_model, device, spoken_language(run), may_download)
+    if settings.mos_model:
+        opinion = load_opinion(settings.mos_model, device, may_download)
+    if isinstance(run.train, MappedSteps):
+        rates = characters_per_second(run.train.dataset.manifest)
+    named = zip(run.speakers.names, run.speakers.vectors, strict=True)
+    vectors = {name.lower(): vector.numpy() for name, vector in named}
+    with leaving_no_cache(run.accelerator.device):
+        return Judge(device, voice_encoder(run.model, run.base), vectors, rates, recognize, opinion)
+
+
+def spoken_language(run: Run) -> str | None:
+    """Of all that the model says, where it is one."""
+    languages = {request.language for request in run.requests}
+    return languages.pop() if len(languages) == 1 else None
 
 
 def keeps_bf16(settings: Settings) -> bool:

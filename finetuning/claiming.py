@@ -93,5 +93,5 @@ def discard_rows(settings: Settings) -> None:
     (settings.output_dir / LOCK_FILE).unlink(missing_ok=True)
     shutil.rmtree(settings.output_dir / "rows", ignore_errors=True)
     for listed in settings.output_dir.glob("rejected.*.jsonl"):
-        listed.unlink()
+        listed.unlink(missing_ok=True)  # each process removes them
     remove_empty_folders(settings.output_dir)

@@ -25,7 +25,7 @@ from typing import Any
 
 from finetuning.errors import UserError
 
-#: Lists every other file of a folder with its size and checksum; written last.
+#: Lists every other file of a folder but the model card with its size and checksum; written last.
 CHECKSUMS_FILE = "checksums.json"
 #: The model card of a checkpoint; people edit it, so it has no checksum.
 CARD_FILE = "README.md"

@@ -28,7 +28,7 @@ from finetuning.checkpoint import CODEC_TABLE
 from finetuning.console import say
 from finetuning.disk import check_is_whole, checksum
 from finetuning.errors import UserError
-from finetuning.evaluation_models import Model, Options, fingerprint_of
+from finetuning.evaluation_models import Model, Options, fingerprint_of, fingerprints_of_run
 from finetuning.evaluation_plan import Job, Plan, make_plan
 from finetuning.evaluation_report import write_report
 from finetuning.evaluation_voices import Voice, hear
@@ -42,7 +42,7 @@ from finetuning.kept_samples import (
     note_measures,
     remove_outdated,
 )
-from finetuning.recognition import check_judges, judge_stamps, load_opinion, load_recognizer
+from finetuning.recognition import judge_stamps, load_opinion, load_recognizer, try_judges
 from finetuning.settings import Settings
 from finetuning.stock import import_qwen_tts, quiet_transformers
 
@@ -59,7 +59,7 @@ def evaluate(settings: Settings, options: Options) -> Path:
         UserError: something is missing, does not fit, or cannot be written.
     """
     plan = make_plan(settings, options)
-    check_judges(settings)
+    try_judges(settings)
     device = choose_device(settings)
     jobs = make_jobs(plan, settings, device)
     with disk_errors(options.output):
@@ -167,7 +167,7 @@ def generate(
                     say(f"{model.name} is left out: {error}")
                     bar.update(num_before + len(due) - bar.n)
                 _free_memory()
-    fingerprints = {model.fingerprint for model in plan.models}
+    fingerprints = fingerprints_of_run(settings.output_dir) | {model.fingerprint for model in plan.models}
     for model in plan.models:
         is_new = model.name not in failed
         if is_new and (num_removed := remove_outdated(folder / model.samples, model.folder, fingerprints)):
@@ -326,9 +326,10 @@ def measure(
     from finetuning.listening import Spoken, measure_each
 
     paces = _paces(plan)
-    digest = yardstick_digest(plan, settings, paces)
+    of_speaker = {voice.speaker: yardstick_digest(plan, voice, settings, paces) for voice in plan.voices}
+    digests = [of_speaker[job.request.speaker] for job in jobs]
     done = list(kept)
-    due = [number for number, sample in enumerate(kept) if sample.yardstick != digest]
+    due = [number for number, sample in enumerate(kept) if sample.yardstick != digests[number]]
     if not due:
         return done, []
     yardstick = build_yardstick(plan, settings, device, paces)
@@ -337,7 +338,7 @@ def measure(
         [measures] = measure_each([_spoken(Spoken, jobs[number], kept[number])], yardstick)
         finite = {name: float(value) for name, value in measures.items() if np.isfinite(value)}
         is_whole = yardstick.num_failures == num_failures
-        done[number] = note_measures(kept[number], finite, digest if is_whole else None)
+        done[number] = note_measures(kept[number], finite, digests[number] if is_whole else None)
     notes = [
         f"{what} could not be measured of {len(reasons)} samples ({reasons[0]}); the same command tries them again"
         for what, reasons in yardstick.failures.items()
@@ -374,15 +375,15 @@ def build_yardstick(plan: Plan, settings: Settings, device: str, paces: Mapping[
     return Yardstick(encode, _vectors(plan, encode), paces, recognize, opinion)
 
 
-def yardstick_digest(plan: Plan, settings: Settings, paces: Mapping[str, float]) -> str:
-    """What the figures of a sample depend on, beside the sample."""
+def yardstick_digest(plan: Plan, whose: Voice, settings: Settings, paces: Mapping[str, float]) -> str:
+    """What the figures of a voice's samples depend on, beside the samples."""
     from finetuning import audio, listening, quality, recognition, voice
 
     content = {
         "code": [checksum(Path(room.__file__)) for room in (audio, listening, quality, recognition, voice)],
         "encoder": fingerprint(plan.base.encoder_source.folder) if _can_encode(plan) else None,
-        "vectors": {voice.speaker: _source_of_vector(voice) for voice in plan.voices} if _can_encode(plan) else None,
-        "paces": dict(paces),
+        "vector": _source_of_vector(whose) if _can_encode(plan) else None,
+        "pace": paces.get(whose.speaker.lower()),
         "judges": judge_stamps(settings),
         "language": _spoken_language(plan),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -172,6 +173,15 @@ def _checkpoint_folders(output_dir: Path) -> list[Path]:
     ]
     named = [output_dir / name for name in ("best", "last")]
     return [folder for folder in [*(folder for _, folder in sorted(numbered)), *named] if folder.is_dir()]
+
+
+def fingerprints_of_run(output_dir: Path) -> set[str]:
+    """Of all checkpoints of a run that can be read."""
+    found = set()
+    for folder in _checkpoint_folders(output_dir):
+        with contextlib.suppress(OSError, UserError):
+            found.add(fingerprint(folder))
+    return found
 
 
 def _named(name: str, output_dir: Path, folders: Sequence[Path]) -> Path:

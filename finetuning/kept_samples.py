@@ -160,7 +160,7 @@ def remove_outdated(folder: Path, checkpoint: Path, fingerprints: Collection[str
     another run, stay.
 
     Args:
-        fingerprints: of all checkpoints that are compared now: one may have been moved to another name.
+        fingerprints: of all checkpoints that are compared or in the run now: one may have another name than before.
     """
     num_removed = 0
     for record_file in folder.glob("*.json"):

@@ -105,6 +105,19 @@ def check_judges(settings: Settings) -> None:
         _recognizer_class(settings.asr_model, folder)
     if settings.mos_model in MOS_MODELS:
         _import_predictor(settings.mos_model)
+
+
+def try_judges(settings: Settings) -> None:
+    """Loads what ASR_MODEL and MOS_MODEL name, on the CPU, and lets go of it.
+
+    Raises:
+        UserError: one of them is not there, or cannot be loaded.
+    """
+    may_download = settings.data_mode != "none"
+    if settings.asr_model:
+        load_recognizer(settings.asr_model, "cpu", None, may_download)
+    if settings.mos_model:
+        load_opinion(settings.mos_model, "cpu", may_download)
     elif settings.mos_model:
         _scripted(Path(settings.mos_model).expanduser(), "cpu")
 

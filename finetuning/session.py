@@ -8,17 +8,13 @@ from typing import Any
 
 import torch
 
-from finetuning.base_model import voice_encoder
 from finetuning.briefing import describe_complete, how_to_listen
 from finetuning.building import Run
 from finetuning.checkpoint import step_of_best
 from finetuning.console import command_of, say
 from finetuning.dataset import RowEncoder
 from finetuning.errors import part_from_the_others
-from finetuning.judging import Judge
-from finetuning.listening import characters_per_second
 from finetuning.prefix_cache import make_prefix_cache
-from finetuning.recognition import load_opinion, load_recognizer
 from finetuning.resume import (
     fingerprint_of_base,
     say_what_differs,
@@ -29,10 +25,9 @@ from finetuning.samples import Sampler, yardsticks_of
 from finetuning.saving import Saver
 from finetuning.settings import Settings
 from finetuning.sharding import is_sharded
-from finetuning.speaking import LiveModel, generation_defaults, leaving_no_cache
+from finetuning.speaking import LiveModel, generation_defaults
 from finetuning.starting import device_name
 from finetuning.stepping import Stepper
-from finetuning.steps import MappedSteps
 from finetuning.tracking import Tracker
 from finetuning.trainer import Trainer
 from finetuning.uploads import Uploader
@@ -113,35 +108,7 @@ def make_sampler(run: Run) -> Sampler | None:
     settings, accelerator, requests = run.settings, run.accelerator, run.requests
     live = LiveModel(settings, run.exporter, run.train.encoder, accelerator)
     yardsticks = yardsticks_of(settings, requests, generation_defaults(run.exporter))
-    return Sampler(settings, accelerator, live, requests, run.base.codec_folder, yardsticks, make_judge(run))
-
-
-def make_judge(run: Run) -> Judge | None:
-    """What measures the samples, on the main process.
-
-    Raises:
-        UserError: what ASR_MODEL or MOS_MODEL names cannot be loaded.
-    """
-    if not run.is_main or not run.requests:
-        return None
-    settings, device, may_download = run.settings, device_name(run.accelerator), run.settings.data_mode != "none"
-    recognize, opinion, rates = None, None, {}
-    if settings.asr_model:
-        recognize = load_recognizer(settings.asr_model, device, spoken_language(run), may_download)
-    if settings.mos_model:
-        opinion = load_opinion(settings.mos_model, device, may_download)
-    if isinstance(run.train, MappedSteps):
-        rates = characters_per_second(run.train.dataset.manifest)
-    named = zip(run.speakers.names, run.speakers.vectors, strict=True)
-    vectors = {name.lower(): vector.numpy() for name, vector in named}
-    with leaving_no_cache(run.accelerator.device):
-        return Judge(device, voice_encoder(run.model, run.base), vectors, rates, recognize, opinion)
-
-
-def spoken_language(run: Run) -> str | None:
-    """Of all that the model says, where it is one."""
-    languages = {request.language for request in run.requests}
-    return languages.pop() if len(languages) == 1 else None
+    return Sampler(settings, accelerator, live, requests, run.base.codec_folder, yardsticks, run.judge)
 
 
 def train(run: Run) -> None:

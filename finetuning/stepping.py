@@ -350,7 +350,7 @@ class Window:
 
     @property
     def seconds_per_step(self) -> float:
-        return self._seconds / max(self._num_steps, 1)
+        return self._seconds / self._num_steps if self._num_steps else math.nan
 
     @property
     def _seconds(self) -> float:
@@ -358,7 +358,7 @@ class Window:
 
     def figures(self, sub_talker_weight: float) -> dict[str, float]:
         """Over all processes: loss, talker_loss, sub_talker_loss, grad_norm (of the last step, before clipping),
-        frames_per_second (since the clock was started). All processes must ask."""
+        frames_per_second (since the clock was started; NaN before a step). All processes must ask."""
         sums = torch.cat([self.totals, (self.totals[3] - self._labels_before)[None]])
         sums = self._accelerator.reduce(sums, reduction="sum").tolist()
         talker, sub_talker, num_talker, num_sub_talker, num_clocked = sums
@@ -368,5 +368,5 @@ class Window:
             "talker_loss": talker if num_talker else math.nan,
             "sub_talker_loss": sub_talker if num_talker else math.nan,
             "grad_norm": float(self.gradient_norm),
-            "frames_per_second": num_clocked / (NUM_CODEBOOKS - 1) / self._seconds,
+            "frames_per_second": num_clocked / (NUM_CODEBOOKS - 1) / self._seconds if self._num_steps else math.nan,
         }

@@ -349,7 +349,9 @@ def _json_value(value: Any) -> Any:
 
 
 def format_seconds(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """1:02:03 or 2:03; ? for NaN."""
+    if math.isnan(seconds):
+        return "?"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

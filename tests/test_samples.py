@@ -18,7 +18,7 @@ import soundfile
 import torch
 from reference import load_stock
 from safetensors.torch import load_file
-from training import FULL, build, make_trainer
+from training import FULL, build, make_trainer, train
 
 from finetuning import samples, starting
 from finetuning.audio import SAMPLE_RATE_HZ
@@ -449,7 +449,7 @@ def test_what_they_take_is_known_at_the_start(make: Callable) -> None:
         assert samples_bytes(settings, requests, num_steps) == times * 2 * eight_seconds
     run = build(make(sample_steps=3))
     (line,) = describe_samples(run)
-    assert line.startswith("Samples: 2 every 3 steps and at the end, in all about 0 MB; they stay in ")
+    assert line.startswith("Samples: 2 every 3 steps and at the end, in all about 0.1 MB; they stay in ")
     run.settings, run.requests = make(sample_steps=0, mos_model="distillmos"), []
     wanted = "nothing is said while the run trains, so EVAL_TEXTS, MOS_MODEL only matter to evaluate.py"
     assert describe_samples(run) == [f"SAMPLE_STEPS=0: {wanted}"]
@@ -515,6 +515,19 @@ def test_without_eval_texts_rows_are_said(make: Callable, rows: list[dict], tmp_
     assert samples._lines_of([samples._Row("b" * 999, "", "Auto", 1), samples._Row("c" * 500, "", "Auto", 1)]) == [
         ("c" * 500, "Auto"), ("b" * 999, "Auto"),
     ]  # fmt: skip
+
+
+def test_a_judge_that_cannot_be_loaded_costs_no_run(make: Callable, tmp_path: Path) -> None:
+    """It is loaded before the run that is to be replaced goes."""
+    broken = tmp_path / "asr"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "wav2vec2", "architectures": ["Wav2Vec2ForCTC"]}')
+    run, _ = train(make(max_steps=1, sample_steps=0))
+    best = run.settings.output_dir / "last" / "config.json"
+    assert best.is_file()
+    with pytest.raises(UserError, match=r"ASR_MODEL: .* cannot be loaded"):
+        build(make(asr_model=str(broken), overwrite_output=True, resume="never", sample_steps=1))
+    assert best.is_file()
 
 
 def test_many_texts_and_speakers_are_cut_and_said(make: Callable, capsys: pytest.CaptureFixture[str]) -> None:

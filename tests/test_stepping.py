@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -339,7 +340,8 @@ def test_frames_of_before_the_stop_are_in_no_rate(monkeypatch: pytest.MonkeyPatc
     window = Window(accelerator)
     clock.now = 200.0
     window.resume_from(torch.tensor([60.0, 900.0, 30.0, 15 * 300.0]), torch.tensor(7.0))
-    assert window.figures(1.0)["frames_per_second"] == 0.0 and window.figures(1.0)["grad_norm"] == 7.0
+    assert math.isnan(window.figures(1.0)["frames_per_second"]), "no step yet"
+    assert math.isnan(window.seconds_per_step) and window.figures(1.0)["grad_norm"] == 7.0
     window.add(Sums(torch.tensor([20.0, 600.0, 10.0, 15 * 40.0], dtype=torch.float64), torch.tensor(3.0)))
     clock.now = 202.0
     figures = window.figures(0.5)
