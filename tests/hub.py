@@ -6,14 +6,15 @@ import hashlib
 import json
 import os
 import re
-import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+
+from loopback import serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_loopbackSecret"
@@ -47,21 +48,8 @@ class Hub:
 
 @contextmanager
 def running_hub(repositories: Mapping[str, Path], gated: set[str] = frozenset()) -> Iterator[Hub]:
-    server = _Server(("127.0.0.1", 0), _Handler)
-    server.hub = Hub(repositories, set(gated), f"http://127.0.0.1:{server.server_port}")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.hub
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: object) -> None:
-        """A client that ends without closing its connections is nothing to report."""
+    with serving(_Handler, lambda url: Hub(repositories, set(gated), url)) as hub:
+        yield hub
 
 
 class _Handler(BaseHTTPRequestHandler):

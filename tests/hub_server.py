@@ -17,11 +17,12 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import yaml
+from loopback import serving
 
 TOKEN, READER, NARROW, OTHER = "hf_writerSecret", "hf_readerSecret", "hf_narrowSecret", "hf_otherSecret"
 #: Files of these endings, and larger ones, are stored apart, as the Hub's .gitattributes says.
@@ -120,21 +121,8 @@ def who(token: str | None) -> dict[str, Any] | None:
 
 @contextmanager
 def running_hub() -> Iterator[HubServer]:
-    server = _Server(("127.0.0.1", 0), _Handler)
-    server.hub = HubServer(f"http://127.0.0.1:{server.server_port}")
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    try:
-        yield server.hub
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: object) -> None:
-        """A client that ends without closing its connections is nothing to report."""
+    with serving(_Handler, HubServer) as hub:
+        yield hub
 
 
 class _Handler(BaseHTTPRequestHandler):
