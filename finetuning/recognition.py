@@ -105,6 +105,8 @@ def check_judges(settings: Settings) -> None:
         _recognizer_class(settings.asr_model, folder)
     if settings.mos_model in MOS_MODELS:
         _import_predictor(settings.mos_model)
+    elif settings.mos_model:
+        _scripted(Path(settings.mos_model).expanduser(), "cpu")
 
 
 def try_judges(settings: Settings) -> None:
@@ -118,8 +120,6 @@ def try_judges(settings: Settings) -> None:
         load_recognizer(settings.asr_model, "cpu", None, may_download)
     if settings.mos_model:
         load_opinion(settings.mos_model, "cpu", may_download)
-    elif settings.mos_model:
-        _scripted(Path(settings.mos_model).expanduser(), "cpu")
 
 
 def judge_bytes(settings: Settings) -> int:
