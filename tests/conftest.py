@@ -18,6 +18,11 @@ VOICE = PROJECT / "voices" / "english_voice"
 SHAPES = ("tiny-random", "tiny-random-0.6b")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: at the end the other worker would wait for it."""
+    items.sort(key=lambda item: item.path.stem != "test_two_processes")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_accelerator_of_another_file() -> None:
     """Accelerate keeps its precision for the life of a process, which runs several files."""
