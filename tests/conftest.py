@@ -19,8 +19,8 @@ SHAPES = ("tiny-random", "tiny-random-0.6b")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: at the end the other worker would wait for it."""
-    items.sort(key=lambda item: item.path.stem != "test_two_processes")
+    """The longest files first: at the end one worker would wait for the other."""
+    items.sort(key=lambda item: item.path.stem not in ("test_roundtrip", "test_two_processes"))
 
 
 @pytest.fixture(scope="module", autouse=True)
