@@ -9,9 +9,7 @@ from typing import Any
 
 from finetuning.tiny_model import TinyShape, model_config
 
-SHAPE = TinyShape(
-    talker_width=160, text_width=160, sub_talker_width=96, num_talker_layers=5, num_sub_talker_layers=2
-)
+SHAPE = TinyShape(talker_width=160, text_width=160, sub_talker_width=96, num_talker_layers=5, num_sub_talker_layers=2)
 HEAD_WIDTH = 32
 ENCODER_CHANNELS = (64, 64, 64, 64, 192)
 

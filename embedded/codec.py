@@ -218,7 +218,10 @@ def make_codec(work: Work) -> dict[str, Any]:
         since.append(training.train_step())
         if training.step % LOG_STEPS == 0:
             means = {name: round(float(np.mean([one[name] for one in since])), 3) for name in since[0]}
-            print(f"codec: step {training.step} phase {training.phase} {time.monotonic() - start:.0f} s {means}", flush=True)
+            print(
+                f"codec: step {training.step} phase {training.phase} {time.monotonic() - start:.0f} s {means}",
+                flush=True,
+            )
             since = []
         if training.step % SAVE_STEPS == 0 or training.step == training.num_steps:
             training.save(folder / "state.safetensors")

@@ -9,10 +9,44 @@ from itertools import islice
 from embedded.texts import sentences
 
 #: Variants of espeak-ng whose voices the base learns (`espeak-ng --voices=variant`).
-TRAINING_VARIANTS = (
-    "m1 f1 m2 f2 m3 f3 m4 f4 m5 f5 m6 aunty m7 Annie m8 belinda Alex shelby Andy linda Denis Nguyen ed edward Diogo "
-    "Hugo adam gustave iven john pablo travis klatt2 Jacky Mario sandro"
-).split()
+TRAINING_VARIANTS = [
+    "m1",
+    "f1",
+    "m2",
+    "f2",
+    "m3",
+    "f3",
+    "m4",
+    "f4",
+    "m5",
+    "f5",
+    "m6",
+    "aunty",
+    "m7",
+    "Annie",
+    "m8",
+    "belinda",
+    "Alex",
+    "shelby",
+    "Andy",
+    "linda",
+    "Denis",
+    "Nguyen",
+    "ed",
+    "edward",
+    "Diogo",
+    "Hugo",
+    "adam",
+    "gustave",
+    "iven",
+    "john",
+    "pablo",
+    "travis",
+    "klatt2",
+    "Jacky",
+    "Mario",
+    "sandro",
+]
 #: Variants that only measure: no model is trained on them.
 HELD_OUT_VARIANTS = ("Henrique", "Lee", "Mike", "max", "marcelo", "grandma", "Andrea", "david")
 #: The variant of the demo, which the base never hears either.

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from embedded.plan import SPLITS, Clip, Scale, Voice, all_clips
+from embedded.plan import SPLITS, Clip, Voice, all_clips
 from embedded.stage import Work, main_of
 from finetuning.audio import SAMPLE_RATE_HZ, resample
 from finetuning.disk import free_bytes, new_folder, read_json, write_json

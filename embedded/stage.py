@@ -92,9 +92,7 @@ def parse(description: str | None) -> Work:
     parser.add_argument("--codec_steps", type=int, nargs=3, help="steps of the codec's phases, in place of the scale's")
     arguments = parser.parse_args()
     steps = tuple(arguments.codec_steps) if arguments.codec_steps else None
-    return Work(
-        arguments.folder, arguments.scale, arguments.threads, arguments.device, arguments.start_codec, steps
-    )
+    return Work(arguments.folder, arguments.scale, arguments.threads, arguments.device, arguments.start_codec, steps)
 
 
 # ------------------------------------------------------------------------------------------- a training's state
@@ -106,7 +104,11 @@ def save_state(path: Path, tensors: Mapping[str, Any], info: Mapping[str, Any]) 
 
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, unfinished, {"info": json.dumps(info)})
+    save_file(
+        {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
+        unfinished,
+        {"info": json.dumps(info)},
+    )
     os.replace(unfinished, path)
 
 

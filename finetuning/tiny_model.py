@@ -19,6 +19,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetuning.disk import write_json
 from finetuning.stock import import_qwen_tts
@@ -281,9 +282,13 @@ def model_config(shape: TinyShape, special_ids: dict[str, int]) -> dict:
     }
 
 
-def _write_talker_weights(folder: Path, config: dict, dtype) -> None:
+def random_model(config: dict) -> Any:
+    """``Qwen3TTSForConditionalGeneration`` of a config.json with random weights that suit a toy width.
+
+    Args:
+        config: as ``model_config`` gives it.
+    """
     from qwen_tts.core.models import Qwen3TTSConfig, Qwen3TTSForConditionalGeneration
-    from safetensors.torch import save_file
     from torch import nn
 
     settings = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
@@ -296,7 +301,13 @@ def _write_talker_weights(folder: Path, config: dict, dtype) -> None:
             nn.init.normal_(module.weight, std=0.5)
         if isinstance(module, nn.Conv1d):
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_channels * module.kernel_size[0]))
-    weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    return model
+
+
+def _write_talker_weights(folder: Path, config: dict, dtype) -> None:
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in random_model(config).state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
