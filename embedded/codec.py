@@ -150,10 +150,10 @@ class CodecTraining:
 
     @torch.no_grad()
     def _all_latents(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, CODE_WIDTH) of both branches over pieces of all clips, as many frames as 40 for each codeword at most."""
+        """(N, CODE_WIDTH) of both branches over pieces of all clips, at most 38,400 frames, 19 for each codeword."""
         self.codec.eval()
         found = []
-        for number in range(min(80, 1 + len(self.bank.clips) // 8)):
+        for number in range(min(40, 1 + len(self.bank.clips) // 8)):
             pieces = self.bank.pieces(10**9 + number, 16, 60 * SAMPLES_PER_FRAME).to(self.device)
             found.append([branch.reshape(-1, branch.shape[-1]) for branch in self.codec.latents(pieces)])
         self.codec.train()
@@ -218,10 +218,8 @@ def make_codec(work: Work) -> dict[str, Any]:
         since.append(training.train_step())
         if training.step % LOG_STEPS == 0:
             means = {name: round(float(np.mean([one[name] for one in since])), 3) for name in since[0]}
-            print(
-                f"codec: step {training.step} phase {training.phase} {time.monotonic() - start:.0f} s {means}",
-                flush=True,
-            )
+            seconds = round(time.monotonic() - start)
+            print(f"codec: step {training.step} phase {training.phase} {seconds} s {means}", flush=True)
             since = []
         if training.step % SAVE_STEPS == 0 or training.step == training.num_steps:
             training.save(folder / "state.safetensors")

@@ -47,11 +47,8 @@ class SpectralLoss(nn.Module):
         return {"mel": mel, "linear": linear, "relative": relative, "harmonic": harmonic}
 
     def _at(self, points: int, made: torch.Tensor, true: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        hop, window, bands = (
-            _RESOLUTIONS[points][0],
-            getattr(self, f"window_{points}"),
-            getattr(self, f"bands_{points}"),
-        )
+        hop, window = _RESOLUTIONS[points][0], getattr(self, f"window_{points}")
+        bands = getattr(self, f"bands_{points}")
         one, other = (_magnitudes(waveforms, points, hop, window) for waveforms in (made, true))
         mel = F.l1_loss(torch.log(bands @ one + 1e-3), torch.log(bands @ other + 1e-3))
         linear = F.l1_loss(torch.log(one + 1e-2), torch.log(other + 1e-2))

@@ -24,7 +24,7 @@ from finetuning.base_model import ENCODER_PREFIX, tokenizer_files
 from finetuning.disk import bytes_of, check_is_whole, new_folder, read_json, write_json
 from finetuning.errors import UserError
 from finetuning.stock import import_qwen_tts
-from finetuning.tiny_model import GENERATION_CONFIG, random_model, write_text_tokenizer
+from finetuning.tiny_model import GENERATION_CONFIG, PREPROCESSOR_CONFIG, random_model, write_text_tokenizer
 
 MAX_BYTES = 40_000_000
 #: Embeddings of codebooks 1 to 15 start at this share of codebook 0's: sixteen of them are added up.
@@ -40,9 +40,7 @@ def pack_start(work: Work) -> dict[str, Any]:
         config = base_config(write_text_tokenizer(folder))
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", GENERATION)
-        write_json(
-            folder / "preprocessor_config.json", {"padding_side": "left", "processor_class": "Qwen3TTSProcessor"}
-        )
+        write_json(folder / "preprocessor_config.json", PREPROCESSOR_CONFIG)
         model = start_model(config)
         model.speaker_encoder.load_state_dict(encoder.state_dict())
         weights = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -89,9 +87,7 @@ def pack_base(work: Work) -> dict[str, Any]:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         _copy_codec(work.folder / "codec" / "codec", folder)
         if (size := bytes_of(folder)) > MAX_BYTES:
-            raise UserError(
-                f"the base has {size:,} bytes, more than {MAX_BYTES:,}; make SHAPE in base_config.py smaller"
-            )
+            raise UserError(f"the base has {size:,} bytes, more than {MAX_BYTES:,}; make embedded.base_config smaller")
     return {"megabytes": round(size / 1e6, 2), "load_seconds": round(load_seconds(work.folder / "base"), 2)}
 
 

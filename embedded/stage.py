@@ -104,11 +104,8 @@ def save_state(path: Path, tensors: Mapping[str, Any], info: Mapping[str, Any]) 
 
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
-    save_file(
-        {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
-        unfinished,
-        {"info": json.dumps(info)},
-    )
+    copies = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(copies, unfinished, {"info": json.dumps(info)})
     os.replace(unfinished, path)
 
 

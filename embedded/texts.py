@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 _WORDS = {
     "adjective": "old new small large green blue yellow red black white quiet loud heavy light narrow wide happy tired "
-    "young tall broken clean empty famous friendly gentle golden honest hungry lazy lonely lucky modern ordinary polite "
-    "proud rough silver simple soft strange warm cold bright dark deep early fresh foreign",
+    "young tall broken clean empty famous friendly gentle golden honest hungry lazy lonely lucky modern ordinary "
+    "polite proud rough silver simple soft strange warm cold bright dark deep early fresh foreign",
     "person": "teacher doctor farmer sailor baker painter brother sister neighbour captain driver student lawyer "
     "gardener singer writer uncle mother father cousin butcher engineer nurse judge king queen pilot soldier boy girl "
     "child woman man friend",

@@ -128,13 +128,14 @@ def build_tiny_model(folder: Path, shape: TinyShape, dtype: str = "float32", see
     config = model_config(shape, special_ids)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", GENERATION_CONFIG)
-    write_json(folder / "preprocessor_config.json", {"padding_side": "left", "processor_class": "Qwen3TTSProcessor"})
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR_CONFIG)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _write_talker_weights(folder, config, getattr(torch, dtype))
         _write_codec(folder / "speech_tokenizer")
 
 
+PREPROCESSOR_CONFIG = {"padding_side": "left", "processor_class": "Qwen3TTSProcessor"}
 GENERATION_CONFIG = {
     "do_sample": True,
     "repetition_penalty": 1.05,
