@@ -37,6 +37,8 @@ SAVE_STEPS = 50
 LOG_STEPS = 10
 #: From this share of phase 3 on the discriminator takes part.
 DISCRIMINATOR_FROM = 0.5
+#: Pieces whose latents the codebooks are fitted to: batches of so many, of so many frames.
+FITTED_PIECES, FITTED_FRAMES = 16, 60
 #: Clips of each split that are measured: every n-th, so that all voices are among them.
 NUM_MEASURED = 48
 
@@ -150,11 +152,11 @@ class CodecTraining:
 
     @torch.no_grad()
     def _all_latents(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, CODE_WIDTH) of both branches over pieces of all clips, at most 38,400 frames, 19 for each codeword."""
+        """(N, CODE_WIDTH) of both branches over pieces of all clips, at most 38,400 frames."""
         self.codec.eval()
         found = []
         for number in range(min(40, 1 + len(self.bank.clips) // 8)):
-            pieces = self.bank.pieces(10**9 + number, 16, 60 * SAMPLES_PER_FRAME).to(self.device)
+            pieces = self.bank.pieces(10**9 + number, FITTED_PIECES, FITTED_FRAMES * SAMPLES_PER_FRAME).to(self.device)
             found.append([branch.reshape(-1, branch.shape[-1]) for branch in self.codec.latents(pieces)])
         self.codec.train()
         semantic, acoustic = (torch.cat(branch) for branch in zip(*found, strict=True))

@@ -27,8 +27,8 @@ SAMPLE_RATE_HZ = 24_000
 SAMPLES_PER_FRAME = 1920
 CODE_WIDTH = 32
 NUM_LEVELS = 6
-#: Mean norm of the codewords of an unused level that are not the zero vector: further than any residual, and so small
-#: that a sub-talker that draws one by mistake is not heard.
+#: Norm of the codewords of an unused level that are not the zero vector, as a share of that of whole latents: further
+#: than any residual.
 _UNUSED_NORM = 2.0
 
 
@@ -262,7 +262,8 @@ class TrainableCodec(nn.Module):
 
         model = copy.deepcopy(self.model).cpu()
         codebooks = torch.cat([self.semantic.codebooks, self.acoustic.codebooks]).cpu()
-        for level, codebook in enumerate([*codebooks, *[_unused_codebook()] * (NUM_CODEBOOKS - NUM_LEVELS)]):
+        unused = _unused_codebook(_UNUSED_NORM * float(codebooks[1].norm(dim=1).mean()))
+        for level, codebook in enumerate([*codebooks, *[unused] * (NUM_CODEBOOKS - NUM_LEVELS)]):
             _put_codebook(model, level, codebook)
         with new_folder(folder) as unfinished:
             model.half().save_pretrained(unfinished)
@@ -270,11 +271,11 @@ class TrainableCodec(nn.Module):
             extractor.save_pretrained(unfinished)
 
 
-def _unused_codebook() -> torch.Tensor:
+def _unused_codebook(norm: float) -> torch.Tensor:
     """Code 0 is nothing; the others are too far away to be chosen."""
     draw = torch.Generator().manual_seed(0)
     codebook = torch.randn(CODEBOOK_SIZE, CODE_WIDTH, generator=draw)
-    codebook = codebook / codebook.norm(dim=1, keepdim=True) * _UNUSED_NORM
+    codebook = codebook / codebook.norm(dim=1, keepdim=True) * norm
     codebook[0] = 0
     return codebook
 
