@@ -4,7 +4,7 @@
 
 1. Continuous latents: encoder and decoder learn together, quantizing left out.
 2. Codes: codebooks from k-means, then by moving averages, gradients straight through.
-3. The decoder alone on codes that no longer change: k-means once more, and in its last half a small discriminator,
+3. The decoder alone on codes that no longer change: k-means once more, and in its last quarter a small discriminator,
    which makes voiced speech sound voiced. The codes are final when this phase begins: the stages behind may start.
 
 WORK/codec/codec is the export of the last save; WORK/codec/state.safetensors goes on.
@@ -36,7 +36,7 @@ MOMENTUM = 0.998
 SAVE_STEPS = 50
 LOG_STEPS = 10
 #: From this share of phase 3 on the discriminator takes part.
-DISCRIMINATOR_FROM = 0.5
+DISCRIMINATOR_FROM = 0.75
 #: Pieces whose latents the codebooks are fitted to: batches of so many, of so many frames.
 FITTED_PIECES, FITTED_FRAMES = 16, 60
 #: Clips of each split that are measured: every n-th, so that all voices are among them.
@@ -47,7 +47,8 @@ class CodecTraining:
     """Everything of the training that lasts from step to step."""
 
     def __init__(self, work: Work, bank: ClipBank) -> None:
-        self.steps = work.codec_steps or work.scale.codec_steps
+        self.plan = work.plan("codec")
+        self.steps = tuple(self.plan["codec_steps"])
         self.device, self.bank = work.device, bank
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -90,7 +91,7 @@ class CodecTraining:
         pieces = self.bank.pieces(self.step, BATCH_SIZE, FRAMES_PER_PIECE * SAMPLES_PER_FRAME).to(self.device)
         made, extra = self._through(pieces)
         parts = self.loss(made, pieces)
-        total = 2 * parts["mel"] + parts["linear"] + parts["relative"] + parts["harmonic"] + extra
+        total = 2 * parts["mel"] + parts["linear"] + parts["relative"] + 2 * parts["harmonic"] + extra
         if self.judges_take_part():
             total = total + self._judge(made, pieces)
         self.optimizer.zero_grad()
@@ -170,12 +171,12 @@ class CodecTraining:
         tensors |= {f"judges.{name}": value for name, value in self.judges.state_dict().items()}
         tensors |= optimizer_tensors(self.optimizer, "optimizer")
         tensors |= optimizer_tensors(self.judges_optimizer, "judges_optimizer")
-        save_state(path, tensors, {"step": self.step, "phase": self.phase, "steps": list(self.steps)})
+        save_state(path, tensors, {"step": self.step, "phase": self.phase, "plan": self.plan})
 
     def restore(self, path: Path) -> bool:
         """Goes on from a saved state; False where there is none, or one of another plan."""
         found = load_state(path)
-        if found is None or found[1]["steps"] != list(self.steps):
+        if found is None or found[1].get("plan") != self.plan:
             return False
         tensors, info = found
         for name, module in (("codec", self.codec), ("judges", self.judges)):

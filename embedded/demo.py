@@ -8,6 +8,7 @@ three ways, into WORK/demo/spoken: truth (espeak-ng), before (the base clones fr
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from embedded.recognise import sentence_picker
 from embedded.stage import Work, main_of
 from embedded.talker import run_training, shared_settings
 from finetuning.audio import SAMPLE_RATE_HZ
+from finetuning.disk import checksum, read_json, write_json
 from finetuning.listening import cosine
 from finetuning.stock import import_qwen_tts
 from finetuning.voice import voice_vector
@@ -44,6 +46,7 @@ def demo_settings(work: Work) -> dict[str, object]:
         "INIT_MODEL_PATH": work.folder / "base",
         "OUTPUT_DIR": work.folder / "demo" / "output",
         "TRAIN_JSONL": speech / "demo_train.jsonl",
+        "OVERWRITE_OUTPUT": "true",  # of a run that began from another base
         "SPEAKER_NAME": SPEAKER,
         "BATCH_SIZE": 4,
         "LEARNING_RATE": 5e-4,
@@ -58,7 +61,8 @@ def make_demo(work: Work) -> dict[str, Any]:
     """Fine-tunes, speaks, measures; the stage's figures."""
     run_training(demo_settings(work), work.folder / "demo" / "settings.env", work.num_threads)
     torch.set_num_threads(work.num_threads)
-    rows = read_rows(work.folder / "speech", "demo_test")
+    rows, folder = read_rows(work.folder / "speech", "demo_test"), work.folder / "demo" / "spoken"
+    _forget_other_speech(folder, [work.folder / "base", work.folder / "demo" / "output" / "best"])
     ways = {
         "before": cloner(work.folder / "base", rows[0]["ref_audio"]),
         "after": speaker(work.folder / "demo" / "output" / "best"),
@@ -66,7 +70,6 @@ def make_demo(work: Work) -> dict[str, Any]:
     encoder = load_encoder(work.folder / "encoder" / "encoder.safetensors")
     figures: dict[str, Any] = {}
     for way, speak in ways.items():
-        folder = work.folder / "demo" / "spoken"
         spoken = [_speak_once(folder, way, number, row, speak) for number, row in enumerate(rows)]
         figures |= {f"{way}_{name}": value for name, value in measure_speech(rows, spoken, encoder).items()}
     return figures
@@ -86,11 +89,20 @@ def speaker(folder: Path) -> Speak:
     return lambda text: model.generate_custom_voice(text, **options)[0][0]
 
 
+def _forget_other_speech(folder: Path, checkpoints: Sequence[Path]) -> None:
+    """Removes what other checkpoints than these have spoken."""
+    files = [file for checkpoint in checkpoints for file in sorted(checkpoint.rglob("*.safetensors"))]
+    by = {"spoken_by": [checksum(file) for file in files]}
+    if read_json(folder / "spoken_by.json") != by:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json(folder / "spoken_by.json", by)
+
+
 def _speak_once(folder: Path, way: str, number: int, row: dict[str, Any], speak: Speak) -> np.ndarray:
     """Speaks and keeps the wav beside the true one; what was spoken before is read."""
     path = folder / f"{number:02d}_{way}.wav"
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(number)
         soundfile.write(folder / f"{number:02d}_truth.wav", read_clip(row["audio"]), SAMPLE_RATE_HZ)
         unfinished = path.with_suffix(".tmp")

@@ -59,12 +59,13 @@ class EncoderTraining:
 
     Args:
         rows: training rows; every speaker at every speed is a voice of its own.
+        plan: of the stage; a state of another one is not taken.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], num_steps: int, device: str) -> None:
+    def __init__(self, rows: list[dict[str, Any]], plan: dict[str, Any], device: str) -> None:
         voices = [(name, speed) for speed in SPEEDS for name in sorted({row["speaker"] for row in rows})]
         index = {voice: number for number, voice in enumerate(voices)}
-        self.device, self.num_steps, self.step = device, num_steps, 0
+        self.device, self.plan, self.num_steps, self.step = device, plan, plan["encoder_steps"], 0
         self.mels: list[torch.Tensor] = []
         self.labels: list[int] = []
         for row, speed in itertools.product(rows, SPEEDS):
@@ -104,12 +105,12 @@ class EncoderTraining:
         """Everything that going on needs."""
         tensors = {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
         tensors |= {"directions": self.directions, **optimizer_tensors(self.optimizer, "optimizer")}
-        save_state(path, tensors, {"step": self.step, "num_steps": self.num_steps})
+        save_state(path, tensors, {"step": self.step, "plan": self.plan})
 
     def restore(self, path: Path) -> bool:
         """Goes on from a saved state; False where there is none, or one of another plan."""
         found = load_state(path)
-        if found is None or found[1]["num_steps"] != self.num_steps:
+        if found is None or found[1].get("plan") != self.plan:
             return False
         tensors, info = found
         weights = {key.removeprefix("encoder."): value for key, value in tensors.items() if key.startswith("encoder.")}
@@ -145,7 +146,7 @@ def make_encoder(work: Work) -> dict[str, Any]:
     """Trains to the end, writes the encoder, measures; the stage's figures."""
     torch.set_num_threads(work.num_threads)
     folder, rows = work.folder / "encoder", read_rows(work.folder / "speech", "train")
-    training = EncoderTraining(rows, work.scale.encoder_steps, work.device)
+    training = EncoderTraining(rows, work.plan("encoder"), work.device)
     if training.restore(folder / "state.safetensors"):
         print(f"encoder: goes on at step {training.step} of {training.num_steps}")
     since = []

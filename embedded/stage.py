@@ -21,6 +21,19 @@ from finetuning.errors import run_main, whole_number
 
 Figures = dict[str, Any]
 
+#: What of a scale a stage depends on, through the stages before it as well: no other change makes it anew.
+_SPEECH = ("num_variants", "voices_per_variant", "clips_per_voice")
+_MODELS = (*_SPEECH, "codec_steps", "encoder_steps")
+DEPENDS_ON = {
+    "speech": _SPEECH,
+    "codec": (*_SPEECH, "codec_steps"),
+    "encoder": (*_SPEECH, "encoder_steps"),
+    "start": _MODELS,
+    "talker": (*_MODELS, "talker_steps"),
+    "pack": (*_MODELS, "talker_steps"),
+    "demo": (*_MODELS, "talker_steps"),
+}
+
 
 @dataclass(frozen=True)
 class Work:
@@ -46,15 +59,20 @@ class Work:
     def scale(self) -> Scale:
         return SCALES[self.scale_name]
 
+    def plan(self, stage: str) -> dict[str, Any]:
+        """What a stage makes, as JSON has it."""
+        scale = asdict(self.scale) | ({"codec_steps": self.codec_steps} if self.codec_steps else {})
+        return json.loads(json.dumps({"scale": self.scale_name} | {name: scale[name] for name in DEPENDS_ON[stage]}))
+
     def report(self, stage: str) -> Path:
         return self.folder / "reports" / f"{stage}.json"
 
 
 def run_stage(stage: str, make: Callable[[Work], Figures], work: Work) -> Figures:
     """Runs a stage unless its report says that it is done; its figures."""
-    plan = {"scale": work.scale_name, **asdict(work.scale)}
+    plan = work.plan(stage)
     done = read_json(work.report(stage)) or {}
-    if done.get("plan") == json.loads(json.dumps(plan)):
+    if done.get("plan") == plan:
         print(f"{stage}: done before")
         return done["figures"]
     start = time.monotonic()

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from embedded.stage import Work, main_of
-from finetuning.errors import UserError
+from finetuning.errors import Stopped, UserError
 from finetuning.settings import canonical_names
 
 PROJECT = Path(__file__).parent.parent
@@ -25,7 +26,7 @@ PROJECT = Path(__file__).parent.parent
 
 def talker_settings(work: Work) -> dict[str, object]:
     """Name -> value of the settings of the talker's training."""
-    speech, steps = work.folder / "speech", work.scale.talker_steps
+    speech = work.folder / "speech"
     return shared_settings(work) | {
         "INIT_MODEL_PATH": work.folder / "start",
         "OUTPUT_DIR": work.folder / "talker" / "output",
@@ -39,8 +40,8 @@ def talker_settings(work: Work) -> dict[str, object]:
         "SUB_TALKER_FRAME_FRACTION": 0.3,  # the sub-talker would take most of the time, and learns sooner
         "LEARNING_RATE": 1.5e-3,
         "LR_MIN": 1e-4,
-        "WARMUP_STEPS": min(200, steps // 10),
-        "MAX_STEPS": steps,
+        "WARMUP_STEPS": 200,
+        "MAX_STEPS": work.scale.talker_steps,
         "NUM_EPOCHS": 100_000,
         "LOGGING_STEPS": 20,
         "SAVE_STEPS": 500,
@@ -72,6 +73,7 @@ def run_training(settings: dict[str, object], file: Path, num_threads: int) -> N
 
     Raises:
         UserError: train.py ended with exit code 2, and has said why.
+        Stopped: a signal ended it, after saving.
         CalledProcessError: it failed otherwise.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +82,8 @@ def run_training(settings: dict[str, object], file: Path, num_threads: int) -> N
     others = {name: value for name, value in os.environ.items() if name not in canonical_names()}
     environment = others | {"ENV_FILE": str(file.resolve()), "OMP_NUM_THREADS": str(num_threads)}
     done = subprocess.run([sys.executable, "train.py"], cwd=PROJECT, env=environment, check=False)
+    if done.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise Stopped(done.returncode - 128)
     if done.returncode == 2:
         raise UserError(f"train.py refused {file}; its message is above")
     done.check_returncode()

@@ -178,11 +178,14 @@ def test_a_stage_that_is_done_is_not_run_again_unless_its_plan_changes(tmp_path:
         return {"runs": len(runs)}
 
     smoke, small = stage.Work(tmp_path, "smoke"), stage.Work(tmp_path, "small")
-    assert stage.run_stage("any", make, smoke) == stage.run_stage("any", make, smoke) == {"runs": 1}
-    assert stage.run_stage("any", make, small) == {"runs": 2}
-    small.report("any").write_text("half")
-    assert stage.run_stage("any", make, small) == {"runs": 3}
+    assert stage.run_stage("encoder", make, smoke) == stage.run_stage("encoder", make, smoke) == {"runs": 1}
+    assert stage.run_stage("encoder", make, small) == {"runs": 2}
+    small.report("encoder").write_text("half")
+    assert stage.run_stage("encoder", make, small) == {"runs": 3}
     assert runs == ["smoke", "small", "small"]
+    other_codec = stage.Work(tmp_path, "small", codec_steps=(1, 2, 3))
+    assert stage.run_stage("encoder", make, other_codec) == {"runs": 3}  # which does not depend on it
+    assert other_codec.plan("talker") != small.plan("talker") and other_codec.plan("speech") == small.plan("speech")
 
 
 def test_a_half_written_state_is_none(tmp_path: Path) -> None:
@@ -233,7 +236,7 @@ def test_a_codec_training_that_was_killed_goes_on_to_the_same_weights(trained_co
 
 def test_a_state_of_another_plan_is_not_taken(trained_codec: Any, work: stage.Work) -> None:
     other = _codec_training(work)
-    other.steps = (2, 1, 1)
+    other.plan = other.plan | {"clips_per_voice": 7}
     assert not other.restore(work.folder / "codec" / "state.safetensors") and other.step == 0
 
 
@@ -293,7 +296,7 @@ def test_an_encoder_training_that_was_killed_goes_on_to_the_same_weights(
 ) -> None:
     monkeypatch.setattr(encoder, "BATCH_SIZE", 4)
     rows = read_rows(work.folder / "speech", "train")[:4]
-    one, other = (encoder.EncoderTraining(rows, 4, "cpu") for _ in range(2))
+    one, other = (encoder.EncoderTraining(rows, work.plan("encoder"), "cpu") for _ in range(2))
     for number in range(4):
         one.train_step()
         if number == 1:
@@ -302,7 +305,9 @@ def test_an_encoder_training_that_was_killed_goes_on_to_the_same_weights(
     for _ in range(2):
         other.train_step()
     assert all(torch.equal(a, b) for a, b in zip(one.encoder.parameters(), other.encoder.parameters(), strict=True))
-    assert not encoder.EncoderTraining(rows, 5, "cpu").restore(tmp_path / "state.safetensors")
+    assert not encoder.EncoderTraining(rows, work.plan("encoder") | {"encoder_steps": 5}, "cpu").restore(
+        tmp_path / "state.safetensors"
+    )
 
 
 def test_the_margin_is_an_angle() -> None:
