@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,12 @@ from embedded.clips import ClipBank, read_clip, read_rows
 from embedded.codec_model import NUM_LEVELS, SAMPLES_PER_FRAME, TrainableCodec
 from embedded.texts import sentences
 from finetuning.errors import UserError
+
+#: A room imports only from rooms before it, and finetuning/ from none of them.
+ORDER = (
+    "texts", "plan", "stage", "clips", "measures", "recognise", "speech", "codec_model", "codec_losses", "codec",
+    "base_config", "encoder", "pack", "talker", "demo", "report", "make",
+)  # fmt: skip
 
 #: Speaks a tone whose pitch is -p and whose length is the text's, as espeak-ng does to a pipe: without true lengths.
 FAKE_ESPEAK = f"""#!{sys.executable} -S
@@ -69,6 +76,18 @@ def work(tmp_path_factory: pytest.TempPathFactory, fake_espeak: Path) -> stage.W
     work = stage.Work(tmp_path_factory.mktemp("work"), "smoke")
     stage.run_stage("speech", speech.make_speech, work)
     return work
+
+
+def _imported(file: Path) -> set[str]:
+    return set(re.findall(r"^ *(?:from|import) embedded\.(\w+)", file.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_rooms_import_only_from_rooms_before_them() -> None:
+    rooms = {file.stem: _imported(file) for file in (PROJECT / "embedded").glob("*.py") if file.stem != "__init__"}
+    assert set(rooms) == set(ORDER)
+    for room, imports in rooms.items():
+        assert imports <= set(ORDER[: ORDER.index(room)]), room
+    assert not any(_imported(file) for file in (PROJECT / "finetuning").glob("*.py"))
 
 
 # ---------------------------------------------------------------------------------------------------- texts, plan
