@@ -64,7 +64,7 @@ class Scale:
 SCALES = {
     # Only to see that everything runs, in minutes; what comes out is noise.
     "smoke": Scale(2, 1, 6, (2, 2, 2), 4, 4),
-    "small": Scale(24, 1, 56, (1500, 700, 3000), 600, 1800),
+    "small": Scale(24, 1, 168, (1500, 700, 3000), 600, 1500),
     "full": Scale(36, 2, 100, (12_000, 6_000, 40_000), 3000, 60_000),
 }
 
