@@ -32,6 +32,9 @@ from finetuning.codec import Codec
 BATCH_SIZE = 6
 FRAMES_PER_PIECE = 15
 PEAK_LEARNING_RATE = 1.2e-3
+#: Of a training that starts from an exported codec, which a higher one would spoil: log-mel L1 rose from 0.47 to 0.55
+#: in 100 steps, and stayed at 0.46 with this one.
+PEAK_LEARNING_RATE_AFTER_START = 3e-4
 MOMENTUM = 0.998
 SAVE_STEPS = 50
 LOG_STEPS = 10
@@ -58,7 +61,7 @@ class CodecTraining:
         self.parameters = self.codec.parameters_that_train()
         self.optimizer = torch.optim.AdamW(self.parameters, PEAK_LEARNING_RATE, betas=(0.8, 0.99), weight_decay=1e-3)
         self.judges_optimizer = torch.optim.AdamW(self.judges.parameters(), 4e-4, betas=(0.8, 0.99))
-        self.step, self.phase = 0, 1
+        self.step, self.phase, self.peak_rate = 0, 1, PEAK_LEARNING_RATE
 
     @property
     def num_steps(self) -> int:
@@ -73,7 +76,7 @@ class CodecTraining:
         """Warm-up, a plateau, and a cosine to 3 %."""
         share = self.step / max(1, self.num_steps)
         fall = 0.5 * (1 + math.cos(math.pi * max(0.0, share - 0.25) / 0.75))
-        return PEAK_LEARNING_RATE * min(1.0, (self.step + 1) / 100) * (0.97 * fall + 0.03)
+        return self.peak_rate * min(1.0, (self.step + 1) / 100) * (0.97 * fall + 0.03)
 
     def judges_take_part(self) -> bool:
         first, second, third = self.steps
@@ -171,7 +174,8 @@ class CodecTraining:
         tensors |= {f"judges.{name}": value for name, value in self.judges.state_dict().items()}
         tensors |= optimizer_tensors(self.optimizer, "optimizer")
         tensors |= optimizer_tensors(self.judges_optimizer, "judges_optimizer")
-        save_state(path, tensors, {"step": self.step, "phase": self.phase, "plan": self.plan})
+        info = {"step": self.step, "phase": self.phase, "peak_rate": self.peak_rate, "plan": self.plan}
+        save_state(path, tensors, info)
 
     def restore(self, path: Path) -> bool:
         """Goes on from a saved state; False where there is none, or one of another plan."""
@@ -183,7 +187,7 @@ class CodecTraining:
             module.load_state_dict(_below(tensors, name))
         restore_optimizer(self.optimizer, "optimizer", tensors)
         restore_optimizer(self.judges_optimizer, "judges_optimizer", tensors)
-        self.step, self.phase = info["step"], info["phase"]
+        self.step, self.phase, self.peak_rate = info["step"], info["phase"], info["peak_rate"]
         self._freeze_what_the_phase_leaves()
         return True
 
@@ -193,6 +197,7 @@ class CodecTraining:
 
         model = Qwen3TTSTokenizerV2Model.from_pretrained(folder, dtype=torch.float32)
         self.codec.model.load_state_dict(model.state_dict())
+        self.peak_rate = PEAK_LEARNING_RATE_AFTER_START
 
 
 def _noisy(latents: torch.Tensor) -> torch.Tensor:

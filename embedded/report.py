@@ -55,7 +55,8 @@ GOALS = (
     Goal("demo: sentences picked out of 30, time alignment", "demo", "after_aligned_right", at_least=0.8),
     Goal("demo: sentences picked out of 30, pocketsphinx", "demo", "after_picked", at_least=0.8),
     Goal("demo: similarity above the base's", "demo", "similarity_gain", at_least=0.05),
-    Goal("demo: f0 error below the base's", "demo", "f0_gain", at_least=0.0),
+    Goal("demo: f0 error, share of the base's", "demo", "f0_share", at_most=0.8),
+    Goal("demo: formant distance, share of the base's", "demo", "formant_share", at_most=0.8),
 )
 
 
@@ -65,7 +66,8 @@ def collect(work: Work) -> dict[str, Any]:
     figures = {stage: dict(report.get("figures") or {}) for stage, report in reports.items()}
     if "after_similarity" in (demo := figures["demo"]):
         demo["similarity_gain"] = round(demo["after_similarity"] - demo["before_similarity"], 3)
-        demo["f0_gain"] = round(demo["before_f0_error"] - demo["after_f0_error"], 3)
+        demo["f0_share"] = round(demo["after_f0_error"] / demo["before_f0_error"], 3)
+        demo["formant_share"] = round(demo["after_formant_distance"] / demo["before_formant_distance"], 3)
     goals = []
     for goal in GOALS:
         value = figures[goal.stage].get(goal.figure)

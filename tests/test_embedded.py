@@ -280,6 +280,19 @@ def test_stock_encodes_and_decodes_as_the_training_does(trained_codec: Any, work
     assert np.corrcoef(stock.decode([codes])[0], waveform)[0, 1] > 0.95
 
 
+def test_a_training_that_starts_from_an_export_has_its_weights_and_goes_gently(
+    trained_codec: Any, work: stage.Work, tmp_path: Path
+) -> None:
+    training = _codec_training(work)
+    training.start_from(work.folder / "codec" / "codec")
+    weights = trained_codec.codec.model.decoder.decoder[0].conv.weight
+    assert torch.equal(training.codec.model.decoder.decoder[0].conv.weight, weights.half().float())
+    training.save(tmp_path / "state.safetensors")
+    again = _codec_training(work)
+    assert again.restore(tmp_path / "state.safetensors")
+    assert again.learning_rate() == training.learning_rate() < _codec_training(work).learning_rate()
+
+
 def test_kmeans_finds_clusters() -> None:
     draw = torch.Generator().manual_seed(0)
     from embedded.codec_model import ResidualQuantizer
@@ -459,13 +472,16 @@ def test_without_a_recogniser_nothing_is_picked(monkeypatch: pytest.MonkeyPatch)
 def test_the_report_says_what_is_met_what_is_not_and_what_is_open(tmp_path: Path) -> None:
     work = stage.Work(tmp_path, "smoke")
     stage.run_stage("codec", lambda _: {"held_out_sentences_stoi": 0.9, "held_out_voices_stoi": float("nan")}, work)
-    figures = {"after_similarity": 0.9, "before_similarity": 0.5, "before_f0_error": 0.3, "after_f0_error": 0.01}
+    figures = {"after_similarity": 0.9, "before_similarity": 0.5, "before_f0_error": 0.3, "after_f0_error": 0.03}
+    figures |= {"before_formant_distance": 4.0, "after_formant_distance": 3.8}
     stage.run_stage("demo", lambda _: figures | {"after_rate_ratio": 1.2}, work)
     found = {goal["goal"]: goal for goal in report.write_report(work)["goals"]}
     assert found["codec: STOI, held-out sentences"]["met"] is True
     assert found["codec: STOI, held-out voices"]["met"] is False  # NaN
     assert found["demo: speech rate ratio"]["met"] is False
     assert found["demo: similarity above the base's"]["value"] == 0.4
+    assert found["demo: f0 error, share of the base's"]["value"] == 0.1
+    assert found["demo: formant distance, share of the base's"]["met"] is False
     assert found["encoder: equal-error rate, held-out voices"]["met"] is None
     saved = json.loads(work.report("report").read_text())
     table = report.table_of(saved)
