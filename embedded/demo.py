@@ -3,7 +3,8 @@
     python -m embedded.demo --scale small --folder WORK
 
 train.py fine-tunes WORK/base on the demo's clips (WORK/demo/output). Then stock qwen-tts says the held-out sentences
-three ways, into WORK/demo/spoken: truth (espeak-ng), before (the base clones from one clip), after (the checkpoint).
+three ways, into WORK/demo/spoken: truth (espeak-ng), before (the base clones from one clip), after (the checkpoint). A
+fourth, codec, is the truth encoded and decoded: no talker can do better than that.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from embedded.recognise import sentence_picker
 from embedded.stage import Work, main_of
 from embedded.talker import run_training, shared_settings
 from finetuning.audio import SAMPLE_RATE_HZ
+from finetuning.codec import Codec
 from finetuning.disk import checksum, read_json, write_json
 from finetuning.listening import cosine
 from finetuning.stock import import_qwen_tts
@@ -36,7 +38,7 @@ SPEAKER = "demo"
 #: Steps of a coarse log-mel that are aligned in time.
 _ALIGNED_STRIDE = 3
 
-Speak = Callable[[str], np.ndarray]
+Speak = Callable[[dict[str, Any]], np.ndarray]
 
 
 def demo_settings(work: Work) -> dict[str, object]:
@@ -64,6 +66,7 @@ def make_demo(work: Work) -> dict[str, Any]:
     rows, folder = read_rows(work.folder / "speech", "demo_test"), work.folder / "demo" / "spoken"
     _forget_other_speech(folder, [work.folder / "base", work.folder / "demo" / "output" / "best"])
     ways = {
+        "codec": coder(work.folder / "base" / "speech_tokenizer"),
         "before": cloner(work.folder / "base", rows[0]["ref_audio"]),
         "after": speaker(work.folder / "demo" / "output" / "best"),
     }
@@ -75,18 +78,24 @@ def make_demo(work: Work) -> dict[str, Any]:
     return figures
 
 
+def coder(folder: Path) -> Speak:
+    """Gives a row's own clip, encoded and decoded."""
+    codec = Codec(folder)
+    return lambda row: codec.decode(codec.encode([read_clip(row["audio"])]))[0]
+
+
 def cloner(folder: Path, reference: str) -> Speak:
-    """Says a text as stock's ``generate_voice_clone`` does with the vector of a reference alone."""
+    """Says a row's text as stock's ``generate_voice_clone`` does with the vector of a reference alone."""
     model = import_qwen_tts().Qwen3TTSModel.from_pretrained(str(folder), dtype=torch.float32)
     options = {"x_vector_only_mode": True, "non_streaming_mode": True, "max_new_tokens": MAX_FRAMES}
-    return lambda text: model.generate_voice_clone(text, language="English", ref_audio=reference, **options)[0][0]
+    return lambda row: model.generate_voice_clone(row["text"], language="English", ref_audio=reference, **options)[0][0]
 
 
 def speaker(folder: Path) -> Speak:
-    """Says a text as stock's ``generate_custom_voice`` does."""
+    """Says a row's text as stock's ``generate_custom_voice`` does."""
     model = import_qwen_tts().Qwen3TTSModel.from_pretrained(str(folder), dtype=torch.float32)
     options = {"speaker": SPEAKER, "language": "English", "max_new_tokens": MAX_FRAMES}
-    return lambda text: model.generate_custom_voice(text, **options)[0][0]
+    return lambda row: model.generate_custom_voice(row["text"], **options)[0][0]
 
 
 def _forget_other_speech(folder: Path, checkpoints: Sequence[Path]) -> None:
@@ -106,7 +115,7 @@ def _speak_once(folder: Path, way: str, number: int, row: dict[str, Any], speak:
         torch.manual_seed(number)
         soundfile.write(folder / f"{number:02d}_truth.wav", read_clip(row["audio"]), SAMPLE_RATE_HZ)
         unfinished = path.with_suffix(".tmp")
-        soundfile.write(unfinished, speak(row["text"]), SAMPLE_RATE_HZ, format="WAV", subtype="FLOAT")
+        soundfile.write(unfinished, speak(row), SAMPLE_RATE_HZ, format="WAV", subtype="FLOAT")
         unfinished.replace(path)
     return read_clip(path)
 

@@ -383,9 +383,9 @@ def test_stock_loads_the_base_and_speaks(packed: stage.Work, monkeypatch: pytest
     from finetuning.stock import import_qwen_tts
 
     monkeypatch.setattr(demo, "MAX_FRAMES", 12)
-    reference = read_rows(packed.folder / "speech", "demo_test")[0]["ref_audio"]
-    speak = demo.cloner(packed.folder / "base", reference)
-    waveform = speak("Where did the doctor put the old map?")
+    row = read_rows(packed.folder / "speech", "demo_test")[0]
+    reference = row["ref_audio"]
+    waveform = demo.cloner(packed.folder / "base", reference)(row)
     assert waveform.ndim == 1 and len(waveform) >= SAMPLES_PER_FRAME and np.isfinite(waveform).all()
     model = import_qwen_tts().Qwen3TTSModel.from_pretrained(str(packed.folder / "base"), dtype=torch.float32).model
     vector = model.extract_speaker_embedding(read_clip(reference), 24_000)
