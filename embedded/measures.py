@@ -69,9 +69,12 @@ def compare(true: np.ndarray, other: np.ndarray) -> dict[str, float]:
 
 
 def averages(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each figure, without the NaN ones; three decimals."""
-    names = figures[0] if figures else ()
-    return {name: round(float(np.nanmean([one[name] for one in figures])), 3) for name in names}
+    """The mean of each figure, without the NaN ones (NaN where all are); three decimals."""
+    means = {}
+    for name in figures[0] if figures else ():
+        values = [one[name] for one in figures if not np.isnan(one[name])]
+        means[name] = round(float(np.mean(values)), 3) if values else float("nan")
+    return means
 
 
 def equal_error_rate(same: np.ndarray, different: np.ndarray) -> float:

@@ -447,6 +447,9 @@ def test_comparing_with_itself_with_another_pitch_and_with_noise() -> None:
     worse = measures.compare(clip, noise)
     assert worse["stoi"] < 0.5 and worse["voicing_kept"] < 0.2 and worse["log_mel_l1"] > higher["log_mel_l1"]
     assert measures.averages([same, higher])["f0_error"] == pytest.approx(0.05, abs=0.005)
+    assert measures.averages([{"a": math.nan, "b": 1.0}, {"a": math.nan, "b": 2.0}]) == pytest.approx(
+        {"a": math.nan, "b": 1.5}, nan_ok=True
+    )
 
 
 def test_time_alignment_forgives_speed_but_not_other_words() -> None:
