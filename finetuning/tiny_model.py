@@ -19,6 +19,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetuning.disk import write_json
 from finetuning.stock import import_qwen_tts
@@ -127,13 +128,14 @@ def build_tiny_model(folder: Path, shape: TinyShape, dtype: str = "float32", see
     config = model_config(shape, special_ids)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", GENERATION_CONFIG)
-    write_json(folder / "preprocessor_config.json", {"padding_side": "left", "processor_class": "Qwen3TTSProcessor"})
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR_CONFIG)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _write_talker_weights(folder, config, getattr(torch, dtype))
         _write_codec(folder / "speech_tokenizer")
 
 
+PREPROCESSOR_CONFIG = {"padding_side": "left", "processor_class": "Qwen3TTSProcessor"}
 GENERATION_CONFIG = {
     "do_sample": True,
     "repetition_penalty": 1.05,
@@ -281,9 +283,13 @@ def model_config(shape: TinyShape, special_ids: dict[str, int]) -> dict:
     }
 
 
-def _write_talker_weights(folder: Path, config: dict, dtype) -> None:
+def random_model(config: dict) -> Any:
+    """``Qwen3TTSForConditionalGeneration`` of a config.json with random weights that suit a toy width.
+
+    Args:
+        config: as ``model_config`` gives it.
+    """
     from qwen_tts.core.models import Qwen3TTSConfig, Qwen3TTSForConditionalGeneration
-    from safetensors.torch import save_file
     from torch import nn
 
     settings = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
@@ -296,7 +302,13 @@ def _write_talker_weights(folder: Path, config: dict, dtype) -> None:
             nn.init.normal_(module.weight, std=0.5)
         if isinstance(module, nn.Conv1d):
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_channels * module.kernel_size[0]))
-    weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    return model
+
+
+def _write_talker_weights(folder: Path, config: dict, dtype) -> None:
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in random_model(config).state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 

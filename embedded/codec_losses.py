@@ -1,0 +1,140 @@
+"""What the toy codec is trained for: spectra at several resolutions, harmonics, and a small discriminator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import librosa
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from embedded.codec_model import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
+
+#: Points of the FFT -> (hop, window, mel bands).
+_RESOLUTIONS = {2048: (480, 1200, 100), 1024: (240, 600, 80), 512: (120, 240, 40), 256: (60, 120, 20)}
+#: Windows long enough to tell harmonics of 80 Hz apart (a window of n samples resolves about 4 * 24000 / n Hz).
+_HARMONIC_WINDOWS = (2048, 4096)
+_HARMONIC_MAX_HZ = 4000
+
+
+def _magnitudes(waveforms: torch.Tensor, points: int, hop: int, window: torch.Tensor) -> torch.Tensor:
+    spectrum = torch.stft(waveforms, points, hop, len(window), window, return_complex=True)
+    return torch.sqrt(spectrum.real**2 + spectrum.imag**2 + 1e-7)
+
+
+def _mel_bands(points: int, bands: int, low_hz: float, high_hz: float) -> torch.Tensor:
+    return torch.tensor(librosa.filters.mel(sr=SAMPLE_RATE_HZ, n_fft=points, n_mels=bands, fmin=low_hz, fmax=high_hz))
+
+
+class SpectralLoss(nn.Module):
+    """L1 of log-mel and log-linear spectra and the relative error of linear ones, over four resolutions, and the same
+    for harmonics; lower is nearer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for points, (_, window, bands) in _RESOLUTIONS.items():
+            self.register_buffer(f"window_{points}", torch.hann_window(window))
+            self.register_buffer(f"bands_{points}", _mel_bands(points, bands, 0, 12_000))
+        for points in _HARMONIC_WINDOWS:
+            self.register_buffer(f"harmonic_{points}", torch.hann_window(points))
+
+    def forward(self, made: torch.Tensor, true: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(batch, samples) each; the parts: mel, linear, relative, harmonic."""
+        parts = [self._at(points, made, true) for points in _RESOLUTIONS]
+        mel, linear, relative = (sum(part) / len(parts) for part in zip(*parts, strict=True))
+        harmonic = sum(self._harmonic(points, made, true) for points in _HARMONIC_WINDOWS) / len(_HARMONIC_WINDOWS)
+        return {"mel": mel, "linear": linear, "relative": relative, "harmonic": harmonic}
+
+    def _at(self, points: int, made: torch.Tensor, true: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hop, window = _RESOLUTIONS[points][0], getattr(self, f"window_{points}")
+        bands = getattr(self, f"bands_{points}")
+        one, other = (_magnitudes(waveforms, points, hop, window) for waveforms in (made, true))
+        mel = F.l1_loss(torch.log(bands @ one + 1e-3), torch.log(bands @ other + 1e-3))
+        linear = F.l1_loss(torch.log(one + 1e-2), torch.log(other + 1e-2))
+        relative = torch.linalg.norm(one - other) / (torch.linalg.norm(other) + 1e-3)
+        return mel, linear, relative
+
+    def _harmonic(self, points: int, made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+        """Differences at voiced places only matter where there is energy: weighted by the true magnitude."""
+        window, num_bins = getattr(self, f"harmonic_{points}"), _HARMONIC_MAX_HZ * points // SAMPLE_RATE_HZ
+        one, other = (_magnitudes(x, points, points // 4, window)[:, :num_bins] for x in (made, true))
+        difference = (torch.log(one + 3e-2) - torch.log(other + 3e-2)).abs()
+        loudness = other.mean(1, keepdim=True)
+        return (difference * loudness).mean() / (loudness.mean() + 1e-6)
+
+
+class LatentTargets(nn.Module):
+    """What the auxiliary heads predict of each frame: log-mels at two resolutions, and harmonics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("coarse_bands", _mel_bands(1024, 20, 60, 8000))
+        self.register_buffer("fine_bands", _mel_bands(1024, 40, 60, 10_000))
+        for name, size in (("coarse", 1024), ("fine", 512), ("harmonic", 2048)):
+            self.register_buffer(f"{name}_window", torch.hann_window(size))
+
+    def forward(self, waveforms: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(batch, frames * 1920) to coarse (batch, frames, 80), fine (…, 320), harmonic (…, 200)."""
+        coarse = torch.log(self.coarse_bands @ _magnitudes(waveforms, 1024, 480, self.coarse_window) + 1e-2)
+        fine = torch.log(self.fine_bands @ _magnitudes(waveforms, 1024, 240, self.fine_window) + 1e-2)
+        harmonic = torch.log(_magnitudes(waveforms, 2048, 960, self.harmonic_window)[:, 4:104] + 3e-2)
+        return {"coarse": _by_frame(coarse, 480), "fine": _by_frame(fine, 240), "harmonic": _by_frame(harmonic, 960)}
+
+
+def _by_frame(spectrum: torch.Tensor, hop: int) -> torch.Tensor:
+    """(batch, bands, steps) to (batch, frames, steps per frame * bands)."""
+    per_frame = SAMPLES_PER_FRAME // hop
+    num_frames = spectrum.shape[2] // per_frame
+    return spectrum[..., : num_frames * per_frame].transpose(1, 2).reshape(spectrum.shape[0], num_frames, -1)
+
+
+# ------------------------------------------------------------------------------------------------- discriminator
+
+
+class PeriodDiscriminator(nn.Module):
+    """Judges a waveform folded at a period, as in HiFi-GAN, with few channels."""
+
+    def __init__(self, period: int, widths: Sequence[int] = (12, 24, 48, 64)) -> None:
+        super().__init__()
+        self.period = period
+        layers, width_before = [], 1
+        for width in widths:
+            layers.append(nn.Conv2d(width_before, width, (5, 1), (3, 1), padding=(2, 0)))
+            width_before = width
+        self.layers = nn.ModuleList(layers)
+        self.last = nn.Conv2d(width_before, 1, (3, 1), padding=(1, 0))
+
+    def forward(self, waveforms: torch.Tensor) -> list[torch.Tensor]:
+        """(batch, samples) to what each layer says; the last is the judgement."""
+        length = waveforms.shape[1] // self.period * self.period
+        hidden = waveforms[:, None, :length].reshape(len(waveforms), 1, -1, self.period)
+        said = []
+        for layer in self.layers:
+            said.append(hidden := F.leaky_relu(layer(hidden), 0.1))
+        return [*said, self.last(hidden)]
+
+
+class Discriminators(nn.ModuleList):
+    """One for each of some prime periods."""
+
+    def __init__(self, periods: Sequence[int] = (2, 3, 5, 7, 11)) -> None:
+        super().__init__(PeriodDiscriminator(period) for period in periods)
+
+    def own_loss(self, made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+        """Least squares: what is true should be 1, what is made 0."""
+        loss = made.new_zeros(())
+        for judge in self:
+            loss = loss + ((judge(true)[-1] - 1) ** 2).mean() + (judge(made.detach())[-1] ** 2).mean()
+        return loss / len(self)
+
+    def decoder_loss(self, made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+        """What the decoder is told: to be taken for true, and to look alike in every layer."""
+        loss = made.new_zeros(())
+        for judge in self:
+            *layers_made, judgement = judge(made)
+            with torch.no_grad():
+                layers_true = judge(true)[:-1]
+            alike = [F.l1_loss(one, other) for one, other in zip(layers_made, layers_true, strict=True)]
+            loss = loss + ((judgement - 1) ** 2).mean() + 2 * torch.stack(alike).sum()
+        return loss / len(self)
