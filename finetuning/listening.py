@@ -1,7 +1,8 @@
 """How good generated speech is: whose voice, how fast, whether it ends, which words, how natural.
 
-Every figure is of one sample against its yardstick; ``measure`` gives their means. What cannot be computed (no speaker
-encoder, no speech recogniser, nothing audible) is absent and said once: never a made-up number.
+Every figure is of one sample against its yardstick (``measure_each``); ``means`` is over the samples that have it.
+What cannot be computed (no speaker encoder, no speech recogniser, nothing audible) is absent and said once: never a
+made-up number.
 """
 
 from __future__ import annotations
@@ -83,11 +84,6 @@ class Yardstick:
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
-
-
-def measure(spoken: Sequence[Spoken], yardstick: Yardstick) -> dict[str, float]:
-    """Means over the samples; each over those that have the figure. {} without samples."""
-    return means(measure_each(spoken, yardstick))
 
 
 def means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,3 +40,10 @@ class FakeCodec:
         number = sum(self.batch_sizes)
         self.batch_sizes.clear()
         return number
+
+
+def means_of(spoken: Any, yardstick: Any) -> dict[str, float]:
+    """Of what ``listening.measure_each`` finds."""
+    from finetuning.listening import means, measure_each
+
+    return means(measure_each(spoken, yardstick))

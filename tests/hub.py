@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-from loopback import serving
+from loopback import Answering, serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_loopbackSecret"
@@ -52,10 +50,7 @@ def running_hub(repositories: Mapping[str, Path], gated: set[str] = frozenset())
         yield hub
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Any
-
+class _Handler(Answering):
     def do_HEAD(self) -> None:
         self._serve()
 
@@ -115,20 +110,6 @@ class _Handler(BaseHTTPRequestHandler):
             sent = self.server.hub.bytes_sent
             sent[inside] = sent.get(inside, 0) + len(content)
         self._answer(status, content, headers)
-
-    def _json(self, value: Any) -> None:
-        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 def _files(folder: Path) -> list[Path]:

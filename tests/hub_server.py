@@ -17,12 +17,11 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import yaml
-from loopback import serving
+from loopback import Answering, serving
 
 TOKEN, READER, NARROW, OTHER = "hf_writerSecret", "hf_readerSecret", "hf_narrowSecret", "hf_otherSecret"
 #: Files of these endings, and larger ones, are stored apart, as the Hub's .gitattributes says.
@@ -125,10 +124,7 @@ def running_hub() -> Iterator[HubServer]:
         yield hub
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Any
-
+class _Handler(Answering):
     def _serve(self) -> None:
         hub: HubServer = self.server.hub
         path = urllib.parse.unquote(self.path.split("?")[0])
@@ -336,20 +332,6 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({"success": True, "commitOid": found.sha, "commitUrl": url, "hookOutput": ""})
 
     # ---------------------------------------------------------------------------------------------------------- answers
-
-    def _json(self, value: Any) -> None:
-        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 def git_hash(content: bytes) -> str:

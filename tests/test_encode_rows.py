@@ -196,14 +196,22 @@ def test_other_codec_encodes_everything_again(
     assert {row["codes_source"]["codec"] for row in read_rows(encoded_path(raw))} == {codec_fingerprint(codec_folder)}
 
 
-@pytest.mark.parametrize("has_codes", [False, True])
-def test_copy_of_the_codec_with_another_config_is_the_same_codec(
-    fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path, tmp_path: Path, has_codes: bool
-) -> None:
-    """Its own repository and the copy in a base differ in transformers_version and layout; a file of codes is taken."""
+@pytest.fixture
+def encoded(fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Three raw rows, and the file of their codes."""
     raw = make_raw(3)
     output = encode(raw, codec_folder, tmp_path / "codes.jsonl")
-    before, _ = read_rows(output), fake.take_num_clips()
+    assert fake.take_num_clips() == 3
+    return raw, output
+
+
+@pytest.mark.parametrize("has_codes", [False, True])
+def test_copy_of_the_codec_with_another_config_is_the_same_codec(
+    fake: FakeCodec, encoded: tuple[Path, Path], codec_folder: Path, has_codes: bool
+) -> None:
+    """Its own repository and the copy in a base differ in transformers_version and layout; a file of codes is taken."""
+    raw, output = encoded
+    before = read_rows(output)
     (codec_folder / "config.json").write_text('{\n  "transformers_version": "4.57.3"\n}\n')
     encode(output if has_codes else raw, codec_folder, output.with_name("again.jsonl") if has_codes else output)
     assert fake.take_num_clips() == 0
@@ -212,11 +220,9 @@ def test_copy_of_the_codec_with_another_config_is_the_same_codec(
 
 @pytest.mark.parametrize("has_codes", [False, True])
 def test_codes_from_when_the_config_counted_are_kept(
-    fake: FakeCodec, make_raw: MakeRaw, codec_folder: Path, tmp_path: Path, has_codes: bool
+    fake: FakeCodec, encoded: tuple[Path, Path], codec_folder: Path, tmp_path: Path, has_codes: bool
 ) -> None:
-    raw = make_raw(3)
-    output = encode(raw, codec_folder, tmp_path / "codes.jsonl")
-    fake.take_num_clips()
+    raw, output = encoded
     weights, config = ((codec_folder / name).read_bytes() for name in ("model.safetensors", "config.json"))
     earlier = hashlib.sha256(weights + config).hexdigest()[:16]
     assert codec_fingerprints(codec_folder)[1] == earlier != codec_fingerprint(codec_folder)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fakes import means_of
 from torch import nn
 
 from finetuning.audio import SAMPLE_RATE_HZ
 from finetuning.judging import Judge
-from finetuning.listening import Spoken, Yardstick, measure
+from finetuning.listening import Spoken, Yardstick
 from finetuning.recognition import load_opinion
 from finetuning.samples import Sample
 from finetuning.signals import Interrupted
@@ -87,7 +88,7 @@ def test_figures_are_those_of_the_yardstick() -> None:
 
     samples = [sample(), sample(waveform=TONE[1:]), sample(waveform=SILENCE)]
     spoken = [Spoken(one.text, one.speaker, one.waveform, 13, True) for one in samples]
-    wanted = measure(spoken, Yardstick(None, {}, {"anna": 10.0}, recognize, None))
+    wanted = means_of(spoken, Yardstick(None, {}, {"anna": 10.0}, recognize, None))
     assert judge(recognize=recognize)(samples, lambda: None).figures == wanted and wanted["wer"] == pytest.approx(2 / 3)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import VOICE
+from fakes import means_of
 
 from finetuning.audio import SAMPLE_RATE_HZ, load_audio
 from finetuning.listening import (
@@ -20,7 +21,6 @@ from finetuning.listening import (
     cosine,
     count_characters,
     error_rates,
-    measure,
     measure_each,
     normalized,
     silence_share,
@@ -82,7 +82,7 @@ def test_similarity_is_to_the_samples_own_speaker_in_any_case() -> None:
     samples = [spoken(tone(1.0), speaker=speaker) for speaker in ("ADA", "bea")]
     found = [figures["speaker_embedding_similarity"] for figures in measure_each(samples, yardstick)]
     assert found == pytest.approx([0.6, 0.8])
-    assert measure(samples, yardstick)["speaker_embedding_similarity"] == pytest.approx(0.7)
+    assert means_of(samples, yardstick)["speaker_embedding_similarity"] == pytest.approx(0.7)
 
 
 def test_cosine() -> None:
@@ -98,7 +98,7 @@ def test_speaker_without_a_vector_and_base_without_an_encoder_are_said_once(
     for yardstick in (NOTHING, replace(NOTHING, encode=lambda waveform: np.ones(2))):
         yardstick = replace(yardstick)  # with nothing said
         for _ in range(2):
-            assert set(measure(samples, yardstick)) == {"seconds", "eos_rate", "silence_share"}
+            assert set(means_of(samples, yardstick)) == {"seconds", "eos_rate", "silence_share"}
         said = capsys.readouterr().out
         assert said.count("speaker_embedding_similarity is not measured") == 1
         assert said.count("speech_rate_ratio is not measured") == 1
@@ -125,7 +125,7 @@ def test_rate_ratio_is_one_on_the_training_clip_and_two_at_half_its_duration() -
 
 def test_eos_rate_and_seconds() -> None:
     samples = [spoken(tone(seconds), stopped=stopped) for seconds, stopped in [(1.0, True), (2.0, True), (6.0, False)]]
-    figures = measure(samples, NOTHING)
+    figures = means_of(samples, NOTHING)
     assert figures["eos_rate"] == pytest.approx(2 / 3)
     assert figures["seconds"] == pytest.approx(3.0)
     assert [of["eos_rate"] for of in measure_each(samples, NOTHING)] == [1.0, 1.0, 0.0]
@@ -172,13 +172,13 @@ def test_what_nobody_can_hear_said_nothing(waveform: np.ndarray, capsys: pytest.
         {"seconds": 1.0, "eos_rate": 1.0, "silence_share": 0.0, "speaker_embedding_similarity": 1.0,
          "speech_rate_ratio": 3.0, "mos": 4.0, "wer": 0.0, "cer": 0.0}
     )  # fmt: skip
-    together = measure(samples, yardstick)
+    together = means_of(samples, yardstick)
     assert (together["mos"], together["wer"], together["eos_rate"]) == (4.0, 0.5, 0.5)
     assert capsys.readouterr().out.count("without audible speech") == 1
 
 
 def test_nothing_is_measured_of_no_sample() -> None:
-    assert measure([], replace(NOTHING, recognize=lambda waveforms: [])) == {}
+    assert means_of([], replace(NOTHING, recognize=lambda waveforms: [])) == {}
 
 
 # ------------------------------------------------------------------------------------------- rate of training data
@@ -255,7 +255,7 @@ def test_the_demos_own_clips_have_a_ratio_near_one(write_jsonl: Callable, demo_r
     rows = [row | {"measures": measure_clip(clip)} for row, clip in zip(demo_rows, clips, strict=False)]
     rates = characters_per_second(open_rows(write_jsonl(rows), RowFormat(default_speaker="Ada"), "TRAIN_JSONL"))
     samples = [spoken(clip, row["text"]) for clip, row in zip(clips, demo_rows, strict=False)]
-    assert measure(samples, replace(NOTHING, characters_per_second=rates))["speech_rate_ratio"] == pytest.approx(
+    assert means_of(samples, replace(NOTHING, characters_per_second=rates))["speech_rate_ratio"] == pytest.approx(
         1.0, abs=0.1
     )
 
@@ -321,7 +321,7 @@ def test_words_are_those_of_each_sample() -> None:
     found = [(of["wer"], of["cer"]) for of in measure_each(samples, replace(NOTHING, recognize=recognize))]
     assert found == [(0.0, 0.0), (1.0, 1.0), (1.0, 1.0), (1.0, pytest.approx(2 / 4))]
     assert asked == [1, 1, 1]  # the silent one was not shown
-    assert measure(samples, replace(NOTHING, recognize=recognize))["wer"] == pytest.approx(3 / 4)
+    assert means_of(samples, replace(NOTHING, recognize=recognize))["wer"] == pytest.approx(3 / 4)
 
 
 # ------------------------------------------------------------------------------------------------- judges that fail
@@ -333,7 +333,7 @@ def test_judges_that_fail_cost_their_figures_alone(capsys: pytest.CaptureFixture
 
     yardstick = Yardstick(fails, {"ada": np.ones(2)}, {"ada": 10.0}, recognize=fails, opinion=fails)
     for _ in range(2):
-        figures = measure([spoken(tone(1.0)), spoken(tone(2.0))], yardstick)
+        figures = means_of([spoken(tone(1.0)), spoken(tone(2.0))], yardstick)
         assert set(figures) == {"seconds", "eos_rate", "silence_share", "speech_rate_ratio"}
     said = capsys.readouterr().out
     names = ("speaker_embedding_similarity", "wer and cer", "mos")
@@ -357,8 +357,8 @@ def test_a_clip_that_a_recogniser_fails_on_costs_only_itself() -> None:
 
 def test_figures_that_are_no_numbers_are_absent() -> None:
     yardstick = replace(NOTHING, encode=lambda waveform: np.zeros(2), vectors={"ada": np.ones(2)})
-    assert "speaker_embedding_similarity" not in measure([spoken(tone(1.0))], yardstick)
-    assert "mos" not in measure([spoken(tone(1.0))], replace(NOTHING, opinion=lambda waveform: float("nan")))
+    assert "speaker_embedding_similarity" not in means_of([spoken(tone(1.0))], yardstick)
+    assert "mos" not in means_of([spoken(tone(1.0))], replace(NOTHING, opinion=lambda waveform: float("nan")))
 
 
 def test_figures_are_json(encode: Callable, tmp_path: Path) -> None:

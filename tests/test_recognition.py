@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, VOICE
+from fakes import means_of
 from torch import nn
 
 from finetuning.audio import load_audio
 from finetuning.errors import UserError
-from finetuning.listening import Spoken, Yardstick, measure
+from finetuning.listening import Spoken, Yardstick
 from finetuning.recognition import judge_stamps, load_opinion, load_recognizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,7 +113,7 @@ def test_word_errors_end_to_end(ctc_folder: Path, waveform: np.ndarray) -> None:
     recognize = load_recognizer(str(ctc_folder), "cpu")
     assert recognize([waveform, waveform[:12_000]]) == ["a", "a"]
     yardstick = Yardstick(None, {}, {}, recognize, None)
-    figures = measure([Spoken("A!", "x", waveform, 26, True), Spoken("Bab a", "x", waveform, 26, True)], yardstick)
+    figures = means_of([Spoken("A!", "x", waveform, 26, True), Spoken("Bab a", "x", waveform, 26, True)], yardstick)
     assert figures["wer"] == pytest.approx((0 + 1 / 2) / 2)
     assert figures["cer"] == pytest.approx((0 + 3 / 4) / 2)
 
