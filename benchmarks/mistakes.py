@@ -3,7 +3,7 @@
     python benchmarks/mistakes.py                       # the right objective, each mistake alone, all of them; minutes
     python benchmarks/mistakes.py --epochs 5            # the script itself
 
-Every line starts from the same weights and takes the same batches, optimizer and schedule, those of ``.env.demo``. What
+Every line starts from the same weights and takes the same batches, optimizer and schedule, those of ``.env.overfit``. What
 differs is how the loss is computed from the model's outputs. The mistakes are those of the official
 ``finetuning/sft_12hz.py`` (QwenLM/Qwen3-TTS, revision 022e286):
 
@@ -126,7 +126,7 @@ def train_and_judge(mistakes: frozenset[str], epochs: int) -> Line:
 def make_run(output_dir: Path, epochs: int) -> building.Run:
     """The demo's run, ready to train."""
     changed = {"OUTPUT_DIR": str(output_dir), "NUM_EPOCHS": str(epochs), "SAMPLE_STEPS": "0", "DATA_CHECK": "off"}
-    settings: Settings = load_settings(environment={"ENV_FILE": str(PROJECT / ".env.demo")} | changed)
+    settings: Settings = load_settings(environment={"ENV_FILE": str(PROJECT / ".env.overfit")} | changed)
     base, device = starting.check_inputs(settings)
     accelerator = starting.start(settings, device)
     rows = starting.open_rows(settings, base, accelerator)

@@ -6,7 +6,7 @@
     git archive v1.0 | tar -x -C ../before                    # one way to get another checkout
 
 Every process runs that checkout's own ``train`` from `train.py`, is timed from the moment at which it was started, and
-is ended after its first step. Settings come from the environment and `.env.demo` (full training of the embedded model
+is ended after its first step. Settings come from the environment and `.env.overfit` (full training of the embedded model
 on the demo's rows), with a new OUTPUT_DIR each time. A first process for each checkout encodes the rows, fills the page
 cache and is not counted. "Model ready" includes the stock package's import, the speakers' vectors and the layers,
 "first step" includes the optimizer. Figures are medians; CPU seconds, of all threads of the process, depend less on
@@ -66,7 +66,7 @@ def copy_rows(folder: Path) -> dict[str, str]:
 
 def start(checkout: Path, rows: dict[str, str]) -> dict[str, list[float]]:
     """Seconds and CPU seconds to each of MARKS of one process."""
-    defaults = {"ENV_FILE": str(PROJECT / ".env.demo"), **rows}
+    defaults = {"ENV_FILE": str(PROJECT / ".env.overfit"), **rows}
     with tempfile.TemporaryDirectory() as output_dir:
         fixed = {"OUTPUT_DIR": output_dir, "PYTHONPATH": str(checkout)}
         done = subprocess.run(

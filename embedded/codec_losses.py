@@ -69,17 +69,20 @@ class LatentTargets(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("coarse_bands", _mel_bands(1024, 20, 60, 8000))
-        self.register_buffer("fine_bands", _mel_bands(1024, 40, 60, 10_000))
-        for name, size in (("coarse", 1024), ("fine", 512), ("harmonic", 2048)):
+        self.register_buffer("bands", _mel_bands(1024, 40, 60, 10_000))
+        for name, size in (("twin", 1024), ("fine", 512), ("harmonic", 2048)):
             self.register_buffer(f"{name}_window", torch.hann_window(size))
 
-    def forward(self, waveforms: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(batch, frames * 1920) to coarse (batch, frames, 80), fine (…, 320), harmonic (…, 200)."""
-        coarse = torch.log(self.coarse_bands @ _magnitudes(waveforms, 1024, 480, self.coarse_window) + 1e-2)
-        fine = torch.log(self.fine_bands @ _magnitudes(waveforms, 1024, 240, self.fine_window) + 1e-2)
+    def of_twin(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """(batch, frames * 1920) to (batch, frames, TWIN_WIDTH), four steps a frame."""
+        return _by_frame(torch.log(self.bands @ _magnitudes(waveforms, 1024, 480, self.twin_window) + 1e-2), 480)
+
+    def of_clip(self, waveforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, frames * 1920) to (batch, frames, FINE_WIDTH), eight steps a frame, and harmonics (batch, frames,
+        HARMONIC_WIDTH), two."""
+        fine = torch.log(self.bands @ _magnitudes(waveforms, 1024, 240, self.fine_window) + 1e-2)
         harmonic = torch.log(_magnitudes(waveforms, 2048, 960, self.harmonic_window)[:, 4:104] + 3e-2)
-        return {"coarse": _by_frame(coarse, 480), "fine": _by_frame(fine, 240), "harmonic": _by_frame(harmonic, 960)}
+        return _by_frame(fine, 240), _by_frame(harmonic, 960)
 
 
 def _by_frame(spectrum: torch.Tensor, hop: int) -> torch.Tensor:

@@ -3,9 +3,9 @@
 The package's classes only infer: weights are not initialised for training, and there is neither a straight-through
 quantizer nor any way to fit its codebooks. ``TrainableCodec`` has both, and exports what stock qwen-tts loads.
 
-Only the first NUM_LEVELS of the 16 codebooks carry anything. The others always give code 0, which stands for a zero
-vector: at this size the later levels only refine noise (STOI 0.789 with 4 levels, 0.791 with 16), and a sub-talker of
-100,000 weights learns a constant at once.
+Only the first NUM_LEVELS of the 16 codebooks carry anything, and of each only the first NUM_CODES of 2048 codewords.
+The other codebooks always give code 0, which stands for a zero vector: at this size the later levels only refine noise
+(STOI 0.789 with 4 levels, 0.791 with 16), and a sub-talker of 100,000 weights learns a constant at once.
 """
 
 from __future__ import annotations
@@ -27,13 +27,20 @@ SAMPLE_RATE_HZ = 24_000
 SAMPLES_PER_FRAME = 1920
 CODE_WIDTH = 32
 NUM_LEVELS = 6
-#: Norm of the codewords of an unused level that are not the zero vector, as a share of that of whole latents: further
-#: than any residual.
-_UNUSED_NORM = 2.0
+NUM_CODES = 512
+#: Norm of the codewords that are never to be chosen, as a multiple of the largest that is used: further away than any
+#: latent.
+_UNUSED_NORM = 4.0
+#: What the heads predict of a frame (``codec_losses.LatentTargets``).
+TWIN_WIDTH, FINE_WIDTH, HARMONIC_WIDTH = 160, 320, 200
 
 
 def codec_config() -> dict[str, Any]:
-    """Settings of ``Qwen3TTSTokenizerV2Config``: 1.0 M weights in the encoder, 2.2 M in the decoder."""
+    """Settings of ``Qwen3TTSTokenizerV2Config``: 1.0 M weights in the encoder, 2.8 M in the decoder.
+
+    The real decoder has four blocks (x 8, 5, 4, 3). Five smaller steps do the same work in a third of the time per
+    channel, since few of it is done at high rates, and have room for half as many channels again.
+    """
     width = 128
     attention = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": width // 4}
     encoder = {
@@ -45,9 +52,9 @@ def codec_config() -> dict[str, Any]:
     }  # fmt: skip
     decoder = {
         **attention, "latent_dim": 128, "codebook_dim": 2 * CODE_WIDTH, "codebook_size": CODEBOOK_SIZE,
-        "decoder_dim": 256, "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2,
+        "decoder_dim": 384, "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2,
         "num_quantizers": NUM_CODEBOOKS, "num_semantic_quantizers": 1, "sliding_window": 12,
-        "upsample_rates": [8, 5, 4, 3], "upsampling_ratios": [2, 2], "layer_scale_initial_scale": 0.1,
+        "upsample_rates": [2, 3, 4, 4, 5], "upsampling_ratios": [2, 2], "layer_scale_initial_scale": 0.1,
     }  # fmt: skip
     return {"encoder_config": encoder, "decoder_config": decoder}
 
@@ -115,7 +122,7 @@ class ResidualQuantizer(nn.Module):
     """Codebooks that are fitted: by k-means, then by moving averages. One per branch, for encoder and decoder both.
 
     Attributes:
-        codebooks: (num_levels, CODEBOOK_SIZE, CODE_WIDTH).
+        codebooks: (num_levels, NUM_CODES, CODE_WIDTH).
         usage, sums: their moving averages; a usage of 1 is the mean.
     """
 
@@ -125,7 +132,7 @@ class ResidualQuantizer(nn.Module):
 
     def __init__(self, num_levels: int) -> None:
         super().__init__()
-        shape = (num_levels, CODEBOOK_SIZE, CODE_WIDTH)
+        shape = (num_levels, NUM_CODES, CODE_WIDTH)
         self.register_buffer("codebooks", torch.zeros(shape))
         self.register_buffer("usage", torch.ones(shape[:2]))
         self.register_buffer("sums", torch.zeros(shape))
@@ -144,11 +151,11 @@ class ResidualQuantizer(nn.Module):
         """
         residual = latents.clone()
         for level in range(len(self.codebooks)):
-            self.codebooks[level] = residual[_chosen(len(residual), CODEBOOK_SIZE, draw)]
+            self.codebooks[level] = residual[_chosen(len(residual), NUM_CODES, draw)]
             for _ in range(num_rounds):
                 self._move_to_means(residual, level, draw)
             codes = self.nearest(residual, level)
-            count = torch.bincount(codes, minlength=CODEBOOK_SIZE).float().clamp(min=0.1)
+            count = torch.bincount(codes, minlength=NUM_CODES).float().clamp(min=0.1)
             self.usage[level] = count / count.mean()
             self.sums[level] = self.codebooks[level] * self.usage[level][:, None]
             residual = residual - self.codebooks[level][codes]
@@ -156,7 +163,7 @@ class ResidualQuantizer(nn.Module):
 
     def _move_to_means(self, residual: torch.Tensor, level: int, draw: torch.Generator) -> None:
         codes = self.nearest(residual, level)
-        count = torch.bincount(codes, minlength=CODEBOOK_SIZE).float()
+        count = torch.bincount(codes, minlength=NUM_CODES).float()
         sums = torch.zeros_like(self.codebooks[level]).index_add_(0, codes, residual)
         is_used = count > 0
         self.codebooks[level][is_used] = sums[is_used] / count[is_used][:, None]
@@ -186,9 +193,22 @@ class ResidualQuantizer(nn.Module):
         return latents + (quantized - latents).detach(), F.mse_loss(latents, quantized)
 
     @torch.no_grad()
+    def codes(self, latents: torch.Tensor) -> torch.Tensor:
+        """(batch, frames, CODE_WIDTH) to (batch, frames, num_levels) codes."""
+        residual, found = latents.reshape(-1, CODE_WIDTH), []
+        for level, codebook in enumerate(self.codebooks):
+            found.append(self.nearest(residual, level))
+            residual = residual - codebook[found[-1]]
+        return torch.stack(found, dim=-1).view(*latents.shape[:2], -1)
+
+    def vectors(self, codes: torch.Tensor) -> torch.Tensor:
+        """(batch, frames, num_levels) codes to (batch, frames, CODE_WIDTH), the sums of their codewords."""
+        return sum(codebook[codes[..., level]] for level, codebook in enumerate(self.codebooks))
+
+    @torch.no_grad()
     def _follow(self, residual: torch.Tensor, codes: torch.Tensor, level: int, momentum: float) -> None:
-        share = (1 - momentum) * CODEBOOK_SIZE / len(codes)
-        count = torch.bincount(codes, minlength=CODEBOOK_SIZE).float()
+        share = (1 - momentum) * NUM_CODES / len(codes)
+        count = torch.bincount(codes, minlength=NUM_CODES).float()
         sums = torch.zeros_like(self.sums[level]).index_add_(0, codes, residual)
         self.usage[level].mul_(momentum).add_(count, alpha=share)
         self.sums[level].mul_(momentum).add_(sums, alpha=share)
@@ -208,8 +228,10 @@ def _chosen(num: int, num_wanted: int, draw: torch.Generator) -> torch.Tensor:
 class TrainableCodec(nn.Module):
     """The package's model with differentiable paths through it, and heads that training uses and the export drops.
 
-    The heads make the latents say what they should hold: without them the encoder does not learn. ``harmonic_head``
-    predicts the spectrum below 1.2 kHz finely enough to tell a voice's harmonics apart, so that latents hold its pitch.
+    The heads make the latents say what they should hold: without them the encoder does not learn. ``twin_head`` hears
+    the semantic branch alone and predicts the clip's neutral twin, so that codebook 0 says what is spoken and not by
+    whom; the others hear both branches and predict the clip. ``harmonic_head`` predicts the spectrum below 1.2 kHz
+    finely enough to tell a voice's harmonics apart, and ``pitch_head`` log2(f0 / 150 Hz).
     """
 
     def __init__(self, model: Any) -> None:
@@ -217,9 +239,10 @@ class TrainableCodec(nn.Module):
         self.model = model
         self.semantic = ResidualQuantizer(1)
         self.acoustic = ResidualQuantizer(NUM_LEVELS - 1)
-        self.coarse_head = nn.Linear(CODE_WIDTH, 80)
-        self.fine_head = nn.Linear(CODE_WIDTH, 320)
-        self.harmonic_head = nn.Sequential(nn.Linear(CODE_WIDTH, 192), nn.GELU(), nn.Linear(192, 200))
+        self.twin_head = _head(CODE_WIDTH, TWIN_WIDTH)
+        self.fine_head = _head(2 * CODE_WIDTH, FINE_WIDTH)
+        self.harmonic_head = _head(2 * CODE_WIDTH, HARMONIC_WIDTH)
+        self.pitch_head = nn.Linear(2 * CODE_WIDTH, 1)
 
     def latents(self, waveforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(batch, frames * 1920) to the two branches before quantizing, each (batch, frames, CODE_WIDTH)."""
@@ -243,17 +266,27 @@ class TrainableCodec(nn.Module):
             hidden = block(hidden)
         return hidden[:, 0]
 
-    def forward(self, waveforms: torch.Tensor, is_quantized: bool) -> torch.Tensor:
-        """There and back."""
+    def codes(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """(batch, frames * 1920) to (batch, frames, NUM_LEVELS) codes."""
         semantic, acoustic = self.latents(waveforms)
-        if is_quantized:
-            semantic, acoustic = self.semantic(semantic, 0.0)[0], self.acoustic(acoustic, 0.0)[0]
-        return self.decode(semantic, acoustic)
+        return torch.cat([self.semantic.codes(semantic), self.acoustic.codes(acoustic)], dim=-1)
 
-    def parameters_that_train(self) -> list[nn.Parameter]:
-        """All but those that only the package's own, unused paths have."""
-        unused = ("codebook", "semantic_residual_vector_quantizer.output", "acoustic_residual_vector_quantizer.output")
-        return [value for name, value in self.named_parameters() if not any(part in name for part in unused)]
+    def quantized(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, frames, NUM_LEVELS) codes to the two branches that ``decode`` takes."""
+        return self.semantic.vectors(codes[..., :1]), self.acoustic.vectors(codes[..., 1:])
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """Those of the encoder that the codes depend on, and of the heads."""
+        parts = ("model.encoder.", "twin_head", "fine_head", "harmonic_head", "pitch_head")
+        return [value for name, value in self.named_parameters() if name.startswith(parts) and not _is_unused(name)]
+
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """Those of the decoder, its codebooks left out."""
+        return [
+            value
+            for name, value in self.named_parameters()
+            if name.startswith("model.decoder.") and not _is_unused(name)
+        ]
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
@@ -262,22 +295,30 @@ class TrainableCodec(nn.Module):
 
         model = copy.deepcopy(self.model).cpu()
         codebooks = torch.cat([self.semantic.codebooks, self.acoustic.codebooks]).cpu()
-        unused = _unused_codebook(_UNUSED_NORM * float(codebooks[1].norm(dim=1).mean()))
-        for level, codebook in enumerate([*codebooks, *[unused] * (NUM_CODEBOOKS - NUM_LEVELS)]):
-            _put_codebook(model, level, codebook)
+        far = _far_codewords(_UNUSED_NORM * float(codebooks.norm(dim=2).max()))
+        constant = torch.cat([torch.zeros(1, CODE_WIDTH), far[1:]])
+        for level in range(NUM_CODEBOOKS):
+            used = torch.cat([codebooks[level], far[NUM_CODES:]]) if level < NUM_LEVELS else constant
+            _put_codebook(model, level, used)
         with new_folder(folder) as unfinished:
             model.half().save_pretrained(unfinished)
             extractor = EncodecFeatureExtractor(feature_size=1, sampling_rate=SAMPLE_RATE_HZ, padding_value=0.0)
             extractor.save_pretrained(unfinished)
 
 
-def _unused_codebook(norm: float) -> torch.Tensor:
-    """Code 0 is nothing; the others are too far away to be chosen."""
-    draw = torch.Generator().manual_seed(0)
-    codebook = torch.randn(CODEBOOK_SIZE, CODE_WIDTH, generator=draw)
-    codebook = codebook / codebook.norm(dim=1, keepdim=True) * norm
-    codebook[0] = 0
-    return codebook
+def _is_unused(name: str) -> bool:
+    """Whether a parameter has its part only in the package's own paths, which nothing differentiates."""
+    return any(part in name for part in ("codebook", "residual_vector_quantizer.output"))
+
+
+def _head(width: int, width_out: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, width_out))
+
+
+def _far_codewords(norm: float) -> torch.Tensor:
+    """(CODEBOOK_SIZE, CODE_WIDTH) too far away to be chosen."""
+    codebook = torch.randn(CODEBOOK_SIZE, CODE_WIDTH, generator=torch.Generator().manual_seed(0))
+    return codebook / codebook.norm(dim=1, keepdim=True) * norm
 
 
 def _put_codebook(model: Any, level: int, codebook: torch.Tensor) -> None:

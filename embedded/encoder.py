@@ -33,6 +33,8 @@ from finetuning.stock import import_qwen_tts
 from finetuning.voice import voice_mels, voice_vector
 
 SPEEDS = (1.0, 0.87, 1.15)
+#: Every n-th training clip, so that some this many are heard: more say nothing new, and each takes 50 KB of mels.
+MAX_CLIPS = 1800
 BATCH_SIZE = 32
 #: Mel steps of a piece (93.75 a second).
 PIECE_STEPS = (90, 180)
@@ -146,6 +148,7 @@ def make_encoder(work: Work) -> dict[str, Any]:
     """Trains to the end, writes the encoder, measures; the stage's figures."""
     torch.set_num_threads(work.num_threads)
     folder, rows = work.folder / "encoder", read_rows(work.folder / "speech", "train")
+    rows = rows[:: -(-len(rows) // MAX_CLIPS)]
     training = EncoderTraining(rows, work.plan("encoder"), work.device)
     if training.restore(folder / "state.safetensors"):
         print(f"encoder: goes on at step {training.step} of {training.num_steps}")

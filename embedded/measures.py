@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import librosa
 import numpy as np
 
 from finetuning.audio import SAMPLE_RATE_HZ
+from finetuning.closeness import log_mel, pitch
 from finetuning.errors import UserError
-
-#: Where pitch is looked for; the longest period needs two of them in a window.
-PITCH_RANGE_HZ = (60.0, 500.0)
-_PITCH_HOP, _PITCH_WINDOW = 480, 2048
 
 
 def stoi(true: np.ndarray, other: np.ndarray) -> float:
@@ -26,21 +22,6 @@ def stoi(true: np.ndarray, other: np.ndarray) -> float:
     except ImportError:
         raise UserError("the measures of embedded/ need pystoi: uv pip install pystoi==0.4.1") from None
     return float(intelligibility(true, other, SAMPLE_RATE_HZ))
-
-
-def log_mel(waveform: np.ndarray) -> np.ndarray:
-    """(80, steps) natural log of mel magnitudes, 100 steps a second."""
-    mel = librosa.feature.melspectrogram(y=waveform, sr=SAMPLE_RATE_HZ, n_fft=1024, hop_length=240, n_mels=80, power=1)
-    return np.log(mel + 1e-3)
-
-
-def pitch(waveform: np.ndarray) -> np.ndarray:
-    """f0 in Hz, 50 values a second; NaN where there is no voice (librosa's pYIN)."""
-    low, high = PITCH_RANGE_HZ
-    f0, _, _ = librosa.pyin(
-        waveform, fmin=low, fmax=high, sr=SAMPLE_RATE_HZ, frame_length=_PITCH_WINDOW, hop_length=_PITCH_HOP
-    )
-    return f0
 
 
 def compare(true: np.ndarray, other: np.ndarray) -> dict[str, float]:

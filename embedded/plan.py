@@ -19,9 +19,10 @@ HELD_OUT_VARIANTS = ("Henrique", "Lee", "Mike", "max", "marcelo", "grandma", "An
 #: The variant of the demo, which the base never hears either.
 DEMO_VARIANT = "steph"
 
-#: Pitch (`-p`, 0 to 99) and rate (`-s`, words a minute) of a variant's voices: the i-th voice of all takes the i-th.
-_PITCHES = (50, 38, 62, 44, 56, 68, 32)
-_RATES = (150, 140, 158, 145, 152)
+#: Pitch in Hz and rate (`-s`, words a minute) of a variant's voices: the i-th voice of all takes the i-th. A frame
+#: has a whole number of periods, and frames more than tokens of text.
+_PITCHES_HZ = (100, 175, 125, 200, 150, 225)
+_RATES = (128, 120, 134, 124, 130)
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class Voice:
     Attributes:
         name: also the name of its folder, and the rows' speaker.
         language: of espeak-ng; one accent for all, so that a word is said in one way.
-        pitch: 0 to 99; the variant shifts what that means in Hz.
+        f0_hz: the pitch of everything that it says, in Hz.
         rate: words a minute.
     """
 
     name: str
     variant: str
-    pitch: int
+    f0_hz: int
     rate: int
     language: str = "en-us"
 
@@ -64,7 +65,7 @@ class Scale:
 SCALES = {
     # Only to see that everything runs, in minutes; what comes out is noise.
     "smoke": Scale(2, 1, 6, (2, 2, 2), 4, 4),
-    "small": Scale(24, 1, 168, (1500, 700, 3000), 600, 1500),
+    "small": Scale(36, 1, 150, (1800, 400, 6000), 600, 6000),
     "full": Scale(36, 2, 100, (12_000, 6_000, 40_000), 3000, 60_000),
 }
 
@@ -107,7 +108,7 @@ def held_out_voices(scale: Scale) -> list[Voice]:
 
 def demo_voice() -> Voice:
     """The voice that the demo learns."""
-    return Voice("demo", DEMO_VARIANT, 50, 150)
+    return Voice("demo", DEMO_VARIANT, 175, 130)
 
 
 def _voices(variants: Sequence[str], per_variant: int) -> list[Voice]:
@@ -115,8 +116,8 @@ def _voices(variants: Sequence[str], per_variant: int) -> list[Voice]:
     for turn in range(per_variant):
         for variant in variants:
             place = len(voices) + turn  # so that the second voice of a variant has another pitch than the first
-            pitch, rate = _PITCHES[place % len(_PITCHES)], _RATES[place % len(_RATES)]
-            voices.append(Voice(f"{variant}_{pitch}_{rate}", variant, pitch, rate))
+            f0_hz, rate = _PITCHES_HZ[place % len(_PITCHES_HZ)], _RATES[place % len(_RATES)]
+            voices.append(Voice(f"{variant}_{f0_hz}_{rate}", variant, f0_hz, rate))
     return voices
 
 

@@ -40,7 +40,7 @@ class Goal:
 
 
 GOALS = (
-    Goal("hours of speech (full)", "speech", "train_hours", at_least=5),
+    Goal("hours of speech", "speech", "hours", at_least=5),
     Goal("codec: STOI, held-out sentences", "codec", "held_out_sentences_stoi", at_least=0.88),
     Goal("codec: STOI, held-out voices", "codec", "held_out_voices_stoi", at_least=0.88),
     Goal("codec: voicing kept, held-out sentences", "codec", "held_out_sentences_voicing_kept", at_least=0.7),
@@ -56,7 +56,7 @@ GOALS = (
     Goal("demo: sentences picked out of 30, pocketsphinx", "demo", "after_picked", at_least=0.8),
     Goal("demo: similarity above the base's", "demo", "similarity_gain", at_least=0.05),
     Goal("demo: f0 error, share of the base's", "demo", "f0_share", at_most=0.8),
-    Goal("demo: formant distance, share of the base's", "demo", "formant_share", at_most=0.8),
+    Goal("demo: distance of timbre, share of the base's", "demo", "timbre_share", at_most=0.8),
 )
 
 
@@ -67,7 +67,7 @@ def collect(work: Work) -> dict[str, Any]:
     if "after_similarity" in (demo := figures["demo"]):
         demo["similarity_gain"] = round(demo["after_similarity"] - demo["before_similarity"], 3)
         demo["f0_share"] = round(demo["after_f0_error"] / demo["before_f0_error"], 3)
-        demo["formant_share"] = round(demo["after_formant_distance"] / demo["before_formant_distance"], 3)
+        demo["timbre_share"] = round(demo["after_timbre_distance_db"] / demo["before_timbre_distance_db"], 3)
     goals = []
     for goal in GOALS:
         value = figures[goal.stage].get(goal.figure)

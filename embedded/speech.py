@@ -2,41 +2,40 @@
 
     python -m embedded.speech --scale small --folder WORK
 
-Writes WORK/speech/<voice>/*.flac (24 kHz, mono, 16 bit, all equally loud) and WORK/speech/<split>.jsonl. A voice's
-folder appears when it is whole, so the same command goes on where it was interrupted.
+Writes WORK/speech/<voice>/*.flac (24 kHz, mono, 16 bit, all equally loud), for training clips with the neutral twin of
+each (*.neutral.flac), and WORK/speech/<split>.jsonl. A voice's folder appears when it is whole, so the same command
+goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 
+from embedded.clips import twin_of
+from embedded.espeak import EXECUTABLE, Espeak, check_espeak
 from embedded.plan import SPLITS, Clip, Voice, all_clips
 from embedded.stage import Work, main_of
 from finetuning.audio import SAMPLE_RATE_HZ, resample
 from finetuning.disk import free_bytes, new_folder, read_json, write_json
 from finetuning.errors import UserError
 
-EXECUTABLE = "espeak-ng"
-INSTALL_LINE = "apt-get install -y espeak-ng   (macOS: brew install espeak-ng)"
 #: The loudness of every clip: root mean square, full scale 1.
 RMS = 0.08
 #: Below this a sample is silence; so much of it stays before and behind the words.
 SILENCE = 1e-3
-SILENCE_BEFORE_SECONDS, SILENCE_BEHIND_SECONDS = 0.05, 0.15
+#: Before: three frames, in which text that runs beside the frames gets ahead of them.
+SILENCE_BEFORE_SECONDS, SILENCE_BEHIND_SECONDS = 0.24, 0.16
 #: Longer than nearly every clip; FLAC takes about 60 % of 16-bit PCM.
-_SECONDS_PER_CLIP, _BYTES_PER_SECOND = 4.0, SAMPLE_RATE_HZ * 2
+_SECONDS_PER_CLIP, _BYTES_PER_SECOND = 2 * 4.0, SAMPLE_RATE_HZ * 2
 #: A reference should last so long; the first of a voice's training clips that does is the reference of its rows.
 MIN_REFERENCE_SECONDS = 3.0
 
@@ -55,18 +54,13 @@ def make_speech(work: Work) -> dict[str, Any]:
     if missing:
         check_espeak()
         check_space(folder, sum(len(clips_of[name]) for name in missing))
-    with ThreadPoolExecutor(work.num_threads) as pool:
-        list(pool.map(lambda name: _speak_voice(folder / name, clips_of[name]), missing))
+        espeak = Espeak(folder / "espeak", list(voices.values()))
+        with ThreadPoolExecutor(work.num_threads) as pool:
+            list(pool.map(lambda name: _speak_voice(folder / name, clips_of[name], espeak), missing))
     rows = [row for name in voices for row in read_json(folder / name / "rows.json")["rows"]]
     for split in SPLITS:
         _write_rows(folder / f"{split}.jsonl", [row for row in rows if row["split"] == split])
     return _figures(rows)
-
-
-def check_espeak() -> None:
-    """Raises UserError with the install line when espeak-ng is not on the PATH."""
-    if shutil.which(EXECUTABLE) is None:
-        raise UserError(f"{EXECUTABLE} is missing; install it: {INSTALL_LINE}")
 
 
 def check_space(folder: Path, num_clips: int) -> None:
@@ -79,34 +73,31 @@ def check_space(folder: Path, num_clips: int) -> None:
         )
 
 
-def speak(voice: Voice, text: str) -> np.ndarray:
-    """What espeak-ng says: (num_samples,) float32 at 24 kHz, silence cut to a little, all clips equally loud.
+def speak(espeak: Espeak, voice: Voice, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """A clip and its neutral twin: (num_samples,) float32 each at 24 kHz, silence cut to a little, equally loud.
 
     Raises:
-        UserError: espeak-ng failed or said nothing; the message has its words.
+        UserError: espeak-ng failed or said nothing.
     """
-    command = [EXECUTABLE, "-v", f"{voice.language}+{voice.variant}", "-s", str(voice.rate), "-p", str(voice.pitch)]
-    done = subprocess.run([*command, "--stdout", "--", text], capture_output=True, check=False)
-    if done.returncode or len(done.stdout) < 100:
-        raise UserError(f"{' '.join(command)} failed: {done.stderr.decode(errors='replace').strip() or 'no sound'}")
-    waveform, rate_hz = soundfile.read(BytesIO(_with_length(done.stdout)), dtype="float32")
-    return _trimmed(resample(waveform, rate_hz, SAMPLE_RATE_HZ), " ".join(command))
-
-
-def _with_length(wav: bytes) -> bytes:
-    """The file with its true lengths: to a pipe espeak-ng writes them before it knows them."""
-    body = wav.index(b"data") + 8
-    size = (len(wav) - body).to_bytes(4, "little")
-    return wav[:4] + (len(wav) - 8).to_bytes(4, "little") + wav[8 : body - 4] + size + wav[body:]
-
-
-def _trimmed(waveform: np.ndarray, command: str) -> np.ndarray:
+    waveform, twin = (_at_24_khz(*espeak.say(voice, text, is_neutral)) for is_neutral in (False, True))
     loud = np.flatnonzero(np.abs(waveform) > SILENCE)
     if not len(loud):
-        raise UserError(f"{command} said nothing; is this variant installed?")
-    first = max(0, loud[0] - int(SILENCE_BEFORE_SECONDS * SAMPLE_RATE_HZ))
-    waveform = waveform[first : loud[-1] + int(SILENCE_BEHIND_SECONDS * SAMPLE_RATE_HZ)]
-    return np.clip(waveform * (RMS / np.sqrt(np.mean(waveform**2))), -0.99, 0.99).astype(np.float32)
+        raise UserError(f"{EXECUTABLE} said nothing as {voice.name}: {text}")
+    first = loud[0] - int(SILENCE_BEFORE_SECONDS * SAMPLE_RATE_HZ)
+    length = loud[-1] + int(SILENCE_BEHIND_SECONDS * SAMPLE_RATE_HZ) - first
+    return _cut(waveform, first, length), _cut(twin, first, length)
+
+
+def _at_24_khz(waveform: np.ndarray, rate_hz: int) -> np.ndarray:
+    return resample(waveform, rate_hz, SAMPLE_RATE_HZ)
+
+
+def _cut(waveform: np.ndarray, first: int, length: int) -> np.ndarray:
+    """(length,) from sample ``first`` on, which may lie before its beginning, at the loudness of all clips."""
+    cut = np.zeros(length, np.float32)
+    source = waveform[max(0, first) : max(0, first + length)]
+    cut[max(0, -first) : max(0, -first) + len(source)] = source
+    return np.clip(cut * (RMS / np.sqrt(np.mean(source**2))), -0.99, 0.99)
 
 
 # ------------------------------------------------------------------------------------------------------ a voice
@@ -121,12 +112,15 @@ def _is_whole(folder: Path, clips: Sequence[Clip]) -> bool:
     return (read_json(folder / "rows.json") or {}).get("plan") == _clip_plan(clips)
 
 
-def _speak_voice(folder: Path, clips: Sequence[Clip]) -> None:
+def _speak_voice(folder: Path, clips: Sequence[Clip], espeak: Espeak) -> None:
     with new_folder(folder) as unfinished:
         seconds = []
         for number, clip in enumerate(clips):
-            waveform = speak(clip.voice, clip.text)
-            soundfile.write(unfinished / f"{number:04d}.flac", waveform, SAMPLE_RATE_HZ, subtype="PCM_16")
+            waveform, twin = speak(espeak, clip.voice, clip.text)
+            path = unfinished / f"{number:04d}.flac"
+            soundfile.write(path, waveform, SAMPLE_RATE_HZ, subtype="PCM_16")
+            if clip.split == "train":
+                soundfile.write(twin_of(path), twin, SAMPLE_RATE_HZ, subtype="PCM_16")
             seconds.append(len(waveform) / SAMPLE_RATE_HZ)
         write_json(unfinished / "rows.json", {"plan": _clip_plan(clips), "rows": _rows(folder.name, clips, seconds)})
 
@@ -144,7 +138,9 @@ def _rows(voice: str, clips: Sequence[Clip], seconds: Sequence[float]) -> list[d
         "ref_text": clips[reference].text,
     }
     return [
-        {"audio": f"{voice}/{number:04d}.flac", "text": clip.text} | shared | {"split": clip.split, "seconds": length}
+        {"audio": f"{voice}/{number:04d}.flac", "text": clip.text}
+        | shared
+        | {"split": clip.split, "seconds": length, "f0_hz": clip.voice.f0_hz}
         for number, (clip, length) in enumerate(zip(clips, seconds, strict=True))
     ]
 
@@ -159,7 +155,8 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    figures: dict[str, Any] = {"voices": len({row["speaker"] for row in rows})}
+    hours = sum(row["seconds"] for row in rows) / 3600
+    figures: dict[str, Any] = {"voices": len({row["speaker"] for row in rows}), "hours": round(hours, 2)}
     for split in SPLITS:
         chosen = [row for row in rows if row["split"] == split]
         hours = sum(row["seconds"] for row in chosen) / 3600

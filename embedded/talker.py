@@ -22,6 +22,8 @@ from finetuning.errors import Stopped, UserError
 from finetuning.settings import canonical_names
 
 PROJECT = Path(__file__).parent.parent
+#: Text runs beside the frames, about a token a frame, so a model this small need not learn to find its place in it.
+LAYOUT = "streaming"
 
 
 def talker_settings(work: Work) -> dict[str, object]:
@@ -57,6 +59,7 @@ def shared_settings(work: Work) -> dict[str, object]:
         "MIXED_PRECISION": "no" if work.device == "cpu" else "bf16",
         "REPLACE_LAST_N_LAYERS": 0,
         "ADD_NEW_LAYERS": 0,
+        "TRAIN_LAYOUT": LAYOUT,
         "FREEZE_ORIGINAL_LAYERS": "false",
         "GRADIENT_ACCUMULATION_STEPS": 1,
         "SUB_TALKER_LOSS_WEIGHT": 1.0,

@@ -11,6 +11,7 @@ import torch
 from finetuning.briefing import describe_complete, how_to_listen
 from finetuning.building import Run
 from finetuning.checkpoint import step_of_best
+from finetuning.comparison import Comparison, compare, is_compared, rows_to_compare, table
 from finetuning.console import command_of, say
 from finetuning.dataset import RowEncoder
 from finetuning.errors import part_from_the_others
@@ -131,6 +132,8 @@ def train_and_verify(run: Run, uploader: Uploader | None) -> None:
             train_on(run, tracker, uploader)
         if tracker and settings.verify_roundtrip and run.is_main:
             verify_roundtrip(run, tracker)
+    if settings.compare_jsonl and run.is_main:
+        compare_with_recordings(run)
 
 
 def train_on(run: Run, tracker: Tracker, uploader: Uploader | None) -> None:
@@ -174,10 +177,7 @@ def verify_roundtrip(run: Run, tracker: Tracker) -> None:
     spec = [roundtrip_row(run, row) for row in run.train.rows(settings.verify_roundtrip)]
     count = len(spec)
     device = device_name(run.accelerator)
-    if not is_sharded(run.objective):
-        run.model.to("cpu")  # makes room on a GPU for the second copy
-    if run.accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
+    make_room(run)
     wav_folder = settings.output_dir / "roundtrip"
     result = judge(str(settings.output_dir / "last"), spec, str(wav_folder), device)
     say(
@@ -188,6 +188,33 @@ def verify_roundtrip(run: Run, tracker: Tracker) -> None:
     metrics = {"roundtrip_reproduced": result["reproduced"], "roundtrip_right_length": result["right_length"]}
     record = {"step": state["step"], "epoch": state["epoch"], "loss": None, "metrics": metrics}
     tracker.log_result(record)
+
+
+def compare_with_recordings(run: Run) -> None:
+    """COMPARE_JSONL: sentences before and after the training beside their recordings; prints the table."""
+    output = run.settings.output_dir
+    names = zip(run.speakers.names, run.speakers.references, strict=True)
+    references = {name.lower(): files[0] for name, files in names if files}
+    checkpoint = output / "best" if (output / "best").is_dir() else output / "last"
+    comparison = Comparison(run.settings, run.base, checkpoint, references, device_name(run.accelerator))
+    if is_compared(comparison):
+        return
+    make_room(run)
+    rows = rows_to_compare(run.settings, run.base)
+    figures = compare(comparison, rows)
+    say(
+        f"{len(rows)} sentences that were never trained on, against their recordings (docs/results.md says what each "
+        f"figure means); before is the base, which clones, after is {checkpoint}:\n{table(figures)}\n"
+        f"Listen: {comparison.folder}"
+    )
+
+
+def make_room(run: Run) -> None:
+    """Takes the trained model off the GPU, where another copy is to speak."""
+    if not is_sharded(run.objective):
+        run.model.to("cpu")
+    if run.accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def roundtrip_row(run: Run, row: dict[str, Any]) -> dict[str, Any]:

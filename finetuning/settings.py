@@ -411,6 +411,11 @@ class Settings(BaseSettings):
     verify_roundtrip: int = _setting(
         0, "after training, generate this many training clips with stock qwen-tts and count codes; 0 = off", ge=0
     )
+    compare_jsonl: UserPath | None = _setting(
+        None,
+        "rows with recordings that training has not heard: at the end the base and the checkpoint say their texts, "
+        "into OUTPUT_DIR/comparison; default off",
+    )
     best_metric: Word = _setting(
         "loss",
         "figure of the validation log that best/ is chosen by: loss, accuracy, speaker_embedding_similarity, wer, … "

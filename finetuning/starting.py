@@ -19,6 +19,7 @@ from finetuning.checkpoint import (
     check_output_folder,
 )
 from finetuning.codec_rows import allocate_codec_rows
+from finetuning.comparison import rows_to_compare
 from finetuning.console import say
 from finetuning.direct import DirectData, DirectRows
 from finetuning.errors import UserError
@@ -57,6 +58,8 @@ def check_inputs(settings: Settings) -> tuple[Base, str]:
     weights_of(base, settings)  # says which words of LORA_TARGETS match nothing
     check_stages_of_base(settings, base)
     check_eval_texts(settings, base)
+    if settings.compare_jsonl:
+        rows_to_compare(settings, base)
     return base, device
 
 

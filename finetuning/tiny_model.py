@@ -1,10 +1,11 @@
-"""The embedded random base models: the package's real classes at toy width, for tests, demos and dry runs.
+"""The embedded base models: the package's real classes at toy width, for tests, demos and dry runs.
 
 They have every part of a real base (talker, sub-talker, speaker encoder, BPE text tokenizer, 12 Hz codec) and its real
-codec-channel ids, so every line of the pipeline runs on them. Their weights are random: they prove the mathematics of
-training, they do not speak.
+codec-channel ids, so every line of the pipeline runs on them. ``tiny`` is trained (``embedded/`` says how, and ships it
+in tiny_base/): it says simple English sentences in synthetic voices. The weights of the others are random: they prove
+the mathematics of training, they do not speak.
 
-A folder is built once, deterministically, into the user's cache and reused::
+The folder of a random one is built once, deterministically, into the user's cache and reused::
 
     python -m finetuning.tiny_model tiny-random          # prints the folder
 """
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.disk import write_json
+from finetuning.disk import damage, write_json
+from finetuning.errors import UserError
 from finetuning.stock import import_qwen_tts
 
 SAMPLE_RATE_HZ = 24_000
@@ -82,24 +84,33 @@ SHAPES = {
     "tiny-random-0.6b": TinyShape(talker_width=80, text_width=96, sub_talker_width=64, model_size="0b6"),
     "tiny-random-large-vocabulary": TinyShape(text_width=8, min_vocabulary=100_352),
 }
-#: Until a trained embedded model ships, `tiny` is the first of the random ones.
-ALIASES = {"tiny": "tiny-random"}
-NAMES = (*ALIASES, *SHAPES)
+#: The trained one, as it ships.
+SPEAKING, SPEAKING_BASE = "tiny", Path(__file__).parent / "tiny_base"
+NAMES = (SPEAKING, *SHAPES)
 
 
 def embedded_model_folder(name: str, dtype: str = "float32", cache_folder: Path | None = None) -> Path:
-    """Returns the folder of an embedded model, building it on first use (about 5 s).
+    """Returns the folder of an embedded model, building a random one on first use (about 5 s).
 
     Args:
         name: one of ``NAMES``.
-        dtype: dtype of the saved weights, "float32" or "bfloat16".
+        dtype: dtype of a random one's saved weights, "float32" or "bfloat16"; ``tiny`` is fp16.
         cache_folder: where built models live; default ``$XDG_CACHE_HOME/qwen3-tts-finetuning``.
+
+    Raises:
+        UserError: ``tiny`` is incomplete, as after a clone that was cut off.
 
     The folder's name carries a hash of this file and of the torch and qwen-tts versions: a stale build is never used.
     """
     from importlib.metadata import version
 
-    name = ALIASES.get(name, name)
+    if name == SPEAKING:
+        if problems := damage(SPEAKING_BASE):
+            raise UserError(
+                f"{SPEAKING_BASE}, the embedded model {SPEAKING}, is damaged: {'; '.join(problems)}. Bring it back: "
+                "git checkout -- finetuning/tiny_base"
+            )
+        return SPEAKING_BASE
     cache = cache_folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3-tts-finetuning"
     recipe = Path(__file__).read_bytes() + f"{version('torch')} {version('qwen-tts')}".encode()
     folder = cache / f"{name}-{dtype}-{hashlib.sha256(recipe).hexdigest()[:12]}"

@@ -43,10 +43,10 @@ def python(script: str, *arguments: str, **options: Any) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """``./uv_train.sh .env.demo`` called from another folder, into an output of the test's own."""
+    """``./uv_train.sh .env.overfit`` called from another folder, into an output of the test's own."""
     folder = tmp_path_factory.mktemp("demo")
     no_hub = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
-    command = ["bash", str(PROJECT / "uv_train.sh"), ".env.demo"]
+    command = ["bash", str(PROJECT / "uv_train.sh"), ".env.overfit"]
     done = run(command, cwd=folder, timeout=900, OUTPUT_DIR=f"{folder}/out", **no_hub)
     done.output = folder / "out"
     return done
@@ -135,7 +135,7 @@ def test_synthesize_clones_with_a_base(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_preflight_of_the_demo(tmp_path: Path) -> None:
-    done = python("test_setup.py", ENV_FILE=".env.demo", OUTPUT_DIR=str(tmp_path / "out"))
+    done = python("test_setup.py", ENV_FILE=".env.overfit", OUTPUT_DIR=str(tmp_path / "out"))
     assert done.code == 0, done.out + done.err
     numbers = re.findall(r"^ ?(\d+)\. ✓", done.out, re.MULTILINE)
     assert numbers == [str(number) for number in range(1, 13)]
@@ -144,7 +144,7 @@ def test_preflight_of_the_demo(tmp_path: Path) -> None:
 
 def test_preflight_reports_every_failure(tmp_path: Path) -> None:
     done = python(
-        "test_setup.py", ENV_FILE=".env.demo", OUTPUT_DIR=str(tmp_path), INIT_MODEL_PATH="nowhere",
+        "test_setup.py", ENV_FILE=".env.overfit", OUTPUT_DIR=str(tmp_path), INIT_MODEL_PATH="nowhere",
         REF_AUDIO_PATH="gone.wav",
     )  # fmt: skip
     assert done.code == 2
@@ -388,7 +388,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path: Path, demo_
         output = tmp_path / f"out{processes}"
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
         done = run(
-            [*command, "--standalone", "train.py"], ENV_FILE=".env.demo", TRAIN_JSONL=str(jsonl), LOGGING_STEPS="1",
+            [*command, "--standalone", "train.py"], ENV_FILE=".env.overfit", TRAIN_JSONL=str(jsonl), LOGGING_STEPS="1",
             OUTPUT_DIR=str(output), NUM_EPOCHS="2", BATCH_SIZE=str(4 // processes), GRADIENT_ACCUMULATION_STEPS="2",
             VERIFY_ROUNDTRIP="0", SAMPLE_STEPS="0", OMP_NUM_THREADS="1",
         )  # fmt: skip
@@ -418,7 +418,7 @@ def test_launch_gpu_trains(tmp_path: Path, demo_rows: list, write_jsonl: Callabl
     jsonl = write_jsonl(demo_rows[:4])
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     done = run(
-        ["bash", str(PROJECT / "launch_gpu.sh")], cwd=tmp_path, PATH=path, ENV_FILE=str(PROJECT / ".env.demo"),
+        ["bash", str(PROJECT / "launch_gpu.sh")], cwd=tmp_path, PATH=path, ENV_FILE=str(PROJECT / ".env.overfit"),
         TRAIN_JSONL=str(jsonl), OUTPUT_DIR=str(tmp_path / "out"), MAX_STEPS="1", VERIFY_ROUNDTRIP="0",
     )  # fmt: skip
     assert done.code == 0, done.err[-3000:]

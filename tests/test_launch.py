@@ -163,7 +163,7 @@ def test_fsdp_configuration_selects_version_2_without_warnings(
 def demo_run(tmp_path: Path, demo_rows: list, write_jsonl: Callable) -> dict[str, str]:
     """Variables of a short run of the demo from rows that have codes."""
     return {
-        "ENV_FILE": ".env.demo", "OUTPUT_DIR": str(tmp_path / "out"), "TRAIN_JSONL": str(write_jsonl(demo_rows[:4])),
+        "ENV_FILE": ".env.overfit", "OUTPUT_DIR": str(tmp_path / "out"), "TRAIN_JSONL": str(write_jsonl(demo_rows[:4])),
         "VALIDATION_JSONL": str(write_jsonl(demo_rows[4:6], "validation.jsonl")), "BATCH_SIZE": "1",
         "LOGGING_STEPS": "1", "VERIFY_ROUNDTRIP": "0", "SAMPLE_STEPS": "0", "NUM_PROCESSES": "2",
     }  # fmt: skip
@@ -213,7 +213,7 @@ def test_an_error_of_all_processes_is_told_once(demo_run: dict, tmp_path: Path) 
     ],
 )
 def test_what_cannot_be_launched_is_refused_at_once(variables: dict, message: str) -> None:
-    done = finish(start(["./launch_4gpu.sh"], **({"ENV_FILE": ".env.demo"} | variables)))
+    done = finish(start(["./launch_4gpu.sh"], **({"ENV_FILE": ".env.overfit"} | variables)))
     assert done.code == 2, done.err
     assert len(error_lines(done)) == 1
     assert message in done.err

@@ -20,9 +20,9 @@ ORDER = (
     "preparer", "direct", "figures", "checks", "report", "mend", "check_rows", "attention", "chunked", "objective",
     "sharding", "prefix_cache", "small_adamw", "optimizers", "memory", "stages", "averaging", "stepping", "trainer",
     "model_card", "checkpoint", "state", "resume", "recognition", "listening", "validation", "speaking", "samples",
-    "judging", "run_record", "services", "tracking", "saving", "hub", "uploads", "roundtrip", "lora", "starting",
-    "building", "claiming", "briefing", "session", "library", "intervals", "evaluation_media",
-    "report_html", "kept_samples", "evaluation_models", "evaluation_voices", "evaluation_plan",
+    "judging", "run_record", "services", "tracking", "saving", "hub", "uploads", "roundtrip", "closeness",
+    "comparison", "lora", "starting", "building", "claiming", "briefing", "session", "library", "intervals",
+    "evaluation_media", "report_html", "kept_samples", "evaluation_models", "evaluation_voices", "evaluation_plan",
     "evaluation_report", "evaluation", "official", "prepare_data", "sft_12hz",
 )  # fmt: skip
 ROOMS = sorted(file for file in (PROJECT / "finetuning").glob("*.py") if file.stem != "__init__")

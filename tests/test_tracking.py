@@ -133,7 +133,7 @@ def test_skipped_rows_are_read_again(make_settings: Callable) -> None:
 def test_real_offline_run_keeps_the_token_out(tmp_path: Path, demo_rows: list, write_jsonl: Callable) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_"))}
     environment |= {
-        "ENV_FILE": ".env.demo", "USE_WANDB": "true", "HF_TOKEN": SECRET, "OUTPUT_DIR": str(tmp_path / "output"),
+        "ENV_FILE": ".env.overfit", "USE_WANDB": "true", "HF_TOKEN": SECRET, "OUTPUT_DIR": str(tmp_path / "output"),
         "TRAIN_JSONL": str(write_jsonl(demo_rows[:4])), "MAX_STEPS": "2", "LOGGING_STEPS": "1", "HOME": str(tmp_path),
         "VALIDATION_JSONL": str(write_jsonl(demo_rows[4:6], "validation.jsonl")),
         "VERIFY_ROUNDTRIP": "0", "EVAL_TEXTS": "Yes.",

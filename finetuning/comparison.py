@@ -1,0 +1,238 @@
+"""COMPARE_JSONL: sentences that were never trained on, said before and after, beside their recordings.
+
+After the training stock qwen-tts says the text of each row twice: with the base, which clones the speaker's reference,
+and with the checkpoint. OUTPUT_DIR/comparison/ then has, for row NN::
+
+    NN-recording.wav    the row's own audio
+    NN-coded.wav        the same through the codec: nearer to the recording no checkpoint of this base can come
+    NN-before.wav       the base (where it can clone)
+    NN-after.wav        the checkpoint
+    comparison.json     the mean figures of each, and what was compared
+
+It appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetuning.audio import SAMPLE_RATE_HZ, AudioError, load_audio
+from finetuning.base_model import Base, load_speaker_encoder
+from finetuning.closeness import closeness
+from finetuning.codec import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, Codec
+from finetuning.disk import new_folder, read_json, write_json
+from finetuning.errors import UserError
+from finetuning.listening import cosine
+from finetuning.manifest import Row, RowFormat, Tally, read_rows
+from finetuning.settings import Settings
+from finetuning.stock import import_qwen_tts
+
+SETTING = "COMPARE_JSONL"
+MAX_ROWS = 30
+#: Speech may last so many times the recording, and a second more.
+MAX_SLOWNESS = 2.0
+#: Of the table, in this order: figure -> its heading.
+HEADINGS = {
+    "similarity": "similarity",
+    "spectral_distance": "sounds off by",
+    "timbre_distance_db": "timbre off by, dB",
+    "f0_error": "pitch off by",
+    "rate_ratio": "rate",
+    "stopped": "ended",
+}
+
+Say = Callable[[Row], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        checkpoint: best/, or last/ where there is none.
+        references: lower-case speaker -> the recording that the base clones, and a base checkpoint too.
+    """
+
+    settings: Settings
+    base: Base
+    checkpoint: Path
+    references: Mapping[str, str]
+    device: str
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.output_dir / "comparison"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """By which a finished comparison is known again."""
+        trained = read_json(self.checkpoint / "training_state.json") or {}
+        return {
+            "checkpoint": self.checkpoint.name,
+            "step": trained.get("step"),
+            "rows": str(self.settings.compare_jsonl),
+        }
+
+
+def rows_to_compare(settings: Settings, base: Base) -> list[Row]:
+    """The first MAX_ROWS rows of COMPARE_JSONL.
+
+    Raises:
+        UserError: the file is missing, or a row is unusable or has no recording.
+    """
+    path, tally = settings.compare_jsonl, Tally()
+    row_format = RowFormat.from_settings(settings, base.special_tokens())
+    rows = list(read_rows(path, SETTING, row_format, tally, needs_codes=False, max_rows=MAX_ROWS))
+    if tally.num_bad:
+        raise UserError(f"{SETTING}: {tally.summary('cannot be used')}")
+    for row in rows:
+        if row.audio is None or not row.audio.is_file():
+            raise UserError(
+                f"{SETTING}: {path}, line {row.line}: a comparison needs the recording ({row_format.audio_key})"
+            )
+    return rows
+
+
+def compare(comparison: Comparison, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Speaks, measures and writes; the mean figures of each way."""
+    recordings = [_recording(row, comparison.settings.compare_jsonl) for row in rows]
+    codec, encode = Codec(comparison.base.codec_folder), _encoder(comparison.base)
+    figures: dict[str, dict[str, float]] = {}
+    with new_folder(comparison.folder) as folder:
+        for number, recording in enumerate(recordings, 1):
+            _write(folder / f"{number:02d}-recording.wav", recording)
+        spoken: dict[str, list[np.ndarray]] = {"coded": codec.decode(codec.encode(recordings))}
+        for way, say in _ways(comparison).items():
+            spoken[way] = _all_said(say(), rows, comparison.settings.seed)
+        for way, waveforms in spoken.items():
+            each = [_figures(*pair, encode) for pair in zip(recordings, waveforms, strict=True)]
+            figures[way] = {name: _mean([one[name] for one in each]) for name in each[0]}
+            for number, waveform in enumerate(waveforms, 1):
+                _write(folder / f"{number:02d}-{way}.wav", waveform)
+        write_json(folder / "comparison.json", comparison.record | {"num_rows": len(rows), "figures": figures})
+    return figures
+
+
+def is_compared(comparison: Comparison) -> bool:
+    """Whether this very comparison is there."""
+    found = read_json(comparison.folder / "comparison.json") or {}
+    return all(found.get(name) == value for name, value in comparison.record.items())
+
+
+def table(figures: Mapping[str, Mapping[str, float]]) -> str:
+    """A line for each way, a column for each figure."""
+    names = [name for name in HEADINGS if any(name in values for values in figures.values())]
+    lines = [["", *(HEADINGS[name] for name in names)]]
+    for way, values in figures.items():
+        lines.append([way, *(_shown(name, values.get(name, math.nan)) for name in names)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(names) + 1)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _shown(name: str, value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.0%}" if name in ("stopped", "f0_error") else f"{value:.2f}"
+
+
+# ------------------------------------------------------------------------------------------------------- speaking
+
+
+def _ways(comparison: Comparison) -> dict[str, Callable[[], Say]]:
+    """Name -> what loads a model and gives its voice: one model is in memory at a time."""
+    ways = {
+        "after": lambda: _speaker(comparison) if _has_names(comparison) else _cloner(comparison, comparison.checkpoint)
+    }
+    if not (comparison.base.folder / "speech_tokenizer").is_dir() or comparison.base.is_custom_voice:
+        return ways
+    return {"before": lambda: _cloner(comparison, comparison.base.folder)} | ways
+
+
+def _has_names(comparison: Comparison) -> bool:
+    return comparison.settings.export_type == "custom_voice"
+
+
+def _load(folder: Path, device: str) -> Any:
+    import torch
+
+    package = import_qwen_tts()
+    return package.Qwen3TTSModel.from_pretrained(
+        str(folder), dtype=torch.float32, device_map=device, attn_implementation="sdpa"
+    )
+
+
+def _options(comparison: Comparison, row: Row) -> dict[str, Any]:
+    language = row.language if row.language != "Auto" else None
+    bound = MAX_SLOWNESS * len(_recording(row, comparison.settings.compare_jsonl)) / SAMPLES_PER_FRAME
+    return {
+        "language": language,
+        "non_streaming_mode": comparison.settings.train_layout != "streaming",
+        "max_new_tokens": math.ceil(bound + FRAMES_PER_SECOND),
+    }
+
+
+def _speaker(comparison: Comparison) -> Say:
+    stock = _load(comparison.checkpoint, comparison.device)
+    return lambda row: stock.generate_custom_voice(row.text, row.speaker, **_options(comparison, row))[0][0]
+
+
+def _cloner(comparison: Comparison, folder: Path) -> Say:
+    """Clones by the vector alone, as checkpoints learn speakers."""
+    stock = _load(folder, comparison.device)
+
+    def say(row: Row) -> np.ndarray:
+        reference = comparison.references[row.speaker.lower()]
+        prompt = stock.create_voice_clone_prompt(reference, None, x_vector_only_mode=True)
+        return stock.generate_voice_clone(row.text, voice_clone_prompt=prompt, **_options(comparison, row))[0][0]
+
+    return say
+
+
+def _all_said(say: Say, rows: Sequence[Row], seed: int) -> list[np.ndarray]:
+    import torch
+
+    waveforms = []
+    for number, row in enumerate(rows):
+        torch.manual_seed(seed + number)
+        waveforms.append(np.asarray(say(row), np.float32))
+    return waveforms
+
+
+# ------------------------------------------------------------------------------------------------------ measuring
+
+
+def _recording(row: Row, path: Path | None) -> np.ndarray:
+    try:
+        return load_audio(row.audio)
+    except AudioError as error:
+        raise UserError(f"{SETTING}: {path}, line {row.line}: {row.audio}: {error}") from None
+
+
+def _encoder(base: Base) -> Callable[[np.ndarray], np.ndarray] | None:
+    return load_speaker_encoder(base) if base.has_speaker_encoder else None
+
+
+def _figures(recording: np.ndarray, spoken: np.ndarray, encode: Any) -> dict[str, float]:
+    figures = closeness(recording, spoken)
+    if encode is not None:
+        figures["similarity"] = cosine(encode(recording), encode(spoken))
+    bound = MAX_SLOWNESS * len(recording) / SAMPLES_PER_FRAME + FRAMES_PER_SECOND
+    return figures | {"stopped": float(len(spoken) / SAMPLES_PER_FRAME < math.ceil(bound) - 1)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are numbers."""
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def _write(path: Path, waveform: np.ndarray) -> None:
+    import soundfile
+
+    soundfile.write(path, waveform, SAMPLE_RATE_HZ, subtype="PCM_16")
