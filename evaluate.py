@@ -3,7 +3,7 @@
     python evaluate.py                                          # the run in OUTPUT_DIR -> its evaluation/report.html
     python evaluate.py --checkpoints best last --texts lines.txt --seeds 5
     python evaluate.py --texts "Good morning." "How are you?" --language English --reference me.wav
-    ENV_FILE=.env.demo python evaluate.py --seeds 1 --max_new_tokens 60          # the demo's tiny model, on CPU
+    ENV_FILE=.env.demo python evaluate.py --seeds 1 --max_new_tokens 60          # the demo, on CPU
 
 Settings (OUTPUT_DIR, device, precision, judges) come from `.env` as for train.py; what the run began with, such as its
 validation rows, speakers and layout, it has from its own settings.json. Interrupted work goes on where it stopped:

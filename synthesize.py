@@ -3,7 +3,7 @@
 python synthesize.py --checkpoint output/best --text "Good morning."
 python synthesize.py --checkpoint output/best --text_file lines.txt --output spoken/ --language English --seed 1
 python synthesize.py --checkpoint BASE --ref_audio me.wav --ref_text "What I say there." --text "Good morning."
-python synthesize.py --checkpoint output_demo/last --text "Rain is on its way." --greedy   # the demo's tiny model
+python synthesize.py --checkpoint output_demo/best --text "The king sold the old ship." --streaming_layout   # the demo
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Fine-tunes Qwen3-TTS as `.env` says.
 
-./uv_train.sh .env.demo                             # install and run everything on the embedded tiny model (CPU)
+./uv_train.sh .env.demo                             # install everything, and teach the embedded model a voice (CPU)
 python train.py                                     # one process
 accelerate launch --num_processes=4 train.py        # four
 ENV_FILE=my_voice.env BATCH_SIZE=4 python train.py  # another file; the environment is stronger than the file

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The one command: installs what is missing, then trains as the settings file says.
 #
-#   ./uv_train.sh .env.demo        the whole pipeline on the embedded tiny model, on CPU, offline, in minutes
+#   ./uv_train.sh .env.demo        teaches the embedded model a voice and lets it speak, on CPU, offline, in minutes
+#   ./uv_train.sh .env.overfit     shows that the training is right: 24 clips learnt by heart, their codes given back
 #   ./uv_train.sh                  your own run, as .env says
 #   ./uv_train.sh --check          the preflight of that run instead (test_setup.py); a settings file may follow
 #

@@ -3,8 +3,8 @@
     python benchmarks/mistakes.py                       # the right objective, each mistake alone, all of them; minutes
     python benchmarks/mistakes.py --epochs 5            # the script itself
 
-Every line starts from the same weights and takes the same batches, optimizer and schedule, those of ``.env.overfit``. What
-differs is how the loss is computed from the model's outputs. The mistakes are those of the official
+Every line starts from the same weights and takes the same batches, optimizer and schedule, those of ``.env.overfit``.
+What differs is how the loss is computed from the model's outputs. The mistakes are those of the official
 ``finetuning/sft_12hz.py`` (QwenLM/Qwen3-TTS, revision 022e286):
 
 - labels shifted twice: they are aligned with the positions that predict them, and the model's own loss shifts them

@@ -6,8 +6,8 @@
     git archive v1.0 | tar -x -C ../before                    # one way to get another checkout
 
 Every process runs that checkout's own ``train`` from `train.py`, is timed from the moment at which it was started, and
-is ended after its first step. Settings come from the environment and `.env.overfit` (full training of the embedded model
-on the demo's rows), with a new OUTPUT_DIR each time. A first process for each checkout encodes the rows, fills the page
+is ended after its first step. Settings come from the environment and `.env.overfit` (full training of an embedded
+model on 24 clips), with a new OUTPUT_DIR each time. A first process for each checkout encodes the rows, fills the page
 cache and is not counted. "Model ready" includes the stock package's import, the speakers' vectors and the layers,
 "first step" includes the optimizer. Figures are medians; CPU seconds, of all threads of the process, depend less on
 what else the machine does.

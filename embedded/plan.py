@@ -65,7 +65,7 @@ class Scale:
 SCALES = {
     # Only to see that everything runs, in minutes; what comes out is noise.
     "smoke": Scale(2, 1, 6, (2, 2, 2), 4, 4),
-    "small": Scale(36, 1, 150, (1800, 400, 6000), 600, 6000),
+    "small": Scale(36, 1, 150, (1800, 400, 5000), 600, 10_000),
     "full": Scale(36, 2, 100, (12_000, 6_000, 40_000), 3000, 60_000),
 }
 

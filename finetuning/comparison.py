@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.audio import SAMPLE_RATE_HZ, AudioError, load_audio
+from finetuning.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, AudioError, load_audio
 from finetuning.base_model import Base, load_speaker_encoder
 from finetuning.closeness import closeness
-from finetuning.codec import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, Codec
+from finetuning.codec import FRAMES_PER_SECOND, Codec
 from finetuning.disk import new_folder, read_json, write_json
 from finetuning.errors import UserError
 from finetuning.listening import cosine

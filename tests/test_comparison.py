@@ -61,7 +61,7 @@ def test_a_run_ends_with_the_comparison_and_a_complete_one_does_not_make_it_agai
     [
         ({"text": "Nobody heard the bell."}, "line 1: neither audio nor audio_codes"),
         ({"audio": "none.wav", "text": "Nobody heard the bell."}, "line 1: .*none.wav"),
-        ({"audio_codes": [[1] * 16], "text": "Nobody heard the bell."}, "line 1: a comparison needs the recording"),
+        ({"audio_codes": [[1] * 16] * 2, "text": "Nobody heard the bell."}, "line 1: a comparison needs the recording"),
     ],
 )
 def test_a_row_that_cannot_be_compared_is_refused_with_its_line(

@@ -20,7 +20,21 @@ from conftest import PROJECT
 from torch.nn import functional as F
 
 from embedded import codec as codec_stage
-from embedded import demo, encoder, espeak, measures, pack, plan, recognise, report, speech, stage, talker
+from embedded import (
+    demo,
+    encoder,
+    espeak,
+    measures,
+    pack,
+    picture,
+    plan,
+    recognise,
+    report,
+    ship,
+    speech,
+    stage,
+    talker,
+)
 from embedded.clips import ClipBank, read_clip, read_rows, twin_of
 from embedded.codec_model import NUM_CODES, NUM_LEVELS, SAMPLES_PER_FRAME, TrainableCodec
 from embedded.texts import sentences
@@ -460,6 +474,43 @@ def test_a_base_is_not_packed_from_a_missing_or_damaged_talker(packed: stage.Wor
     with pytest.raises(UserError, match="damaged"):
         pack.pack_base(stage.Work(tmp_path, "smoke"))
     assert not (tmp_path / "base").exists()
+
+
+def test_base_and_clips_are_put_where_they_ship_from(
+    packed: stage.Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetuning.disk import damage
+    from finetuning.manifest import RowFormat, parse_row
+
+    base, voice = tmp_path / "base", tmp_path / "voice"
+    monkeypatch.setattr(ship, "SPEAKING_BASE", base)
+    monkeypatch.setattr(ship, "VOICE_FOLDER", voice)
+    ship.ship(packed)
+    assert damage(base) == [] and (base / "speech_tokenizer" / "model.safetensors").is_file()
+    for split in ("train", "test"):
+        lines = (voice / f"{split}_raw.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [parse_row(line, number, voice, RowFormat(), needs_codes=False) for number, line in enumerate(lines, 1)]
+        wanted = read_rows(packed.folder / "speech", f"demo_{split}")
+        assert [row.text for row in rows] == [row["text"] for row in wanted]
+        assert all(
+            row.audio.read_bytes() == Path(one["audio"]).read_bytes() for row, one in zip(rows, wanted, strict=True)
+        )
+    monkeypatch.setattr(ship, "MAX_VOICE_BYTES", 1000)
+    with pytest.raises(UserError, match="take fewer"):
+        ship.ship(packed)
+    assert damage(voice) == []  # what was there is still there
+
+
+def test_the_picture_shows_three_spectrograms(tmp_path: Path) -> None:
+    import matplotlib.image
+
+    for way in picture.TITLES:
+        soundfile.write(tmp_path / f"01-{way}.wav", _voiced(150), 24_000)
+    picture.draw(tmp_path, 1, tmp_path / "demo.png")
+    pixels = matplotlib.image.imread(tmp_path / "demo.png")
+    assert pixels.shape[0] > 400 and pixels.std() > 0.05
+    with pytest.raises(UserError, match=r"02-before\.wav does not exist"):
+        picture.draw(tmp_path, 2, tmp_path / "other.png")
 
 
 @pytest.mark.parametrize("of", [talker.talker_settings, demo.demo_settings])

@@ -304,7 +304,10 @@ class Witness:
         return tensors | dict(self.stepper.average.named_tensors() if self.stepper.average else {})
 
     def _keep(self, kind: str, tensors: Tensors) -> None:
-        whole = {name: full_tensor(tensor).clone().contiguous() for name, tensor in tensors.items()}
+        whole = {}
+        for name, tensor in tensors.items():
+            whole[name] = full_tensor(tensor).clone().contiguous()
+            dist.barrier()  # nobody gathers ahead: a process once died in gloo's thread here
         if self.rank == 0 and whole:
             save_file(whole, self.place / f"{kind}.safetensors")
 
