@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from embedded.clips import ClipBank, read_clip, read_rows
-from embedded.codec_losses import LatentTargets, SpectralLoss
+from embedded.codec_losses import IntelligibilityLoss, LatentTargets, SpectralLoss
 from embedded.codec_model import SAMPLES_PER_FRAME, TrainableCodec, build_codec
 from embedded.measures import averages, compare
 from embedded.stage import Work, load_state, main_of, optimizer_tensors, restore_optimizer, save_state
@@ -59,6 +59,7 @@ class CodecTraining:
             torch.manual_seed(0)
             self.codec = TrainableCodec(build_codec()).to(self.device)
         self.loss, self.targets = SpectralLoss().to(self.device), LatentTargets().to(self.device)
+        self.intelligibility = IntelligibilityLoss().to(self.device)
         decoder = list(self.codec.decoder_parameters())
         self.parameters = {1: self.codec.encoder_parameters(), 2: self.codec.encoder_parameters(), 3: decoder}
         self.optimizers = {1: _optimizer(self.parameters[1]), 3: _optimizer(decoder)}
@@ -131,8 +132,10 @@ class CodecTraining:
         codes = torch.stack([self.codes[clip][start : start + DECODER_FRAMES] for clip, start in places])
         made = self.decode(*self.codec.quantized(codes.to(self.device).long()))
         judged = slice(CONTEXT_FRAMES * SAMPLES_PER_FRAME, None)
-        parts = self.loss(made[:, judged], true[:, judged])
-        return parts | {name: 2 * parts[name] for name in ("mel", "harmonic")}
+        made, true = made[:, judged], true[:, judged]
+        parts = self.loss(made, true)
+        parts |= {name: 2 * parts[name] for name in ("mel", "harmonic")}
+        return parts | {"words": 3 * self.intelligibility(made, true)}
 
     def _samples(self, clip: int, start: int) -> np.ndarray:
         first = start * SAMPLES_PER_FRAME

@@ -1,8 +1,6 @@
-"""What the toy codec is trained for: spectra at several resolutions, harmonics, and a small discriminator."""
+"""What the toy codec is trained for: spectra at several resolutions, harmonics, intelligibility."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import librosa
 import torch
@@ -16,6 +14,12 @@ _RESOLUTIONS = {2048: (480, 1200, 100), 1024: (240, 600, 80), 512: (120, 240, 40
 #: Windows long enough to tell harmonics of 80 Hz apart (a window of n samples resolves about 4 * 24000 / n Hz).
 _HARMONIC_WINDOWS = (2048, 4096)
 _HARMONIC_MAX_HZ = 4000
+
+
+#: Short-time objective intelligibility (Taal et al. 2011): samples of a window and between windows (25.6 ms and half of
+#: it), third-octave bands from 150 Hz, windows that are compared together (384 ms).
+_STOI_WINDOW, _STOI_HOP, _STOI_POINTS = 614, 307, 1024
+_STOI_BANDS, _STOI_LOWEST_HZ, _STOI_STEPS = 15, 150.0, 30
 
 
 def _magnitudes(waveforms: torch.Tensor, points: int, hop: int, window: torch.Tensor) -> torch.Tensor:
@@ -64,6 +68,33 @@ class SpectralLoss(nn.Module):
         return (difference * loudness).mean() / (loudness.mean() + 1e-6)
 
 
+class IntelligibilityLoss(nn.Module):
+    """1 - STOI, but for what does not differentiate: nothing is clipped, and silence is left out by whole segments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(_STOI_WINDOW))
+        frequencies = torch.arange(_STOI_POINTS // 2 + 1) * SAMPLE_RATE_HZ / _STOI_POINTS
+        centers = _STOI_LOWEST_HZ * 2 ** (torch.arange(_STOI_BANDS)[:, None] / 3)
+        is_inside = (frequencies >= centers * 2 ** (-1 / 6)) & (frequencies < centers * 2 ** (1 / 6))
+        self.register_buffer("bands", is_inside.float())
+
+    def forward(self, made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+        """(batch, samples) each, at least 0.4 s."""
+        one, other = (self._segments(waveforms) for waveforms in (made, true))
+        energy = other.pow(2).sum((1, 3))  # (batch, segments)
+        is_loud = (energy > 1e-3 * energy.max()).float()[:, None]
+        centered = [segments - segments.mean(-1, keepdim=True) for segments in (one, other)]
+        norms = [segments.norm(dim=-1) + 1e-3 for segments in centered]
+        correlation = (centered[0] * centered[1]).sum(-1) / (norms[0] * norms[1])  # (batch, bands, segments)
+        return 1 - (correlation * is_loud).sum() / (is_loud.sum() * _STOI_BANDS)
+
+    def _segments(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """(batch, bands, segments, _STOI_STEPS) magnitudes."""
+        power = _magnitudes(waveforms, _STOI_POINTS, _STOI_HOP, self.window) ** 2
+        return torch.sqrt(self.bands @ power).unfold(-1, _STOI_STEPS, 2)
+
+
 class LatentTargets(nn.Module):
     """What the auxiliary heads predict of each frame: log-mels at two resolutions, and harmonics."""
 
@@ -90,54 +121,3 @@ def _by_frame(spectrum: torch.Tensor, hop: int) -> torch.Tensor:
     per_frame = SAMPLES_PER_FRAME // hop
     num_frames = spectrum.shape[2] // per_frame
     return spectrum[..., : num_frames * per_frame].transpose(1, 2).reshape(spectrum.shape[0], num_frames, -1)
-
-
-# ------------------------------------------------------------------------------------------------- discriminator
-
-
-class PeriodDiscriminator(nn.Module):
-    """Judges a waveform folded at a period, as in HiFi-GAN, with few channels."""
-
-    def __init__(self, period: int, widths: Sequence[int] = (12, 24, 48, 64)) -> None:
-        super().__init__()
-        self.period = period
-        layers, width_before = [], 1
-        for width in widths:
-            layers.append(nn.Conv2d(width_before, width, (5, 1), (3, 1), padding=(2, 0)))
-            width_before = width
-        self.layers = nn.ModuleList(layers)
-        self.last = nn.Conv2d(width_before, 1, (3, 1), padding=(1, 0))
-
-    def forward(self, waveforms: torch.Tensor) -> list[torch.Tensor]:
-        """(batch, samples) to what each layer says; the last is the judgement."""
-        length = waveforms.shape[1] // self.period * self.period
-        hidden = waveforms[:, None, :length].reshape(len(waveforms), 1, -1, self.period)
-        said = []
-        for layer in self.layers:
-            said.append(hidden := F.leaky_relu(layer(hidden), 0.1))
-        return [*said, self.last(hidden)]
-
-
-class Discriminators(nn.ModuleList):
-    """One for each of some prime periods."""
-
-    def __init__(self, periods: Sequence[int] = (2, 3, 5, 7, 11)) -> None:
-        super().__init__(PeriodDiscriminator(period) for period in periods)
-
-    def own_loss(self, made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-        """Least squares: what is true should be 1, what is made 0."""
-        loss = made.new_zeros(())
-        for judge in self:
-            loss = loss + ((judge(true)[-1] - 1) ** 2).mean() + (judge(made.detach())[-1] ** 2).mean()
-        return loss / len(self)
-
-    def decoder_loss(self, made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-        """What the decoder is told: to be taken for true, and to look alike in every layer."""
-        loss = made.new_zeros(())
-        for judge in self:
-            *layers_made, judgement = judge(made)
-            with torch.no_grad():
-                layers_true = judge(true)[:-1]
-            alike = [F.l1_loss(one, other) for one, other in zip(layers_made, layers_true, strict=True)]
-            loss = loss + ((judgement - 1) ** 2).mean() + 2 * torch.stack(alike).sum()
-        return loss / len(self)

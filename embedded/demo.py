@@ -27,7 +27,7 @@ WAYS = ("coded", "before", "after")
 
 def demo_settings(work: Work) -> dict[str, object]:
     """Name -> value of the settings of the demo's fine-tuning; the same as in .env.demo."""
-    speech, epochs = work.folder / "speech", 1 if work.scale_name == "smoke" else 15
+    speech, epochs = work.folder / "speech", 1 if work.scale_name == "smoke" else 8
     return shared_settings(work) | {
         "INIT_MODEL_PATH": work.folder / "base",
         "OUTPUT_DIR": work.folder / "demo" / "output",
@@ -36,7 +36,7 @@ def demo_settings(work: Work) -> dict[str, object]:
         "OVERWRITE_OUTPUT": "true",  # of a run that began from another base
         "SPEAKER_NAME": SPEAKER,
         "BATCH_SIZE": 4,
-        "LEARNING_RATE": 5e-4,
+        "LEARNING_RATE": 2e-4,
         "NUM_EPOCHS": epochs,
         "WARMUP_STEPS": 20,
         "LOGGING_STEPS": 20,

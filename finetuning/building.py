@@ -23,6 +23,7 @@ from finetuning.base_model import (
 from finetuning.checkpoint import (
     Exporter,
 )
+from finetuning.comparison import check_speakers as check_compared_speakers
 from finetuning.dataset import RowEncoder, StepDataset
 from finetuning.direct import DirectRows
 from finetuning.draws import Draws
@@ -134,6 +135,7 @@ def build_run(
     languages = initial_languages(model.talker.model.codec_embedding.weight, base.new_languages)
     references, held_out = find_references_of_rows(settings, base, rows, model, accelerator, state)
     speakers = find_speakers(settings, base, rows, model, state, references)
+    check_compared_speakers(settings, base, speakers.names)
     replace_and_add_layers(
         model,
         settings.replace_last_n_layers,

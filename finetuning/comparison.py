@@ -26,12 +26,14 @@ from finetuning.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, AudioError, load
 from finetuning.base_model import Base, load_speaker_encoder
 from finetuning.closeness import closeness
 from finetuning.codec import FRAMES_PER_SECOND, Codec
+from finetuning.console import listed_names
 from finetuning.disk import new_folder, read_json, write_json
 from finetuning.errors import UserError
 from finetuning.listening import cosine
 from finetuning.manifest import Row, RowFormat, Tally, read_rows
+from finetuning.prompt import find_language
 from finetuning.settings import Settings
-from finetuning.stock import import_qwen_tts
+from finetuning.stock import import_qwen_tts, quiet_transformers
 
 SETTING = "COMPARE_JSONL"
 MAX_ROWS = 30
@@ -47,7 +49,21 @@ HEADINGS = {
     "stopped": "ended",
 }
 
-Say = Callable[[Row], np.ndarray]
+
+@dataclass(frozen=True)
+class Sentence:
+    """A row, and its recording: (num_samples,) float32 at 24 kHz."""
+
+    row: Row
+    recording: np.ndarray
+
+    @property
+    def max_frames(self) -> int:
+        """After which speech is cut off."""
+        return math.ceil(MAX_SLOWNESS * len(self.recording) / SAMPLES_PER_FRAME + FRAMES_PER_SECOND)
+
+
+Say = Callable[[Sentence], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -99,19 +115,34 @@ def rows_to_compare(settings: Settings, base: Base) -> list[Row]:
     return rows
 
 
+def check_speakers(settings: Settings, base: Base, names: Sequence[str]) -> None:
+    """Raises UserError for a row of COMPARE_JSONL whose speaker the training does not have."""
+    if settings.compare_jsonl is None:
+        return
+    known = {name.lower() for name in names}
+    for row in rows_to_compare(settings, base):
+        if row.speaker.lower() not in known:
+            raise UserError(
+                f'{SETTING}: {settings.compare_jsonl}, line {row.line}: the training has no speaker "{row.speaker}"; '
+                f"it has {listed_names(names)}"
+            )
+
+
 def compare(comparison: Comparison, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Speaks, measures and writes; the mean figures of each way."""
-    recordings = [_recording(row, comparison.settings.compare_jsonl) for row in rows]
+    sentences = [Sentence(row, _recording(row, comparison.settings.compare_jsonl)) for row in rows]
+    recordings = [sentence.recording for sentence in sentences]
     codec, encode = Codec(comparison.base.codec_folder), _encoder(comparison.base)
     figures: dict[str, dict[str, float]] = {}
     with new_folder(comparison.folder) as folder:
         for number, recording in enumerate(recordings, 1):
             _write(folder / f"{number:02d}-recording.wav", recording)
         spoken: dict[str, list[np.ndarray]] = {"coded": codec.decode(codec.encode(recordings))}
-        for way, say in _ways(comparison).items():
-            spoken[way] = _all_said(say(), rows, comparison.settings.seed)
+        with quiet_transformers():
+            for way, say in _ways(comparison).items():
+                spoken[way] = _all_said(say(), sentences, comparison.settings.seed)
         for way, waveforms in spoken.items():
-            each = [_figures(*pair, encode) for pair in zip(recordings, waveforms, strict=True)]
+            each = [_figures(*pair, encode) for pair in zip(sentences, waveforms, strict=True)]
             figures[way] = {name: _mean([one[name] for one in each]) for name in each[0]}
             for number, waveform in enumerate(waveforms, 1):
                 _write(folder / f"{number:02d}-{way}.wav", waveform)
@@ -167,40 +198,47 @@ def _load(folder: Path, device: str) -> Any:
     )
 
 
-def _options(comparison: Comparison, row: Row) -> dict[str, Any]:
-    language = row.language if row.language != "Auto" else None
-    bound = MAX_SLOWNESS * len(_recording(row, comparison.settings.compare_jsonl)) / SAMPLES_PER_FRAME
+def _options(comparison: Comparison, sentence: Sentence, stock: Any) -> dict[str, Any]:
+    """A language that a model does not have is Auto to it."""
+    known = dict.fromkeys(stock.model.get_supported_languages() or (), 0)
     return {
-        "language": language,
+        "language": find_language(sentence.row.language, known) or "Auto",
         "non_streaming_mode": comparison.settings.train_layout != "streaming",
-        "max_new_tokens": math.ceil(bound + FRAMES_PER_SECOND),
+        "max_new_tokens": sentence.max_frames,
     }
 
 
 def _speaker(comparison: Comparison) -> Say:
     stock = _load(comparison.checkpoint, comparison.device)
-    return lambda row: stock.generate_custom_voice(row.text, row.speaker, **_options(comparison, row))[0][0]
 
-
-def _cloner(comparison: Comparison, folder: Path) -> Say:
-    """Clones by the vector alone, as checkpoints learn speakers."""
-    stock = _load(folder, comparison.device)
-
-    def say(row: Row) -> np.ndarray:
-        reference = comparison.references[row.speaker.lower()]
-        prompt = stock.create_voice_clone_prompt(reference, None, x_vector_only_mode=True)
-        return stock.generate_voice_clone(row.text, voice_clone_prompt=prompt, **_options(comparison, row))[0][0]
+    def say(sentence: Sentence) -> np.ndarray:
+        row = sentence.row
+        return stock.generate_custom_voice(row.text, row.speaker, **_options(comparison, sentence, stock))[0][0]
 
     return say
 
 
-def _all_said(say: Say, rows: Sequence[Row], seed: int) -> list[np.ndarray]:
+def _cloner(comparison: Comparison, folder: Path) -> Say:
+    """Clones by the vector alone, as checkpoints learn speakers."""
+    stock, prompts = _load(folder, comparison.device), {}
+
+    def say(sentence: Sentence) -> np.ndarray:
+        reference = comparison.references[sentence.row.speaker.lower()]
+        if reference not in prompts:
+            prompts[reference] = stock.create_voice_clone_prompt(reference, None, x_vector_only_mode=True)
+        options = _options(comparison, sentence, stock) | {"voice_clone_prompt": prompts[reference]}
+        return stock.generate_voice_clone(sentence.row.text, **options)[0][0]
+
+    return say
+
+
+def _all_said(say: Say, sentences: Sequence[Sentence], seed: int) -> list[np.ndarray]:
     import torch
 
     waveforms = []
-    for number, row in enumerate(rows):
+    for number, sentence in enumerate(sentences):
         torch.manual_seed(seed + number)
-        waveforms.append(np.asarray(say(row), np.float32))
+        waveforms.append(np.asarray(say(sentence), np.float32))
     return waveforms
 
 
@@ -218,12 +256,11 @@ def _encoder(base: Base) -> Callable[[np.ndarray], np.ndarray] | None:
     return load_speaker_encoder(base) if base.has_speaker_encoder else None
 
 
-def _figures(recording: np.ndarray, spoken: np.ndarray, encode: Any) -> dict[str, float]:
-    figures = closeness(recording, spoken)
+def _figures(sentence: Sentence, spoken: np.ndarray, encode: Any) -> dict[str, float]:
+    figures = closeness(sentence.recording, spoken)
     if encode is not None:
-        figures["similarity"] = cosine(encode(recording), encode(spoken))
-    bound = MAX_SLOWNESS * len(recording) / SAMPLES_PER_FRAME + FRAMES_PER_SECOND
-    return figures | {"stopped": float(len(spoken) / SAMPLES_PER_FRAME < math.ceil(bound) - 1)}
+        figures["similarity"] = cosine(encode(sentence.recording), encode(spoken))
+    return figures | {"stopped": float(len(spoken) / SAMPLES_PER_FRAME < sentence.max_frames - 1)}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -183,7 +183,6 @@ def test_embedded_models_are_small_and_deterministic(tmp_path: Path) -> None:
         files = [path.relative_to(built) for path in built.rglob("*") if path.is_file()]
         assert sum((built / file).stat().st_size for file in files) < 40e6
         assert all((built / file).read_bytes() == (again / file).read_bytes() for file in files)
-    assert embedded_model_folder("tiny") == embedded_model_folder("tiny-random")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

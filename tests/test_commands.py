@@ -197,7 +197,7 @@ def test_encode_then_info_then_train_in_none_mode(tmp_path: Path, write_jsonl: C
     raw = write_jsonl(raw, "raw.jsonl")
     encoded = tmp_path / "encoded.jsonl"
     arguments = ["--input_jsonl", str(raw), "--output_jsonl", str(encoded)]
-    done = python("data_processing.py", "--mode", "encode", *arguments, INIT_MODEL_PATH="tiny", DEVICE="cpu")
+    done = python("data_processing.py", "--mode", "encode", *arguments, INIT_MODEL_PATH="tiny-random", DEVICE="cpu")
     assert done.code == 0, done.err
     got = [json.loads(line) for line in encoded.read_text().splitlines()]
     assert [row["text"] for row in got] == [row["text"] for row in rows]

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from finetuning.audio import load_audio
-from finetuning.comparison import SETTING, _mean, rows_to_compare, table
+from finetuning.comparison import SETTING, _mean, check_speakers, rows_to_compare, table
 from finetuning.errors import UserError
 
 
@@ -69,6 +69,19 @@ def test_a_row_that_cannot_be_compared_is_refused_with_its_line(
 ) -> None:
     with pytest.raises(UserError, match=f"{SETTING}: (.|\\n)*{message}"):
         rows_to_compare(make_settings(compare_jsonl=write_jsonl([row], "compare.jsonl")), base)
+
+
+def test_a_speaker_that_the_training_does_not_have_is_refused(
+    base: Any, demo_rows: list[dict[str, Any]], write_jsonl: Callable[..., Path], make_settings: Callable[..., Any]
+) -> None:
+    rows = [
+        {"audio": row["audio"], "text": row["text"], "speaker": name}
+        for row, name in zip(demo_rows, "aB", strict=False)
+    ]
+    settings = make_settings(compare_jsonl=write_jsonl(rows, "compare.jsonl"))
+    check_speakers(settings, base, ["A", "b"])
+    with pytest.raises(UserError, match=rf'{SETTING}: .*line 2: the training has no speaker "B"; it has a'):
+        check_speakers(settings, base, ["a"])
 
 
 def test_a_missing_file_is_refused(base: Any, make_settings: Callable[..., Any], tmp_path: Path) -> None:

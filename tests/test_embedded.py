@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from embedded import codec as codec_stage
 from embedded import (
+    codec_losses,
     demo,
     encoder,
     espeak,
@@ -365,6 +366,19 @@ def test_pieces_and_their_twins_are_played_at_the_same_speed(work: stage.Work) -
         assert closeness.median_f0_hz(clip) == pytest.approx(wanted, rel=0.02)
         speed = wanted / min(bank.f0_hz, key=lambda f0: abs(np.log(wanted / f0)))
         assert closeness.median_f0_hz(twin) == pytest.approx(espeak.NEUTRAL_F0_HZ * speed, rel=0.02)
+
+
+def test_the_loss_for_words_follows_the_measure_of_words() -> None:
+    true = read_clip(PROJECT / "voices" / "english_voice" / "clips" / "train_01.flac")
+    noise = np.random.default_rng(0).normal(size=len(true)).astype(np.float32)
+    loss = codec_losses.IntelligibilityLoss()
+    found, wanted = [], []
+    for loudness in (0.0, 0.003, 0.01, 0.1):
+        other = true + loudness * noise
+        found.append(1 - float(loss(torch.from_numpy(other)[None], torch.from_numpy(true)[None])))
+        wanted.append(measures.stoi(true, other))
+    assert found[0] == pytest.approx(1, abs=0.01) and found == sorted(found, reverse=True)
+    assert np.allclose(found, wanted, atol=0.15)
 
 
 def test_kmeans_finds_clusters() -> None:
