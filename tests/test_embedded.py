@@ -459,9 +459,9 @@ def packed(trained_codec: Any, trained_encoder: Path, work: stage.Work) -> stage
     from finetuning.disk import seal
 
     pack.pack_start(work)
-    best = work.folder / "talker" / "output" / "best"
-    shutil.copytree(work.folder / "start", best)
-    seal(best)
+    last = work.folder / "talker" / "output" / "last"
+    shutil.copytree(work.folder / "start", last)
+    seal(last)
     figures = pack.pack_base(work)
     assert figures["megabytes"] < 40
     return work
@@ -482,9 +482,9 @@ def test_stock_loads_the_base_and_speaks(packed: stage.Work) -> None:
 def test_a_base_is_not_packed_from_a_missing_or_damaged_talker(packed: stage.Work, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train the talker first"):
         pack.pack_base(stage.Work(tmp_path, "smoke"))
-    best = tmp_path / "talker" / "output" / "best"
-    shutil.copytree(packed.folder / "talker" / "output" / "best", best)
-    (best / "config.json").write_text("{}")
+    last = tmp_path / "talker" / "output" / "last"
+    shutil.copytree(packed.folder / "talker" / "output" / "last", last)
+    (last / "config.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         pack.pack_base(stage.Work(tmp_path, "smoke"))
     assert not (tmp_path / "base").exists()
