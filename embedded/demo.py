@@ -36,11 +36,13 @@ def demo_settings(work: Work) -> dict[str, object]:
         "OVERWRITE_OUTPUT": "true",  # of a run that began from another base
         "SPEAKER_NAME": SPEAKER,
         "BATCH_SIZE": 4,
-        "LEARNING_RATE": 2e-4,
+        "LEARNING_RATE": 1e-4,
+        "FREEZE_ORIGINAL_LAYERS": "true",  # the talker knows the words; the voice is in the sub-talker
         "NUM_EPOCHS": epochs,
         "WARMUP_STEPS": 20,
         "LOGGING_STEPS": 20,
         "SAVE_STEPS": 100_000,
+        "BEST_METRIC": "sub_talker_accuracy",
     }
 
 

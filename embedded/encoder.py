@@ -7,6 +7,10 @@ speeds, which count as three voices, since speed moves pitch and formants: so th
 apart, and the vector learns what differs between voices in general. The loss is AAM-softmax: the angle to a clip's own
 voice must be smaller than that to any other by a margin.
 
+Then the encoder hears clips that went through the codec as well, and learns to give them the vectors of the clips
+themselves: all that a talker says has gone through the codec, and an encoder that had never heard it found all of it
+alike.
+
 WORK/encoder/encoder.safetensors is the result (fp32); WORK/encoder/state.safetensors goes on.
 """
 
@@ -29,6 +33,7 @@ from embedded.clips import read_clip, read_rows
 from embedded.measures import equal_error_rate
 from embedded.stage import Work, load_state, main_of, optimizer_tensors, restore_optimizer, save_state
 from finetuning.audio import resample
+from finetuning.codec import Codec
 from finetuning.stock import import_qwen_tts
 from finetuning.voice import voice_mels, voice_vector
 
@@ -43,6 +48,9 @@ MARGIN, SCALE = 0.2, 20.0
 #: Root mean square of the exported vectors: about that of the talker's embeddings beside them.
 VECTOR_RMS = 0.5
 SAVE_STEPS = LOG_STEPS = 50
+#: Of learning to hear through the codec: clips, at most, and steps, as a share of those before.
+MAX_CODED_CLIPS, CODED_SHARE = 600, 0.6
+CODED_LEARNING_RATE = 5e-4
 
 
 def build_encoder(seed: int = 0) -> nn.Module:
@@ -141,6 +149,39 @@ def _piece(mels: torch.Tensor, length: int, draw: np.random.Generator) -> torch.
     return repeated[start : start + length].float() + float(draw.uniform(-0.6, 0.3))
 
 
+# ------------------------------------------------------------------------------------------------ coded clips
+
+
+def coded_clips(codec: Codec, rows: list[dict[str, Any]]) -> list[np.ndarray]:
+    """The rows' clips, encoded and decoded."""
+    return [codec.decode(codec.encode([read_clip(row["audio"])]))[0] for row in rows]
+
+
+def hear_through_codec(encoder: nn.Module, rows: list[dict[str, Any]], codec: Codec, num_steps: int) -> None:
+    """Trains the encoder to give clips and coded clips the vectors that it gives clips now."""
+    rows = rows[:: -(-len(rows) // MAX_CODED_CLIPS)]
+    clips = [read_clip(row["audio"]) for row in rows]
+    targets = torch.stack([voice_vector(encoder, clip) for clip in clips]).repeat(2, 1)
+    mels = [voice_mels(clip)[0] for clip in [*clips, *coded_clips(codec, rows)]]
+    optimizer = torch.optim.AdamW(encoder.parameters(), CODED_LEARNING_RATE)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps, CODED_LEARNING_RATE / 50)
+    encoder.train()
+    for step in range(num_steps):
+        draw = np.random.default_rng([3, step])
+        length = int(draw.integers(*PIECE_STEPS))
+        chosen = draw.choice(len(mels), BATCH_SIZE)
+        vectors = encoder(torch.stack([_piece(mels[number], length, draw) for number in chosen]))
+        wanted = targets[torch.from_numpy(chosen)]
+        loss = F.mse_loss(vectors, wanted) / VECTOR_RMS**2 + (1 - F.cosine_similarity(vectors, wanted)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        if (step + 1) % LOG_STEPS == 0:
+            print(f"encoder: through the codec, step {step + 1}, loss {float(loss.detach()):.3f}", flush=True)
+    encoder.eval()
+
+
 # ----------------------------------------------------------------------------------------------------- the stage
 
 
@@ -163,8 +204,10 @@ def make_encoder(work: Work) -> dict[str, Any]:
             training.save(folder / "state.safetensors")
     encoder = training.encoder.eval().cpu()
     _scale_vectors(encoder, rows)
+    codec = Codec(work.folder / "codec" / "codec")
+    hear_through_codec(encoder, rows, codec, round(CODED_SHARE * training.num_steps))
     _write(encoder, folder / "encoder.safetensors")
-    return measure_encoder(encoder, work.folder / "speech")
+    return measure_encoder(encoder, work.folder / "speech", codec)
 
 
 @torch.no_grad()
@@ -189,25 +232,36 @@ def load_encoder(path: Path) -> nn.Module:
     return encoder.eval()
 
 
-def measure_encoder(encoder: nn.Module, speech_folder: Path) -> dict[str, Any]:
+def measure_encoder(encoder: nn.Module, speech_folder: Path, codec: Codec) -> dict[str, Any]:
     """Equal-error rate over all pairs of clips, for voices that were never heard and for held-out sentences of the
-    training voices."""
+    training voices; and of pairs of a clip and a coded one, for voices that were never heard."""
     figures: dict[str, Any] = {}
+    vectors, names = {}, {}
     for split in ("held_out_voices", "held_out_sentences"):
         rows = read_rows(speech_folder, split)
-        vectors = F.normalize(torch.stack([voice_vector(encoder, read_clip(row["audio"])) for row in rows]))
-        same, different = pairs(vectors.numpy(), [row["speaker"] for row in rows])
-        figures |= {
-            f"{split}_equal_error_rate": round(equal_error_rate(same, different), 4),
-            f"{split}_pairs": f"{len(same)} of one voice, {len(different)} of two",
-            f"{split}_similarity": f"{same.mean():.2f} of one voice, {different.mean():.2f} of two",
-        }
-    return figures
+        names[split] = [row["speaker"] for row in rows]
+        vectors[split] = _unit_vectors(encoder, [read_clip(row["audio"]) for row in rows])
+        figures |= _errors(split, *pairs(vectors[split], vectors[split], names[split]))
+    split = "held_out_voices"
+    coded = _unit_vectors(encoder, coded_clips(codec, read_rows(speech_folder, split)))
+    return figures | _errors("coded", *pairs(vectors[split], coded, names[split]))
 
 
-def pairs(vectors: np.ndarray, voices: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Similarities of all pairs of (N, width) unit vectors: of one voice, and of two."""
-    similarities, names = vectors @ vectors.T, np.array(voices)
+def _unit_vectors(encoder: nn.Module, clips: list[np.ndarray]) -> np.ndarray:
+    return F.normalize(torch.stack([voice_vector(encoder, clip) for clip in clips])).numpy()
+
+
+def _errors(name: str, same: np.ndarray, different: np.ndarray) -> dict[str, Any]:
+    return {
+        f"{name}_equal_error_rate": round(equal_error_rate(same, different), 4),
+        f"{name}_pairs": f"{len(same)} of one voice, {len(different)} of two",
+        f"{name}_similarity": f"{same.mean():.2f} of one voice, {different.mean():.2f} of two",
+    }
+
+
+def pairs(vectors: np.ndarray, others: np.ndarray, voices: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Similarities of all pairs of a clip and another one, (N, width) unit vectors each: of one voice, and of two."""
+    similarities, names = vectors @ others.T, np.array(voices)
     one, other = np.triu_indices(len(names), 1)
     is_same = names[one] == names[other]
     return similarities[one, other][is_same], similarities[one, other][~is_same]

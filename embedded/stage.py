@@ -27,7 +27,7 @@ _MODELS = (*_SPEECH, "codec_steps", "encoder_steps")
 DEPENDS_ON = {
     "speech": _SPEECH,
     "codec": (*_SPEECH, "codec_steps"),
-    "encoder": (*_SPEECH, "encoder_steps"),
+    "encoder": _MODELS,
     "start": _MODELS,
     "talker": (*_MODELS, "talker_steps"),
     "pack": (*_MODELS, "talker_steps"),

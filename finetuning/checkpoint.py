@@ -392,7 +392,7 @@ def run_entries(output_dir: Path) -> list[Path]:
     """What a run leaves in OUTPUT_DIR: its states, checkpoints and logs."""
     if not output_dir.is_dir():
         return []
-    names = ("state", "best", "last", SAMPLES_FOLDER, "roundtrip", "plots", "tensorboard")
+    names = ("state", "best", "last", SAMPLES_FOLDER, "roundtrip", "comparison", "plots", "tensorboard")
     folders = [output_dir / name for name in names if (output_dir / name).is_dir()]
     numbered = [folder for kind in NUMBERED_FOLDERS for folder in _step_folders(output_dir, kind)]
     return [*folders, *sorted(numbered), *(output_dir / name for name in RUN_FILES if (output_dir / name).is_file())]

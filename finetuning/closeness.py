@@ -31,8 +31,13 @@ def closeness(true: np.ndarray, other: np.ndarray) -> dict[str, float]:
         "spectral_distance": aligned_distance(true, other),
         "rate_ratio": spoken_seconds(true) / max(spoken_seconds(other), 0.05),
         "f0_error": abs(f0_other / f0_true - 1),
-        "timbre_distance_db": float(np.abs(mean_spectrum_db(true) - mean_spectrum_db(other)).mean()),
+        "timbre_distance_db": timbre_distance_db(true, other),
     }
+
+
+def timbre_distance_db(one: np.ndarray, other: np.ndarray) -> float:
+    """Mean difference of the mean spectra of the louder half."""
+    return float(np.abs(mean_spectrum_db(one) - mean_spectrum_db(other)).mean())
 
 
 def log_mel(waveform: np.ndarray) -> np.ndarray:

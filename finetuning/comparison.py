@@ -4,7 +4,7 @@ After the training stock qwen-tts says the text of each row twice: with the base
 and with the checkpoint. OUTPUT_DIR/comparison/ then has, for row NN::
 
     NN-recording.wav    the row's own audio
-    NN-coded.wav        the same through the codec: nearer to the recording no checkpoint of this base can come
+    NN-coded.wav        the same through the codec: all that a checkpoint with this codec can be taught
     NN-before.wav       the base (where it can clone)
     NN-after.wav        the checkpoint
     comparison.json     the mean figures of each, and what was compared
@@ -24,10 +24,10 @@ import numpy as np
 
 from finetuning.audio import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, AudioError, load_audio
 from finetuning.base_model import Base, load_speaker_encoder
-from finetuning.closeness import closeness
+from finetuning.closeness import closeness, timbre_distance_db
 from finetuning.codec import FRAMES_PER_SECOND, Codec
 from finetuning.console import listed_names
-from finetuning.disk import new_folder, read_json, write_json
+from finetuning.disk import checksum, new_folder, read_json, write_json
 from finetuning.errors import UserError
 from finetuning.listening import cosine
 from finetuning.manifest import Row, RowFormat, Tally, read_rows
@@ -42,8 +42,10 @@ MAX_SLOWNESS = 2.0
 #: Of the table, in this order: figure -> its heading.
 HEADINGS = {
     "similarity": "similarity",
+    "similarity_to_coded": "to coded",
     "spectral_distance": "sounds off by",
     "timbre_distance_db": "timbre off by, dB",
+    "timbre_distance_to_coded_db": "off coded, dB",
     "f0_error": "pitch off by",
     "rate_ratio": "rate",
     "stopped": "ended",
@@ -88,10 +90,10 @@ class Comparison:
     @property
     def record(self) -> dict[str, Any]:
         """By which a finished comparison is known again."""
-        trained = read_json(self.checkpoint / "training_state.json") or {}
+        sums = self.checkpoint / "checksums.json"
         return {
             "checkpoint": self.checkpoint.name,
-            "step": trained.get("step"),
+            "checksum": checksum(sums) if sums.is_file() else None,
             "rows": str(self.settings.compare_jsonl),
         }
 
@@ -142,7 +144,8 @@ def compare(comparison: Comparison, rows: Sequence[Row]) -> dict[str, dict[str, 
             for way, say in _ways(comparison).items():
                 spoken[way] = _all_said(say(), sentences, comparison.settings.seed)
         for way, waveforms in spoken.items():
-            each = [_figures(*pair, encode) for pair in zip(sentences, waveforms, strict=True)]
+            triples = zip(sentences, spoken["coded"], waveforms, strict=True)
+            each = [_figures(*triple, encode) for triple in triples]
             figures[way] = {name: _mean([one[name] for one in each]) for name in each[0]}
             for number, waveform in enumerate(waveforms, 1):
                 _write(folder / f"{number:02d}-{way}.wav", waveform)
@@ -256,10 +259,14 @@ def _encoder(base: Base) -> Callable[[np.ndarray], np.ndarray] | None:
     return load_speaker_encoder(base) if base.has_speaker_encoder else None
 
 
-def _figures(sentence: Sentence, spoken: np.ndarray, encode: Any) -> dict[str, float]:
+def _figures(sentence: Sentence, coded: np.ndarray, spoken: np.ndarray, encode: Any) -> dict[str, float]:
+    """Against the recording, and in what belongs to the voice also against the recording as the codec gives it."""
     figures = closeness(sentence.recording, spoken)
+    figures["timbre_distance_to_coded_db"] = timbre_distance_db(coded, spoken)
     if encode is not None:
-        figures["similarity"] = cosine(encode(sentence.recording), encode(spoken))
+        of_spoken = encode(spoken)
+        figures["similarity"] = cosine(encode(sentence.recording), of_spoken)
+        figures["similarity_to_coded"] = cosine(encode(coded), of_spoken)
     return figures | {"stopped": float(len(spoken) / SAMPLES_PER_FRAME < sentence.max_frames - 1)}
 
 

@@ -49,6 +49,7 @@ def test_a_run_ends_with_the_comparison_and_a_complete_one_does_not_make_it_agai
         assert np.allclose(load_audio(files["recording"]), load_audio(row["audio"]), atol=1e-4)
     coded = record["figures"]["coded"]
     assert coded["rate_ratio"] == pytest.approx(1, abs=0.25) and -1 <= coded["similarity"] <= 1
+    assert coded["similarity_to_coded"] == pytest.approx(1) and coded["timbre_distance_to_coded_db"] == 0
     printed = capsys.readouterr().out
     assert "2 sentences that were never trained on" in printed and "sounds off by" in printed
     times = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
