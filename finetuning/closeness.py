@@ -71,8 +71,9 @@ def spoken_seconds(waveform: np.ndarray) -> float:
 
 
 def mean_spectrum_db(waveform: np.ndarray) -> np.ndarray:
-    """(80,) mean of the louder steps, its own mean taken off."""
-    mel = log_mel(waveform)
+    """(80,) mean of the louder half of the steps, silence at the edges left out; its own mean taken off."""
+    leading, trailing = (round(seconds * SAMPLE_RATE_HZ) for seconds in silent_edges_seconds(waveform))
+    mel = log_mel(waveform[leading : max(leading + 1, len(waveform) - trailing)])
     loudness = mel.mean(0)
     mean = mel[:, loudness >= np.median(loudness)].mean(1) * (20 / np.log(10))
     return mean - mean.mean()

@@ -42,5 +42,5 @@ def test_a_recording_is_nearest_to_itself_and_each_figure_sees_its_own_differenc
     assert higher["f0_error"] == pytest.approx(0.2, abs=0.01)
     assert faster["rate_ratio"] == pytest.approx(2, rel=0.1)
     duller = np.convolve(clip, np.ones(8) / 8, mode="same").astype(np.float32)
-    assert closeness.closeness(clip, duller)["timbre_distance_db"] > 3
+    assert closeness.closeness(clip, duller)["timbre_distance_db"] > 2
     assert np.isnan(closeness.closeness(clip, silence)["f0_error"])

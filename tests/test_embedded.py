@@ -284,7 +284,7 @@ def small_codec_batches(small_plan: pytest.MonkeyPatch) -> None:
         "ENCODER_BATCH": 2,
         "ENCODER_FRAMES": 6,
         "DECODER_BATCH": 2,
-        "DECODER_FRAMES": 6,
+        "DECODER_FRAMES": 8,
         "FITTED_PIECES": 4,
         "FITTED_FRAMES": 8,
     }.items():
@@ -347,14 +347,14 @@ def test_stock_encodes_and_decodes_as_the_training_does(trained_codec: Any, work
 
 def test_the_decoder_learns_from_the_codes_and_the_samples_of_the_same_frames(trained_codec: Any) -> None:
     training: codec_stage.CodecTraining = trained_codec
-    places = training.bank.places(3, 2, 6, SAMPLES_PER_FRAME)
+    places = training.bank.places(3, 2, 8, SAMPLES_PER_FRAME)
     assert (
-        places == training.bank.places(3, 2, 6, SAMPLES_PER_FRAME) != training.bank.places(4, 2, 6, SAMPLES_PER_FRAME)
+        places == training.bank.places(3, 2, 8, SAMPLES_PER_FRAME) != training.bank.places(4, 2, 8, SAMPLES_PER_FRAME)
     )
     for clip, start in places:
-        assert start + 6 <= len(training.codes[clip]) == len(training.bank.clips[clip]) // SAMPLES_PER_FRAME
+        assert start + 8 <= len(training.codes[clip]) == len(training.bank.clips[clip]) // SAMPLES_PER_FRAME
         first = start * SAMPLES_PER_FRAME
-        wanted = training.bank.clips[clip][first : first + 6 * SAMPLES_PER_FRAME] / 32768
+        wanted = training.bank.clips[clip][first : first + 8 * SAMPLES_PER_FRAME] / 32768
         assert np.allclose(training._samples(clip, start), wanted)
 
 

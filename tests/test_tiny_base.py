@@ -34,7 +34,7 @@ def rows() -> list[dict[str, Any]]:
 
 def test_what_ships_is_small_and_whole() -> None:
     assert bytes_of(tiny_model.SPEAKING_BASE) <= 40_000_000
-    assert bytes_of(VOICE) <= 6_000_000
+    assert bytes_of(VOICE / "clips") <= 6_000_000  # beside them a run leaves their codes
     assert tiny_model.embedded_model_folder("tiny") == tiny_model.SPEAKING_BASE
     check_is_whole(VOICE, "voices")
     clips = len((VOICE / "train_raw.jsonl").read_text(encoding="utf-8").splitlines())
