@@ -29,9 +29,10 @@ from finetuning.codec import FRAMES_PER_SECOND, Codec
 from finetuning.console import listed_names
 from finetuning.disk import checksum, new_folder, read_json, write_json
 from finetuning.errors import UserError
-from finetuning.listening import cosine
+from finetuning.listening import cosine, error_rates
 from finetuning.manifest import Row, RowFormat, Tally, read_rows
 from finetuning.prompt import find_language
+from finetuning.recognition import Recognize, load_recognizer
 from finetuning.settings import Settings
 from finetuning.stock import import_qwen_tts, quiet_transformers
 
@@ -49,6 +50,7 @@ HEADINGS = {
     "f0_error": "pitch off by",
     "rate_ratio": "rate",
     "stopped": "ended",
+    "wer": "word errors",
 }
 
 
@@ -135,6 +137,7 @@ def compare(comparison: Comparison, rows: Sequence[Row]) -> dict[str, dict[str, 
     sentences = [Sentence(row, _recording(row, comparison.settings.compare_jsonl)) for row in rows]
     recordings = [sentence.recording for sentence in sentences]
     codec, encode = Codec(comparison.base.codec_folder), _encoder(comparison.base)
+    recognize = _recognizer(comparison.settings)
     figures: dict[str, dict[str, float]] = {}
     with new_folder(comparison.folder) as folder:
         for number, recording in enumerate(recordings, 1):
@@ -145,7 +148,7 @@ def compare(comparison: Comparison, rows: Sequence[Row]) -> dict[str, dict[str, 
                 spoken[way] = _all_said(say(), sentences, comparison.settings.seed)
         for way, waveforms in spoken.items():
             triples = zip(sentences, spoken["coded"], waveforms, strict=True)
-            each = [_figures(*triple, encode) for triple in triples]
+            each = [_figures(*triple, encode, recognize) for triple in triples]
             figures[way] = {name: _mean([one[name] for one in each]) for name in each[0]}
             for number, waveform in enumerate(waveforms, 1):
                 _write(folder / f"{number:02d}-{way}.wav", waveform)
@@ -172,7 +175,7 @@ def table(figures: Mapping[str, Mapping[str, float]]) -> str:
 def _shown(name: str, value: float) -> str:
     if math.isnan(value):
         return "–"
-    return f"{value:.0%}" if name in ("stopped", "f0_error") else f"{value:.2f}"
+    return f"{value:.0%}" if name in ("stopped", "f0_error", "wer") else f"{value:.2f}"
 
 
 # ------------------------------------------------------------------------------------------------------- speaking
@@ -259,7 +262,14 @@ def _encoder(base: Base) -> Callable[[np.ndarray], np.ndarray] | None:
     return load_speaker_encoder(base) if base.has_speaker_encoder else None
 
 
-def _figures(sentence: Sentence, coded: np.ndarray, spoken: np.ndarray, encode: Any) -> dict[str, float]:
+def _recognizer(settings: Settings) -> Recognize | None:
+    """That of ASR_MODEL, on the CPU beside whoever speaks."""
+    return load_recognizer(settings.asr_model, "cpu") if settings.asr_model else None
+
+
+def _figures(
+    sentence: Sentence, coded: np.ndarray, spoken: np.ndarray, encode: Any, recognize: Recognize | None
+) -> dict[str, float]:
     """Against the recording, and in what belongs to the voice also against the recording as the codec gives it."""
     figures = closeness(sentence.recording, spoken)
     figures["timbre_distance_to_coded_db"] = timbre_distance_db(coded, spoken)
@@ -267,6 +277,8 @@ def _figures(sentence: Sentence, coded: np.ndarray, spoken: np.ndarray, encode: 
         of_spoken = encode(spoken)
         figures["similarity"] = cosine(encode(sentence.recording), of_spoken)
         figures["similarity_to_coded"] = cosine(encode(coded), of_spoken)
+    if recognize is not None:
+        figures["wer"] = error_rates(sentence.row.text, recognize([spoken])[0]).get("wer", math.nan)
     return figures | {"stopped": float(len(spoken) / SAMPLES_PER_FRAME < sentence.max_frames - 1)}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from finetuning import comparison
 from finetuning.audio import load_audio
 from finetuning.comparison import SETTING, _mean, check_speakers, rows_to_compare, table
 from finetuning.errors import UserError
@@ -30,6 +31,8 @@ def test_a_run_ends_with_the_comparison_and_a_complete_one_does_not_make_it_agai
     write_jsonl: Callable[..., Path],
     make_settings: Callable[..., Any],
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     import train
 
@@ -38,7 +41,11 @@ def test_a_run_ends_with_the_comparison_and_a_complete_one_does_not_make_it_agai
         "train_jsonl": write_jsonl(demo_rows[2:6]), "compare_jsonl": write_jsonl(held_out, "compare.jsonl"),
         "max_steps": 1, "validation_fraction": 0, "resume": "auto",
     }  # fmt: skip
-    settings = make_settings(**fields)
+    heard: list[int] = []
+    monkeypatch.setattr(
+        comparison, "load_recognizer", lambda name, device: lambda clips: [heard.append(len(clips)) or ""]
+    )
+    settings = make_settings(**fields, asr_model=str(tmp_path))
     train.train(settings)
     folder = settings.output_dir / "comparison"
     record = json.loads((folder / "comparison.json").read_text())
@@ -50,10 +57,11 @@ def test_a_run_ends_with_the_comparison_and_a_complete_one_does_not_make_it_agai
     coded = record["figures"]["coded"]
     assert coded["rate_ratio"] == pytest.approx(1, abs=0.25) and -1 <= coded["similarity"] <= 1
     assert coded["similarity_to_coded"] == pytest.approx(1) and coded["timbre_distance_to_coded_db"] == 0
+    assert coded["wer"] == 1 and heard == [1] * 6  # nothing of what was said is understood
     printed = capsys.readouterr().out
     assert "2 sentences that were never trained on" in printed and "sounds off by" in printed
     times = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    train.train(make_settings(**fields))
+    train.train(make_settings(**fields, asr_model=str(tmp_path)))
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == times
 
 
